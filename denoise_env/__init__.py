@@ -1,0 +1,1 @@
+"""Denoising with diffusion and flow models as a reinforcement-learning environment."""
