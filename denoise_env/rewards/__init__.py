@@ -1,0 +1,32 @@
+"""Rewards: one file each; `base.py` holds what a reward is, `load_reward` finds one by name."""
+
+import difflib
+import importlib
+
+from denoise_env.rewards.base import Reward
+
+NAMES = {
+    "points": "denoise_env.rewards.points:PointsReward",
+    "shapes": "denoise_env.rewards.shapes:ShapesReward",
+    "shapes-correct": "denoise_env.rewards.shapes:ShapesCorrect",
+}
+"""Name → ``module:attribute``; a class is instantiated without arguments, a function is the reward."""
+
+
+def load_reward(name: str) -> Reward:
+    """The reward of a name in `NAMES`, or of ``module:attribute`` for one of your own.
+
+    Raises:
+        ValueError: no such reward; the message has the nearest name.
+    """
+    target = NAMES.get(name, name)
+    if ":" not in target:
+        near = difflib.get_close_matches(name, NAMES, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {list(NAMES)}"
+        raise ValueError(f"unknown reward {name!r}; {hint} Or name your own as 'module:attribute'.")
+    module, attribute = target.split(":", 1)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot load the reward {name!r}: {error}") from error
+    return found() if isinstance(found, type) else found

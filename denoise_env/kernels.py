@@ -1,0 +1,346 @@
+"""Gaussian transition kernels of the denoising MDP.
+
+A latent on the path is ``x_k = alphas[k] · x0 + sigmas[k] · ε``, k = 0 the noisiest. Whatever the
+paper, one denoising step is
+
+    x_{k+1} ~ N( alphas[k+1] · x̂0 + noise[k] · ε̂,  std[k]² I )
+
+with x̂0 and ε̂ read off the network's output. A kernel is its two numbers per step, ``noise`` and
+``std``; sampling, log-prob, entropy and KL follow from them and so can never disagree.
+
+| kernel | path | noise[k] | std[k] | reference |
+|---|---|---|---|---|
+| `ODE` | both | σ' | 0 | Song et al. 2021 (DDIM, η = 0); Euler on a rectified flow |
+| `DDIM` | diffusion | √(σ'² − std²) | η σ'/σ √(1 − ᾱ/ᾱ') | Song et al. 2021, eq. 12 and 16 |
+| `DanceSDE` | flow | σ' − std²/(2σ) | η √Δ | Xue et al. 2025 (DanceGRPO), eq. 7 |
+| `FlowSDE` | flow | σ' − std²/(2σ) | a √(σ/(1−σ)) √Δ | Liu et al. 2025 (Flow-GRPO), eq. 9 |
+| `CPS` | flow | σ' cos(aπ/2) | σ' sin(aπ/2) | Wang & Yu 2025 (Coefficients-Preserving Sampling) |
+
+σ, σ' are the noise levels before and after the step and Δ = σ − σ'. DDIM and CPS keep
+noise² + std² = σ'²: with a perfect network the marginals are exact. The two SDEs keep it to first
+order in Δ only: their variance after a step is too large by std²Δ/σ + std⁴/(4σ²).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise levels that K denoising steps visit.
+
+    Attributes:
+        timesteps: ``[K]``, what the network is told at each step.
+        alphas: ``[K+1]`` float64, signal coefficients; the last is (nearly) 1.
+        sigmas: ``[K+1]`` float64, strictly decreasing noise coefficients; the last is (nearly) 0.
+        path: "diffusion" (α² + σ² = 1) or "flow" (α + σ = 1).
+    """
+
+    timesteps: Tensor
+    alphas: Tensor
+    sigmas: Tensor
+    path: Literal["diffusion", "flow"]
+
+    def __post_init__(self) -> None:
+        if not len(self.timesteps) + 1 == len(self.alphas) == len(self.sigmas):
+            raise ValueError("a schedule of K steps has K timesteps and K + 1 alphas and sigmas")
+        if (self.sigmas.diff() >= 0).any():
+            raise ValueError("sigmas must decrease strictly from one step to the next")
+
+    @property
+    def num_steps(self) -> int:
+        """K."""
+        return len(self.timesteps)
+
+    @classmethod
+    def flow(cls, num_steps: int, shift: float = 1.0, timestep_scale: float = 1.0) -> "Schedule":
+        """Rectified flow: σ = m u / (1 + (m − 1) u) for u from 1 to 0 and shift m.
+
+        Args:
+            num_steps: K ≥ 1.
+            shift: m > 0; larger spends more steps at high noise (FLUX 3, HunyuanVideo 5).
+            timestep_scale: the network is told σ times this.
+        """
+        check_num_steps(num_steps)
+        if shift <= 0:
+            raise ValueError(f"shift must be positive, not {shift}")
+        u = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+        sigmas = shift * u / (1 + (shift - 1) * u)
+        return cls((sigmas[:-1] * timestep_scale).float(), 1 - sigmas, sigmas, "flow")
+
+    @classmethod
+    def diffusion(cls, alphas_cumprod: Tensor, timesteps: Tensor, final_alpha_cumprod: float) -> "Schedule":
+        """DDPM's cumulative products ᾱ at the given (decreasing) integer timesteps.
+
+        Args:
+            alphas_cumprod: ``[train_steps]``.
+            timesteps: ``[K]`` indices into it.
+            final_alpha_cumprod: ᾱ after the last step (diffusers' ``set_alpha_to_one`` makes it 1).
+        """
+        table = alphas_cumprod.double().cpu()
+        last = torch.tensor([final_alpha_cumprod], dtype=torch.float64)
+        products = torch.cat([table[timesteps.cpu()], last])
+        return cls(timesteps.cpu(), products.sqrt(), (1 - products).sqrt(), "diffusion")
+
+
+def check_num_steps(num_steps: int, at_most: int | None = None) -> None:
+    """Refuse a number of steps below 1 or above ``at_most`` with a ``ValueError``."""
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+    if at_most is not None and num_steps > at_most:
+        raise ValueError(f"num_steps must be at most {at_most}, the steps the schedule has, not {num_steps}")
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One step's Gaussian N(mean, std² I) for a batch.
+
+    Attributes:
+        mean: ``[B, *latent]`` float32 (float64 for float64 latents).
+        std: broadcastable to ``mean``; one number per row.
+        stochastic: False where the step is known to have std 0 and so no density.
+    """
+
+    mean: Tensor
+    std: Tensor
+    stochastic: bool = True
+
+    def sample(self, noise: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """``mean + std · noise``, rounded to ``dtype`` (default: the noise's).
+
+        Take the log-prob of what this returns: rounding first is what keeps the ratio of an
+        unchanged policy at exactly 1 in every dtype.
+        """
+        return (self.mean + self.std * noise).to(dtype or noise.dtype)
+
+    def log_prob(self, x: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """Log-density of ``x``, ``[B]``.
+
+        Args:
+            x: ``[B, *latent]``.
+            reduction: "sum" is the log-density. "mean" divides it by the number of latent dimensions D, as
+                DDPO and DanceGRPO do; its ratio is (true ratio)^(1/D) and depends on the resolution.
+
+        Raises:
+            ValueError: the step is deterministic and has no density.
+        """
+        self._need_density("log-prob")
+        z = (x.to(self.mean.dtype) - self.mean) / self.std
+        return _reduce(-0.5 * (z * z) - self.std.log() - 0.5 * math.log(2 * math.pi), reduction)
+
+    def entropy(self, reduction: Reduction = "mean") -> Tensor:
+        """Differential entropy ``[B]`` in nats, per dimension or summed over them."""
+        self._need_density("entropy")
+        per_dim = self.std.log() + 0.5 * math.log(2 * math.pi * math.e)
+        return _reduce(per_dim.expand_as(self.mean), reduction)
+
+    def kl(self, other: "Transition", reduction: Reduction = "mean") -> Tensor:
+        """KL(self ‖ other) ``[B]``; |μ − μ'|²/(2 std²) where the stds agree."""
+        self._need_density("KL")
+        other._need_density("KL")
+        ratio = self.std / other.std
+        z = (self.mean - other.mean) / other.std
+        return _reduce(0.5 * (z * z) + (0.5 * (ratio * ratio - 1) - ratio.log()), reduction)
+
+    def _need_density(self, what: str) -> None:
+        if not self.stochastic:
+            raise ValueError(
+                f"a deterministic step (std 0) has no density, so no {what}: use a stochastic kernel "
+                "(eta > 0), or leave the steps out where kernel.stochastic is False"
+            )
+
+
+def _reduce(per_dim: Tensor, reduction: Reduction) -> Tensor:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", not {reduction!r}')
+    flat = per_dim.flatten(1)
+    return flat.mean(1) if reduction == "mean" else flat.sum(1)
+
+
+# What (x0, ε) a network's output stands for: x̂0 = a·x + b·output, ε̂ = c·x + d·output.
+_READINGS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]] = {
+    "epsilon": lambda al, si: (1 / al, -si / al, 0 * al, 1 + 0 * al),
+    "sample": lambda al, si: (0 * al, 1 + 0 * al, 1 / si, -al / si),
+    "v_prediction": lambda al, si: (al, -si, si, al),
+    "flow_prediction": lambda al, si: (1 + 0 * al, -si, 1 + 0 * al, al),
+}
+
+
+class Kernel:
+    """A transition kernel on a schedule; see the table at the top of this module.
+
+    Args:
+        schedule: the K noise levels.
+        prediction_type: what the network predicts, in diffusers' names; "flow_prediction" is the velocity
+            ε − x0.
+        eta: the kernel's noise level; 0 makes every step deterministic.
+        last_step: "sde" keeps the kernel's own last step; "ode" makes it deterministic, so that with a final
+            σ of 0 the sample is the last x̂0. ``None`` takes the kernel's default.
+
+    Attributes:
+        stds: ``[K]`` float64.
+        stochastic: ``[K]`` bool, the steps that have a density.
+
+    Raises:
+        ValueError: the kernel does not live on the schedule's path, or an option is out of range.
+    """
+
+    name: ClassVar[str]
+    paths: ClassVar[tuple[str, ...]]
+    default_eta: ClassVar[float]
+    default_last_step: ClassVar[Literal["sde", "ode"]] = "ode"
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        prediction_type: PredictionType,
+        eta: float | None = None,
+        last_step: Literal["sde", "ode"] | None = None,
+    ) -> None:
+        if schedule.path not in self.paths:
+            fitting = [name for name, kernel in KERNELS.items() if schedule.path in kernel.paths]
+            raise ValueError(
+                f"the kernel {self.name!r} is not defined on a {schedule.path} schedule; use one of {fitting}"
+            )
+        if prediction_type not in _READINGS:
+            raise ValueError(f"prediction_type must be one of {list(_READINGS)}, not {prediction_type!r}")
+        if (prediction_type == "flow_prediction") != (schedule.path == "flow"):
+            raise ValueError(f"a {schedule.path} schedule does not go with prediction_type {prediction_type!r}")
+        self.eta = self.default_eta if eta is None else float(eta)
+        self.last_step = last_step or self.default_last_step
+        if not (math.isfinite(self.eta) and self.eta >= 0):
+            raise ValueError(f"eta must be a finite number ≥ 0, not {eta}")
+        if self.last_step not in ("sde", "ode"):
+            raise ValueError(f'last_step must be "sde" or "ode", not {last_step!r}')
+        self.schedule = schedule
+        self.prediction_type = prediction_type
+        noise, stds = self._coefficients(schedule)
+        if self.last_step == "ode":
+            noise[-1], stds[-1] = schedule.sigmas[-1], 0.0
+        self.stds = stds
+        self.stochastic = stds > 0
+        a, b, c, d = _READINGS[prediction_type](schedule.alphas[:-1], schedule.sigmas[:-1])
+        after = schedule.alphas[1:]
+        # rows: mean from x and from the output, std, x̂0 from x and from the output
+        self._table = torch.stack([after * a + noise * c, after * b + noise * d, stds, a, b])
+        self._cast: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def _coefficients(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        """``noise [K]`` and ``std [K]`` in float64."""
+        raise NotImplementedError
+
+    def _rows(self, latents: Tensor, step: int | Tensor) -> tuple[Tensor, torch.dtype]:
+        dtype = torch.float64 if latents.dtype == torch.float64 else torch.float32
+        key = (latents.device, dtype)
+        if key not in self._cast:
+            self._cast[key] = self._table.to(*key)
+        table = self._cast[key]
+        rows = table[:, step : step + 1] if isinstance(step, int) else table[:, step.to(latents.device)]
+        return rows.reshape(5, -1, *[1] * (latents.ndim - 1)), dtype
+
+    def transition(self, latents: Tensor, output: Tensor, step: int | Tensor) -> Transition:
+        """The Gaussian of the next latents.
+
+        Args:
+            latents: ``[B, *latent]``, x_k.
+            output: ``[B, *latent]``, the network's output at (x_k, timesteps[k]).
+            step: k in [0, K), one for the batch or ``[B]`` integers (keep those on the CPU: a deterministic
+                step among them is then told apart without a device sync).
+        """
+        rows, dtype = self._rows(latents, step)
+        mean = latents.to(dtype) * rows[0] + output.to(dtype) * rows[1]
+        known = isinstance(step, int) or step.device.type == "cpu"
+        return Transition(mean, rows[2], bool(self.stochastic[step].all()) if known else True)
+
+    def pred_x0(self, latents: Tensor, output: Tensor, step: int | Tensor) -> Tensor:
+        """x̂0 ``[B, *latent]``, the network's estimate of the clean latents."""
+        rows, dtype = self._rows(latents, step)
+        return latents.to(dtype) * rows[3] + output.to(dtype) * rows[4]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(K={self.schedule.num_steps}, eta={self.eta:g}, last_step={self.last_step!r})"
+
+
+class ODE(Kernel):
+    """The deterministic sampler: every std is 0, no step has a density."""
+
+    name, paths, default_eta = "ode", ("diffusion", "flow"), 0.0
+
+    def _coefficients(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        if self.eta:
+            raise ValueError(f"the ODE kernel has no noise: eta must be 0, not {self.eta}")
+        return schedule.sigmas[1:].clone(), torch.zeros_like(schedule.sigmas[1:])
+
+
+class DDIM(Kernel):
+    """DDIM with η; η = 1 is ancestral DDPM sampling.
+
+    Its last step keeps its noise (``last_step="sde"``): with Stable Diffusion's ``set_alpha_to_one=False`` the
+    std there is small but positive, and DDPO trains it. DanceGRPO drops it from training.
+    """
+
+    name, paths, default_eta, default_last_step = "ddim", ("diffusion",), 1.0, "sde"
+
+    def _coefficients(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        if self.eta > 1:
+            raise ValueError(f"DDIM's eta must lie in [0, 1], not {self.eta}")
+        a, s = schedule.alphas, schedule.sigmas
+        variance = (s[1:] / s[:-1]) ** 2 * (1 - (a[:-1] / a[1:]) ** 2)
+        stds = self.eta * variance.sqrt()
+        return (s[1:] ** 2 - stds**2).sqrt(), stds
+
+
+class DanceSDE(Kernel):
+    """DanceGRPO's SDE: constant η, an Euler-Maruyama step.
+
+    By default the last step is deterministic: DanceGRPO rewards the last x̂0 and never trains that step.
+    """
+
+    name, paths, default_eta = "dance_sde", ("flow",), 0.3
+
+    def _coefficients(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        before, after = schedule.sigmas[:-1], schedule.sigmas[1:]
+        stds = self._noise_level(before, after) * (before - after).sqrt()
+        return after - stds**2 / (2 * before), stds
+
+    def _noise_level(self, before: Tensor, after: Tensor) -> Tensor:
+        return torch.full_like(before, self.eta)
+
+
+class FlowSDE(DanceSDE):
+    """Flow-GRPO's SDE: noise a √(σ/(1−σ)); a = √2 is the memoryless schedule.
+
+    At σ = 1 the denominator uses the next σ, as the published code does. By default the last step is
+    deterministic; with ``last_step="sde"`` its noise stays, and reaches the sample, as in the published code.
+    """
+
+    name, default_eta = "flow_sde", 0.7
+
+    def _noise_level(self, before: Tensor, after: Tensor) -> Tensor:
+        return self.eta * (before / (1 - torch.where(before == 1, after, before))).sqrt()
+
+
+class CPS(Kernel):
+    """Coefficients-preserving sampling, the DDIM form on the flow path; a = 0 is Euler.
+
+    At σ' = 0 its std is 0 by itself: no noise is left in the sample, and the last step has no density.
+    """
+
+    name, paths, default_eta = "cps", ("flow",), 0.7
+
+    def _coefficients(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        if self.eta > 1:
+            raise ValueError(f"CPS's eta must lie in [0, 1], not {self.eta}")
+        after, angle = schedule.sigmas[1:], self.eta * math.pi / 2
+        return after * math.cos(angle), after * math.sin(angle)
+
+
+KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in (ODE, DDIM, DanceSDE, FlowSDE, CPS)}

@@ -1,0 +1,306 @@
+"""The denoising Markov decision process, on tensors.
+
+| | |
+|---|---|
+| state | latents x_k, the step k, the prompt |
+| action | the next latents x_{k+1} |
+| transition | deterministic: the action becomes the latents, k becomes k + 1 |
+| reward | 0 until the last step, then r(decode(x_K), prompt) |
+| horizon | K denoising steps |
+
+The network that proposes actions belongs to the policy; nothing here calls it.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from denoise_env.models import DenoisingModel, load_model
+from denoise_env.rewards import Reward, load_reward
+
+
+@dataclass(frozen=True)
+class State:
+    """A batch of states.
+
+    Attributes:
+        latents: ``[B, *latent]``.
+        step: ``[B]`` int64 in [0, K]; K is the end.
+        prompt_index: ``[B]`` int64 into the MDP's ``prompts``.
+    """
+
+    latents: Tensor
+    step: Tensor
+    prompt_index: Tensor
+
+
+class PromptTable:
+    """Prompts and their conditioning, each encoded once; an index never changes its meaning.
+
+    Attributes:
+        texts: the N prompts.
+        metadata: their N mappings.
+        conditioning: ``[N]`` TensorDict on the model's device.
+    """
+
+    def __init__(
+        self, model: DenoisingModel, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        self._model = model
+        self.texts: list[str] = []
+        self.metadata: list[Mapping[str, Any]] = []
+        self._index: dict[str, int] = {}
+        self.conditioning: TensorDict
+        self.indices(prompts, metadata)
+
+    def indices(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None) -> Tensor:
+        """Indices ``[P]`` of prompts; those not seen before are encoded and added.
+
+        Raises:
+            ValueError: no prompts, or one that is not a non-empty string.
+        """
+        check_prompts(prompts)
+        if metadata is not None and len(metadata) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts came with {len(metadata)} metadata entries")
+        extra = dict(zip(prompts, metadata or [{}] * len(prompts), strict=True))
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._index]
+        if new:
+            rows = torch.cat([self._model.encode(new[i : i + 64]) for i in range(0, len(new), 64)])
+            self.conditioning = torch.cat([self.conditioning, rows]) if self.texts else rows
+            self._index.update({prompt: len(self.texts) + i for i, prompt in enumerate(new)})
+            self.texts += new
+            self.metadata += [extra[prompt] for prompt in new]
+        return torch.tensor([self._index[prompt] for prompt in prompts])
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuse what is not a non-empty sequence of non-empty strings with a ``ValueError``."""
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list of strings; put the one prompt in a list: [{prompts!r}]")
+    if len(prompts) == 0:
+        raise ValueError("prompts must not be empty")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"prompt {i} must be a non-empty string, not {prompt!r}")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of a batch.
+
+    Attributes:
+        values: reward name → ``[B]`` float32, NaN where it could not be computed.
+        total: ``[B]`` float32, their weighted sum; NaN where any is.
+        valid: ``[B]`` bool, rows where every reward is a finite number.
+        errors: reward name → what it raised last, for those that raised or returned nonsense.
+    """
+
+    values: dict[str, Tensor]
+    total: Tensor
+    valid: Tensor
+    errors: dict[str, str]
+
+
+class DenoisingMDP:
+    """K denoising steps of a model, scored at the end.
+
+    Stateless but for its prompt table: randomness comes in through generators, states through arguments.
+
+    Args:
+        model: supplies latent shape, noise schedule, prompt encoding and decoding.
+        rewards: name → reward.
+        prompts: the prompts that a reset draws from; more can join later.
+        num_steps: K.
+        metadata: of the prompts, for rewards that need it.
+        reward_weights: name → weight in the scalar reward; 1 each by default.
+        microbatch: rows decoded and scored at a time; ``None`` takes the batch whole.
+
+    Raises:
+        ValueError: no rewards, weights of other names, or what the parts refuse.
+    """
+
+    def __init__(
+        self,
+        model: DenoisingModel,
+        rewards: Mapping[str, Reward],
+        prompts: Sequence[str],
+        num_steps: int = 10,
+        *,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        reward_weights: Mapping[str, float] | None = None,
+        microbatch: int | None = None,
+    ) -> None:
+        if not rewards:
+            raise ValueError("an environment needs at least one reward")
+        self.reward_weights = dict(reward_weights or dict.fromkeys(rewards, 1.0))
+        if set(self.reward_weights) != set(rewards):
+            raise ValueError(f"reward_weights name {sorted(self.reward_weights)}, the rewards are {sorted(rewards)}")
+        if microbatch is not None and microbatch < 1:
+            raise ValueError(f"microbatch must be at least 1, not {microbatch}")
+        self.model = model
+        self.rewards = dict(rewards)
+        self.num_steps = num_steps
+        self.schedule = model.schedule(num_steps)
+        self.microbatch = microbatch
+        self.prompts = PromptTable(model, prompts, metadata)
+
+    @classmethod
+    def make(
+        cls,
+        model: str,
+        rewards: Mapping[str, float] | str | None = None,
+        prompts: Sequence[str] | None = None,
+        num_steps: int = 10,
+        microbatch: int | None = None,
+        **model_options: Any,
+    ) -> "DenoisingMDP":
+        """Build from names and numbers.
+
+        Args:
+            model: a name or a checkpoint, see `denoise_env.models.load_model`.
+            rewards: a reward's name, or name → weight; by default the embedded world's own.
+            prompts: by default the embedded world's training prompts.
+            num_steps: K.
+            microbatch: rows decoded and scored at a time.
+            model_options: passed to the model family.
+        """
+        world = model.split("-")[0] if model in ("shapes", "points", "points-flow") else None
+        if rewards is None or prompts is None:
+            if world is None:
+                raise ValueError(f"{model!r} has no prompts and rewards of its own: give both")
+            rewards = world if rewards is None else rewards
+            prompts = default_prompts(world) if prompts is None else prompts
+        weights = {rewards: 1.0} if isinstance(rewards, str) else dict(rewards)
+        loaded = {name: load_reward(name) for name in weights}
+        return cls(
+            load_model(model, **model_options),
+            loaded,
+            prompts,
+            num_steps,
+            reward_weights=weights,
+            microbatch=microbatch,
+        )
+
+    def reset(
+        self,
+        generators: Sequence[torch.Generator],
+        prompts: Sequence[str] | None = None,
+        *,
+        group_size: int = 1,
+        shared_noise: bool = False,
+    ) -> State:
+        """Begin B = ``len(generators)`` episodes.
+
+        Row i draws from ``generators[i]`` (on the CPU) alone, so it does not depend on the batch it is in.
+        Groups are ``group_size`` neighbouring rows with one prompt; with ``shared_noise`` they start from
+        the first row's noise.
+
+        Args:
+            generators: one per row.
+            prompts: one per group; by default each group's first row draws one.
+            group_size: G, a divisor of B.
+            shared_noise: whether a group starts from the same latents.
+
+        Raises:
+            ValueError: numbers that do not divide, or bad prompts.
+        """
+        rows = len(generators)
+        if group_size < 1 or rows % group_size:
+            raise ValueError(f"{rows} rows cannot be divided into groups of {group_size}")
+        leaders = range(0, rows, group_size)
+        if prompts is None:
+            known = len(self.prompts.texts)
+            index = torch.tensor([int(torch.randint(known, (), generator=generators[i])) for i in leaders])
+        else:
+            check_prompts(prompts)
+            if len(prompts) * group_size != rows:
+                raise ValueError(
+                    f"{len(prompts)} prompts in groups of {group_size} make {len(prompts) * group_size} rows, not {rows}"
+                )
+            index = self.prompts.indices(prompts)
+        noise = torch.empty(rows, *self.model.latent_shape)
+        for i, generator in enumerate(generators):
+            noise[i].normal_(generator=generator)
+        if shared_noise:
+            noise = noise[::group_size].repeat_interleave(group_size, 0)
+        device = self.model.device
+        return State(
+            noise.to(device, self.model.dtype),
+            torch.zeros(rows, dtype=torch.long, device=device),
+            index.repeat_interleave(group_size).to(device),
+        )
+
+    def step(self, state: State, action: Tensor) -> State:
+        """The action becomes the latents, the step counts up.
+
+        Raises:
+            ValueError: an action of another shape, dtype or device, or one that is not finite; a state at the end.
+        """
+        self.check_action(action, len(state.step))
+        if (state.step >= self.num_steps).any():
+            raise ValueError(f"the episode is over after {self.num_steps} steps: reset first")
+        return State(action, state.step + 1, state.prompt_index)
+
+    def check_action(self, action: Tensor, rows: int) -> None:
+        """Refuse what is not ``rows`` finite latents with a ``ValueError``."""
+        if not isinstance(action, Tensor):
+            raise ValueError(f"an action is a tensor of latents, not {type(action).__name__}")
+        shape = (rows, *self.model.latent_shape)
+        if action.shape != shape:
+            raise ValueError(f"the action's shape must be {shape}, not {tuple(action.shape)}")
+        if action.dtype != self.model.dtype:
+            raise ValueError(f"the action's dtype must be {self.model.dtype}, not {action.dtype}")
+        if action.device != self.model.device:
+            raise ValueError(f"the action must be on {self.model.device}, not on {action.device}")
+        if not action.isfinite().all():
+            raise ValueError("the action must be finite; it has NaN or infinity in it")
+
+    @torch.no_grad()
+    def score(self, latents: Tensor, prompt_index: Tensor) -> Scores:
+        """Decode and score finished latents ``[B, *latent]``.
+
+        A reward that raises, or whose result has the wrong shape, leaves NaN on the rows it was called with
+        and a warning; it never stops the episode.
+        """
+        size = self.microbatch or len(latents)
+        indices = prompt_index.tolist()
+        values = {name: torch.full((len(latents),), torch.nan, device=latents.device) for name in self.rewards}
+        errors = {}
+        for start in range(0, len(latents), size):
+            rows = slice(start, start + size)
+            images = self.model.decode(latents[rows])
+            texts = [self.prompts.texts[i] for i in indices[rows]]
+            metadata = [self.prompts.metadata[i] for i in indices[rows]]
+            for name, reward in self.rewards.items():
+                try:
+                    result = torch.as_tensor(reward(images, texts, metadata))
+                    if result.shape != (len(texts),):
+                        raise ValueError(f"it returned shape {tuple(result.shape)} for {len(texts)} images")
+                    values[name][rows] = result.to(values[name])
+                except Exception as error:
+                    errors[name] = f"{type(error).__name__}: {error}"
+                    warnings.warn(f"the reward {name!r} failed on {len(texts)} rows: {errors[name]}", stacklevel=2)
+        valid = torch.stack([v.isfinite() for v in values.values()]).all(0)
+        total = sum(self.reward_weights[name] * v for name, v in values.items())
+        return Scores(values, torch.as_tensor(total), valid, errors)
+
+
+def default_prompts(world: str) -> Sequence[str]:
+    """The training prompts of an embedded world, "shapes" or "points"."""
+    if world == "points":
+        from denoise_env.models.points import MIXTURES
+
+        return tuple(MIXTURES)
+    from denoise_env.shapes.grammar import TRAIN
+
+    return TRAIN
+
+
+def row_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per row, seeded."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

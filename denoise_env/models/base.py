@@ -1,0 +1,106 @@
+"""What an environment and a policy need of a generative model, and nothing else."""
+
+import contextlib
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from denoise_env.kernels import PredictionType, Schedule
+
+
+class DenoisingModel(ABC):
+    """One model family's adapter.
+
+    Attributes:
+        network: the denoiser, the module that is trained; ``trainable`` says which of its parameters.
+        latent_shape: shape of one row's latents.
+        prediction_type: what ``predict`` returns, in the kernels' names.
+        dtype: storage dtype of the latents, and the network's compute dtype.
+        device: where latents and conditioning live.
+        vocabulary: the only prompts the model knows, or ``None`` where any text is a prompt.
+    """
+
+    network: nn.Module
+    latent_shape: tuple[int, ...]
+    prediction_type: PredictionType
+    dtype: torch.dtype = torch.float32
+    vocabulary: tuple[str, ...] | None = None
+    _frozen: nn.Module | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    @abstractmethod
+    def schedule(self, num_steps: int) -> Schedule:
+        """The noise levels of ``num_steps`` denoising steps.
+
+        Raises:
+            ValueError: fewer than 1, or more than the model was trained with.
+        """
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> TensorDict:
+        """Conditioning ``[P, ...]`` of P prompts, on the model's device.
+
+        Raises:
+            ValueError: a prompt the model cannot encode.
+        """
+
+    @abstractmethod
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: TensorDict) -> Tensor:
+        """The network's output ``[B, *latent_shape]``, guidance applied: one network call.
+
+        Args:
+            latents: ``[B, *latent_shape]``.
+            timestep: 0-d or ``[B]``, entries of the schedule's timesteps.
+            conditioning: ``[B]`` rows of ``encode``'s.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """What the rewards see, ``[B, 3, H, W]`` in [0, 1] for images."""
+
+    def render(self, latents: Tensor) -> Tensor:
+        """Pictures of latents for a person, ``[B, H, W, 3]`` uint8 on the CPU."""
+        return (self.decode(latents).float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+    @abstractmethod
+    def export(self, directory: Path) -> None:
+        """Write the trained weights in the layout that the family's own library loads."""
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the architecture; checkpoints refuse to load where it differs."""
+        return {
+            "family": type(self).__name__,
+            "latent_shape": list(self.latent_shape),
+            "prediction_type": self.prediction_type,
+            "trainable": {name: list(p.shape) for name, p in self.trainable().items()},
+        }
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name."""
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, ``predict`` uses the weights as they were at the first call of ``keep_reference``."""
+        if self._frozen is None:
+            raise RuntimeError("call keep_reference() before training to have a reference to compare with")
+        trained, self.network = self.network, self._frozen
+        try:
+            yield
+        finally:
+            self.network = trained
+
+    def keep_reference(self) -> None:
+        """Keep a frozen copy of the present weights for ``reference``; once, later calls do nothing."""
+        if self._frozen is None:
+            self._frozen = copy.deepcopy(self.network).requires_grad_(False)

@@ -1,0 +1,173 @@
+"""Points: 2-D Gaussian mixtures whose denoiser is known in closed form.
+
+Every prompt names a mixture. Along the path x = α x0 + σ ε the posterior mean E[x0 | x] of a mixture of
+N(μ_m, s² I) is exact, so the base "network" has no error of its own: what a kernel or an agent does to the
+samples is all there is to see. A small residual network, zero at the start, is what training changes.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from denoise_env.kernels import PredictionType, Schedule, check_num_steps
+from denoise_env.models.base import DenoisingModel
+
+TRAIN_STEPS = 1000
+
+
+def _mixtures() -> dict[str, list[tuple[float, float]]]:
+    ring = [(math.cos(a), math.sin(a)) for a in torch.linspace(0, 2 * math.pi, 9)[:8].tolist()]
+    line = torch.linspace(-1.4, 1.4, 8).tolist()
+    return {
+        "ring": ring,
+        "line": [(x, 0.0) for x in line],
+        "diagonal": [(x, x) for x in line],
+        "grid": [(x, y) for x in (-1.2, -0.4, 0.4, 1.2) for y in (-0.5, 0.5)],
+        "cross": [(0.5 * sign * (1 + i), 0.0) for i in (0, 1) for sign in (-1, 1)]
+        + [(0.0, 0.5 * sign * (1 + i)) for i in (0, 1) for sign in (-1, 1)],
+        "spiral": [(0.2 * i * math.cos(0.8 * i), 0.2 * i * math.sin(0.8 * i)) for i in range(1, 9)],
+    }
+
+
+MIXTURES = _mixtures()
+"""Prompt → the 8 component means of its mixture (equal weights)."""
+COMPONENT_STD = 0.15
+"""Standard deviation s of every component."""
+
+
+class PointsNetwork(nn.Module):
+    """The exact denoiser plus a residual multilayer perceptron whose last layer starts at zero."""
+
+    means: Tensor
+    alphas: Tensor
+    sigmas: Tensor
+
+    def __init__(self, path: Literal["diffusion", "flow"], width: int = 64) -> None:
+        super().__init__()
+        self.path = path
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
+        products = (1 - betas).cumprod(0)
+        self.register_buffer("means", torch.tensor(list(MIXTURES.values())), persistent=False)
+        self.register_buffer("alphas", products.sqrt().float(), persistent=False)
+        self.register_buffer("sigmas", (1 - products).sqrt().float(), persistent=False)
+        self.residual = nn.Sequential(
+            nn.Linear(2 + 5 + len(MIXTURES), width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 2),
+        )
+        nn.init.zeros_(self.residual[-1].weight)
+        nn.init.zeros_(self.residual[-1].bias)
+
+    def forward(self, latents: Tensor, timestep: Tensor, prompt_id: Tensor) -> Tensor:
+        """``[B, 2]`` ε (diffusion) or velocity (flow); ``timestep`` 0-d or ``[B]``, ``prompt_id`` ``[B]``."""
+        if self.path == "diffusion":
+            alpha, sigma = self.alphas[timestep], self.sigmas[timestep]
+        else:
+            alpha, sigma = 1 - timestep, timestep
+        alpha, sigma = (c.expand(len(latents))[:, None] for c in (alpha, sigma))
+        angle = sigma * math.pi
+        features = torch.cat(
+            [
+                latents,
+                sigma,
+                angle.sin(),
+                angle.cos(),
+                (2 * angle).sin(),
+                (2 * angle).cos(),
+                nn.functional.one_hot(prompt_id, len(self.means)).to(latents.dtype),
+            ],
+            1,
+        )
+        return self.exact(latents, alpha, sigma, prompt_id) + self.residual(features)
+
+    def exact(self, latents: Tensor, alpha: Tensor, sigma: Tensor, prompt_id: Tensor) -> Tensor:
+        """The closed-form output; ``alpha`` and ``sigma`` are ``[B, 1]``."""
+        means = self.means[prompt_id].to(latents.dtype)
+        variance = alpha**2 * COMPONENT_STD**2 + sigma**2
+        gap = latents[:, None] - alpha[:, None] * means
+        weights = (-gap.square().sum(-1) / (2 * variance)).softmax(-1)[..., None]
+        x0 = (weights * (means + (alpha * COMPONENT_STD**2 / variance)[..., None] * gap)).sum(1)
+        return (latents - (alpha if self.path == "diffusion" else 1) * x0) / sigma
+
+
+class Points(DenoisingModel):
+    """The Points family.
+
+    Args:
+        path: "diffusion" (Stable Diffusion's ᾱ table) or "flow" (rectified flow, no shift).
+        seed: of the residual network's hidden layers.
+        device: where the network lives.
+    """
+
+    latent_shape = (2,)
+    vocabulary = tuple(MIXTURES)
+
+    def __init__(
+        self,
+        path: Literal["diffusion", "flow"] = "diffusion",
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.path = path
+        self.prediction_type: PredictionType = "epsilon" if path == "diffusion" else "flow_prediction"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network: PointsNetwork = PointsNetwork(path).to(device)
+
+    def schedule(self, num_steps: int) -> Schedule:
+        """As in `DenoisingModel.schedule`; "leading" spacing, ᾱ = 1 after the last step."""
+        check_num_steps(num_steps, TRAIN_STEPS)
+        if self.path == "flow":
+            return Schedule.flow(num_steps)
+        timesteps = torch.arange(num_steps - 1, -1, -1) * (TRAIN_STEPS // num_steps) + (num_steps < TRAIN_STEPS)
+        return Schedule.diffusion(self.network.alphas.double() ** 2, timesteps, 1.0)
+
+    def encode(self, prompts: Sequence[str]) -> TensorDict:
+        """The mixtures' indices, ``prompt_id [P]``."""
+        ids = []
+        for prompt in prompts:
+            if prompt not in MIXTURES:
+                raise ValueError(f"Points knows no prompt {prompt!r}; its prompts are {list(MIXTURES)}")
+            ids.append(self.vocabulary.index(prompt))
+        return TensorDict({"prompt_id": torch.tensor(ids)}, batch_size=len(ids)).to(self.device)
+
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: TensorDict) -> Tensor:
+        """As in `DenoisingModel.predict`."""
+        return self.network(latents, timestep, conditioning["prompt_id"])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The points themselves, ``[B, 2]``: Points' rewards read coordinates."""
+        return latents
+
+    def render(self, latents: Tensor) -> Tensor:
+        """Each point as a dot on a 64×64 picture of the square [−2, 2]²."""
+        side = torch.linspace(-2, 2, 64)
+        x, y = latents.float().cpu().clamp(-2, 2)[:, :, None, None].unbind(1)
+        dot = (-((side[None, None] - x) ** 2 + (-side[None, :, None] - y) ** 2) / 0.01).exp()[..., None]
+        ink = torch.tensor([30.0, 90.0, 200.0])
+        return (255 + dot * (ink - 255)).round().to(torch.uint8)
+
+    def export(self, directory: Path) -> None:
+        """``model.safetensors`` and ``config.json``."""
+        from safetensors.torch import save_file
+
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(self.network.state_dict(), directory / "model.safetensors")
+        (directory / "config.json").write_text(json.dumps({"family": "points", "path": self.path}))
+
+    @classmethod
+    def from_export(cls, directory: Path, device: str | torch.device = "cpu") -> "Points":
+        """Load what ``export`` wrote."""
+        from safetensors.torch import load_file
+
+        model = cls(json.loads((directory / "config.json").read_text())["path"], device=device)
+        model.network.load_state_dict(load_file(directory / "model.safetensors", device=str(device)))
+        return model
