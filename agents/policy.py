@@ -1,0 +1,85 @@
+"""A denoiser and a transition kernel as a stochastic policy."""
+
+from typing import Literal
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+
+from denoise_env.kernels import KERNELS, Kernel, Reduction, Transition
+from denoise_env.mdp import DenoisingMDP
+
+
+class DenoisingPolicy(TensorDictModuleBase):
+    """π(x_{k+1} | x_k, k, c): the network's output through a Gaussian kernel.
+
+    As a TensorDict module it reads ``latents``, ``step`` and ``prompt_index`` and writes ``action`` and
+    ``action_log_prob`` (0 at steps that are deterministic), so it acts in the TorchRL environment as it is.
+
+    Args:
+        mdp: whose model, schedule and prompts the policy uses.
+        kernel: a name in `denoise_env.kernels.KERNELS`; default: "ddim" on a diffusion, "dance_sde" on a flow.
+        eta: the kernel's noise level; default: the kernel's own.
+        last_step: see `denoise_env.kernels.Kernel`.
+        reduction: of log-probs over latent dimensions.
+        seed: of the noise that ``forward`` draws.
+
+    Raises:
+        ValueError: an unknown kernel, or one that does not fit the model's path.
+    """
+
+    in_keys = ("latents", "step", "prompt_index")
+    out_keys = ("action", "action_log_prob")
+
+    def __init__(
+        self,
+        mdp: DenoisingMDP,
+        kernel: str | None = None,
+        eta: float | None = None,
+        last_step: Literal["sde", "ode"] | None = None,
+        reduction: Reduction = "mean",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        kernel = kernel or ("ddim" if mdp.schedule.path == "diffusion" else "dance_sde")
+        if kernel not in KERNELS:
+            raise ValueError(f"unknown kernel {kernel!r}; there are {list(KERNELS)}")
+        self.mdp = mdp
+        self.model = mdp.model
+        self.network = mdp.model.network
+        self.kernel: Kernel = KERNELS[kernel](mdp.schedule, mdp.model.prediction_type, eta, last_step)
+        self.reduction: Reduction = reduction
+        self.register_buffer("timesteps", mdp.schedule.timesteps.to(mdp.model.device), persistent=False)
+        self.generator = torch.Generator(mdp.model.device).manual_seed(seed)
+
+    def transition(self, latents: Tensor, step: int | Tensor, conditioning: TensorDict) -> Transition:
+        """The Gaussian of the next latents: one network call, one kernel evaluation.
+
+        Args:
+            latents: ``[B, *latent]``.
+            step: one for the batch, or ``[B]`` (best on the CPU, see `Kernel.transition`).
+            conditioning: ``[B]``.
+        """
+        timestep = self.timesteps[step if isinstance(step, int) else step.to(self.timesteps.device)]
+        return self.kernel.transition(latents, self.model.predict(latents, timestep, conditioning), step)
+
+    def log_prob(self, transition: Transition, action: Tensor) -> Tensor:
+        """Log-prob ``[B]`` in the policy's reduction."""
+        return transition.log_prob(action, self.reduction)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Act on a batch of observations, sampling with the policy's own generator."""
+        latents = tensordict["latents"].to(self.model.dtype)
+        step = tensordict["step"].long()
+        flat = latents.reshape(-1, *self.model.latent_shape)
+        rows = self.mdp.prompts.conditioning[tensordict["prompt_index"].reshape(-1).long()]
+        transition = self.transition(flat, step.reshape(-1), rows)
+        noise = torch.empty_like(flat).normal_(generator=self.generator)
+        action = transition.sample(noise)
+        random = transition.std.flatten() > 0
+        density = Transition(transition.mean, torch.where(random.view_as(transition.std), transition.std, 1.0))
+        log_prob = torch.where(random, self.log_prob(density, action), 0.0)
+        tensordict["action"] = action.view_as(latents)
+        tensordict["action_log_prob"] = log_prob.reshape(latents.shape[: latents.ndim - len(self.model.latent_shape)])
+        return tensordict

@@ -1,0 +1,133 @@
+"""Collects a batch of episodes into one TensorDict."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict
+
+from agents.policy import DenoisingPolicy
+from denoise_env.mdp import DenoisingMDP, Scores
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B finished episodes of K steps.
+
+    Attributes:
+        steps: TensorDict ``[B, K]`` with ``latents`` and ``action`` (two views of one ``[B, K+1, *latent]``
+            tensor), ``action_log_prob`` (NaN at deterministic steps), and ``step`` and ``prompt_index``
+            (expanded views).
+        conditioning: ``[P]``, one row per distinct prompt.
+        row: ``[B]``, each episode's row in ``conditioning``.
+        final_latents: ``[B, *latent]``, a view.
+        scores: the rewards of the episodes.
+        group_size: G; groups are neighbouring rows with one prompt.
+    """
+
+    steps: TensorDict
+    conditioning: TensorDict
+    row: torch.Tensor
+    final_latents: torch.Tensor
+    scores: Scores
+    group_size: int
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def denoise(
+    mdp: DenoisingMDP,
+    policy: DenoisingPolicy,
+    latents: torch.Tensor,
+    prompt_index: torch.Tensor,
+    microbatch: int | None = None,
+) -> torch.Tensor:
+    """Run every episode to its end, in place.
+
+    Args:
+        mdp: whose K, model and prompts count.
+        policy: acts.
+        latents: ``[B, K+1, *latent]``; on entry x_0 and then the K standard normal draws, on return the states.
+        prompt_index: ``[B]``.
+        microbatch: rows per network call; default all.
+
+    Returns:
+        Log-probs ``[B, K]`` float32, NaN at deterministic steps.
+    """
+    rows = len(latents)
+    size = microbatch or rows
+    stochastic = policy.kernel.stochastic.tolist()
+    log_prob = torch.full((rows, mdp.num_steps), torch.nan, device=latents.device)
+    with torch.no_grad():
+        for start in range(0, rows, size):
+            chunk = slice(start, start + size)
+            conditioning = mdp.prompts.conditioning[prompt_index[chunk]]
+            x = latents[chunk, 0]
+            for k in range(mdp.num_steps):
+                transition = policy.transition(x, k, conditioning)
+                x = transition.sample(latents[chunk, k + 1])
+                latents[chunk, k + 1] = x
+                if stochastic[k]:
+                    log_prob[chunk, k] = policy.log_prob(transition, x)
+    return log_prob
+
+
+def collect(
+    mdp: DenoisingMDP,
+    policy: DenoisingPolicy,
+    generators: Sequence[torch.Generator],
+    prompts: Sequence[str] | None = None,
+    *,
+    group_size: int = 1,
+    shared_noise: bool = False,
+    microbatch: int | None = None,
+) -> Rollout:
+    """Roll the policy out from a reset and score the results.
+
+    Row i's noise, first latents and every step's, comes from ``generators[i]`` alone: it depends neither on
+    the batch nor on the microbatch it is in. It is drawn into the rollout's own latents, so nothing else is
+    allocated.
+
+    Args:
+        mdp: the environment.
+        policy: acts.
+        generators: one CPU generator per row.
+        prompts: one per group; default: drawn by the reset.
+        group_size: G.
+        shared_noise: whether a group starts from the same latents.
+        microbatch: rows per network call; default all.
+
+    Raises:
+        ValueError: numbers that do not divide, or bad prompts.
+        FloatingPointError: the policy's latents are not finite.
+    """
+    rows, steps = len(generators), mdp.num_steps
+    if microbatch and rows % microbatch:
+        raise ValueError(f"{rows} rows cannot be divided into microbatches of {microbatch}")
+    state = mdp.reset(generators, prompts, group_size=group_size, shared_noise=shared_noise)
+    latents = state.latents.new_empty(rows, steps + 1, *mdp.model.latent_shape)
+    latents[:, 0] = state.latents
+    noise = torch.empty(steps, *mdp.model.latent_shape)
+    for i, generator in enumerate(generators):
+        latents[i, 1:] = noise.normal_(generator=generator)
+    log_prob = denoise(mdp, policy, latents, state.prompt_index, microbatch)
+    final = latents[:, -1]
+    if not final.isfinite().all():
+        raise FloatingPointError(
+            "the policy's latents are no longer finite: lower the learning rate, clip the gradient (max_grad_norm), "
+            "or use dtype fp32"
+        )
+    used, row = state.prompt_index.unique(return_inverse=True)
+    td = TensorDict(
+        {
+            "latents": latents[:, :-1],
+            "action": latents[:, 1:],
+            "action_log_prob": log_prob,
+            "step": torch.arange(steps, device=latents.device).expand(rows, steps),
+            "prompt_index": state.prompt_index[:, None].expand(rows, steps),
+        },
+        batch_size=(rows, steps),
+    )
+    scores = mdp.score(final, state.prompt_index)
+    return Rollout(td, mdp.prompts.conditioning[used], row, final, scores, group_size)

@@ -1,0 +1,31 @@
+"""Every random number of a run follows from (seed, purpose, iteration), so a run resumes by counting."""
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def _sequence(seed: int, purpose: str, iteration: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), iteration])
+
+
+def row_seeds(seed: int, purpose: str, iteration: int, rows: int) -> list[int]:
+    """One 63-bit seed per row; row i's does not depend on how many rows there are."""
+    return (_sequence(seed, purpose, iteration).generate_state(rows, np.uint64) >> np.uint64(1)).tolist()
+
+
+def generator(seed: int, purpose: str, iteration: int = 0) -> torch.Generator:
+    """A CPU generator for one purpose in one iteration."""
+    return torch.Generator().manual_seed(row_seeds(seed, purpose, iteration, 1)[0])
+
+
+def epoch_order(items: Sequence[str], seed: int, start: int, count: int) -> list[str]:
+    """Items ``start`` to ``start + count`` of an endless reading, each epoch in an order of its own."""
+    picked: list[str] = []
+    while len(picked) < count:
+        epoch, place = divmod(start + len(picked), len(items))
+        order = torch.randperm(len(items), generator=generator(seed, "prompt order", epoch))
+        picked += [items[i] for i in order[place : place + count - len(picked)].tolist()]
+    return picked

@@ -1,0 +1,304 @@
+"""The one training loop: collect, update, log, evaluate, checkpoint, resume."""
+
+import csv
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from agents import checkpoint
+from agents.base import Agent
+from agents.config import TrainConfig
+from agents.evaluate import evaluate, grid, sample
+from agents.grpo import GRPO
+from agents.logging import Logger
+from agents.policy import DenoisingPolicy
+from agents.report import write_report
+from agents.rollout import Rollout, collect
+from agents.seeding import epoch_order, row_seeds
+from denoise_env.mdp import DenoisingMDP, row_generators
+
+GRID_PROMPTS, GRID_COLUMNS = 6, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything a configuration stands for, built and checked."""
+
+    config: TrainConfig
+    mdp: DenoisingMDP
+    eval_mdp: DenoisingMDP
+    policy: DenoisingPolicy
+    agent: Agent
+
+    @property
+    def eval_prompts(self) -> list[str]:
+        """The prompts that evaluation measures."""
+        return self.eval_mdp.prompts.texts
+
+
+def build(config: TrainConfig) -> Experiment:
+    """Build a run's parts.
+
+    Raises:
+        ValueError: whatever does not fit together, before any work is done.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    options: dict[str, Any] = {"device": device}
+    if not config.model.startswith("points"):
+        names = ("height", "width", "dtype", "lora_rank", "lora_alpha", "gradient_checkpointing", "guidance_scale")
+        options |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    mdp = DenoisingMDP.make(
+        config.model,
+        config.rewards or None,
+        read_prompts(config.prompts),
+        config.num_steps,
+        config.microbatch,
+        **options,
+    )
+    held_out = read_prompts(config.eval_prompts)
+    if held_out is None and config.model == "shapes":
+        from denoise_env.shapes.grammar import HELD_OUT
+
+        held_out = list(HELD_OUT)
+    from denoise_env.rewards import load_reward
+
+    extra = {name: load_reward(name) for name in config.eval_rewards if name not in mdp.rewards}
+    eval_mdp = DenoisingMDP(
+        mdp.model,
+        {**mdp.rewards, **extra},
+        held_out or mdp.prompts.texts,
+        config.num_steps,
+        microbatch=config.microbatch,
+    )
+    policy = DenoisingPolicy(mdp, config.kernel, config.eta, reduction=config.reduction)
+    agent = GRPO(policy, config.agent, config.seed, config.microbatch)
+    rows = config.prompts_per_iteration * agent.group_size
+    agent.check_rows(rows)
+    if config.iterations < 1 or config.prompts_per_iteration < 1 or config.checkpoint_every < 1:
+        raise ValueError("iterations, prompts_per_iteration and checkpoint_every must be at least 1")
+    if config.keep_checkpoints < 1:
+        raise ValueError("keep_checkpoints must be at least 1")
+    return Experiment(config, mdp, eval_mdp, policy, agent)
+
+
+def read_prompts(path: str | None) -> list[str] | None:
+    """One prompt a line; blank lines are skipped.
+
+    Raises:
+        ValueError: no such file, or no prompt in it.
+    """
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise ValueError(f"there is no prompt file {path!r}")
+    prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"the prompt file {path!r} holds no prompts")
+    return prompts
+
+
+def train(config: TrainConfig, directory: Path, *, resume: bool = False, command: Sequence[str] = ()) -> Path:
+    """Train, writing everything into ``directory``.
+
+    Args:
+        config: the run's.
+        directory: made if absent; must not hold a run unless ``resume``.
+        resume: continue from the newest checkpoint there (or from the start, where there is none yet).
+        command: what the user typed, for the report.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: a configuration that does not fit together.
+        FileExistsError: the directory already holds a run.
+        agents.checkpoint.CheckpointError: a checkpoint cannot be read or written.
+        RuntimeError: too many images could not be scored.
+    """
+    if not resume and (directory / "config.json").exists():
+        raise FileExistsError(
+            f"{directory} already holds a run: continue it with --resume {directory}, or choose another --output-dir"
+        )
+    experiment = build(config)
+    checkpoints = directory / "checkpoints"
+    newest = checkpoint.latest(checkpoints) if resume else None
+    done = _restore(experiment, newest) if newest else 0
+    directory.mkdir(parents=True, exist_ok=True)
+    checkpoint.prune(checkpoints, config.keep_checkpoints)
+    about = {"command": shlex.join(command), **_versions()}
+    checkpoint.write_atomically(directory / "versions.json", json.dumps(about, indent=1))
+    checkpoint.write_atomically(directory / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+    metrics, evals = Table(directory / "metrics.csv", done), Table(directory / "eval.csv", done)
+    with Logger(directory, config) as logger:
+        if newest is None:
+            _look(experiment, directory, 0, evals, logger)
+        bar = tqdm(range(done + 1, config.iterations + 1), initial=done, total=config.iterations, desc="train")
+        for iteration in bar:
+            row = _iterate(experiment, iteration)
+            metrics.append(row)
+            logger.log(iteration, row)
+            bar.set_postfix({name: f"{row[name]:.3g}" for name in _SHOWN if name in row})
+            last = iteration == config.iterations
+            _look(experiment, directory, iteration, evals, logger, last)
+            if last or iteration % config.checkpoint_every == 0:
+                meta = {"config": dataclasses.asdict(config), "model": experiment.mdp.model.describe()}
+                checkpoint.save(checkpoints, iteration, experiment.agent.state(), meta)
+                checkpoint.prune(checkpoints, config.keep_checkpoints)
+    with experiment.agent.evaluation_weights():
+        experiment.mdp.model.export(directory / "export")
+    write_report(directory)
+    return directory
+
+
+_SHOWN = ("reward", "ratio", "clip_fraction", "kl_old", "kl_reference", "grad_norm", "images_per_second")
+
+
+def _iterate(experiment: Experiment, iteration: int) -> dict[str, float]:
+    """One rollout and its update."""
+    config, agent = experiment.config, experiment.agent
+    started = time.perf_counter()
+    count = config.prompts_per_iteration
+    prompts = epoch_order(experiment.mdp.prompts.texts, config.seed, (iteration - 1) * count, count)
+    seeds = row_seeds(config.seed, "rollout", iteration, count * agent.group_size)
+    rollout = collect(
+        experiment.mdp,
+        experiment.policy,
+        row_generators(seeds),
+        prompts,
+        group_size=agent.group_size,
+        shared_noise=agent.shared_noise,
+        microbatch=config.microbatch,
+    )
+    row = {"iteration": iteration, **_reward_figures(rollout)}
+    if row["unscored"] > config.max_unscored * len(rollout):
+        raise RuntimeError(
+            f"iteration {iteration}: {row['unscored']} of {len(rollout)} images could not be scored, more than "
+            f"max_unscored = {config.max_unscored:g} allows: {rollout.scores.errors or 'the reward returned NaN'}"
+        )
+    row |= agent.update(rollout, iteration)
+    seconds = time.perf_counter() - started
+    return {**row, "seconds": seconds, "images_per_second": len(rollout) / seconds}
+
+
+def _reward_figures(rollout: Rollout) -> dict[str, float]:
+    scores = rollout.scores
+    groups = scores.total.view(-1, rollout.group_size)
+    figures = {"reward": scores.total.nanmean().item()}
+    figures |= {f"reward/{name}": value.nanmean().item() for name, value in scores.values.items()}
+    return {
+        **figures,
+        "reward_std_in_group": groups.std(1).nanmean().item() if rollout.group_size > 1 else 0.0,
+        "unscored": int((~scores.valid).sum()),
+    }
+
+
+def _look(
+    experiment: Experiment,
+    directory: Path,
+    iteration: int,
+    evals: "Table",
+    logger: Logger,
+    last: bool = False,
+) -> None:
+    """Evaluate and draw a grid, where either is due."""
+    config, policy = experiment.config, experiment.policy
+
+    def due(every: int) -> bool:
+        return last or (iteration % every == 0 if every else iteration == 0)
+
+    with experiment.agent.evaluation_weights():
+        if due(config.eval_every):
+            total = len(experiment.eval_prompts) * config.eval_images_per_prompt
+            with tqdm(total=total, desc=f"evaluate at {iteration}", leave=False) as bar:
+                found = evaluate(
+                    experiment.eval_mdp,
+                    policy,
+                    experiment.eval_prompts,
+                    config.eval_images_per_prompt,
+                    config.eval_seed,
+                    config.microbatch,
+                    bar.update,
+                )
+            row = {"iteration": iteration, **found.row()}
+            evals.append(row)
+            logger.log(iteration, {f"eval/{name}": value for name, value in row.items() if name != "iteration"})
+        if due(config.sample_every):
+            prompts = experiment.eval_prompts[:GRID_PROMPTS]
+            rollout = sample(experiment.eval_mdp, policy, prompts, GRID_COLUMNS, config.eval_seed, config.microbatch)
+            path = directory / "samples" / f"{iteration:06d}.png"
+            grid(experiment.mdp.model.render(rollout.final_latents), GRID_COLUMNS, path)
+            logger.image(iteration, path)
+
+
+def _restore(experiment: Experiment, path: Path) -> int:
+    tensors, meta = checkpoint.load(path)
+    if meta["model"] != json.loads(json.dumps(experiment.mdp.model.describe())):
+        raise checkpoint.CheckpointError(f"the checkpoint {path} holds another architecture than the configured model")
+    try:
+        experiment.agent.load_state(tensors)
+    except (ValueError, KeyError) as error:
+        raise checkpoint.CheckpointError(f"the checkpoint {path} does not fit: {error}") from error
+    return int(meta["iteration"])
+
+
+def load_run(directory: Path, config: TrainConfig) -> Experiment:
+    """A run's parts with the weights of its newest checkpoint.
+
+    Raises:
+        agents.checkpoint.CheckpointError: it has none, or it does not fit.
+    """
+    newest = checkpoint.latest(directory / "checkpoints")
+    if newest is None:
+        raise checkpoint.CheckpointError(f"{directory} has no checkpoint yet")
+    experiment = build(config)
+    _restore(experiment, newest)
+    return experiment
+
+
+class Table:
+    """A CSV file that grows a row at a time and forgets what lies after the iteration a run resumes from."""
+
+    def __init__(self, path: Path, keep_to: int) -> None:
+        self.path = path
+        self.columns: list[str] = []
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= keep_to]
+            if keep_to and kept:
+                self.columns = lines[0].strip().split(",")
+                checkpoint.write_atomically(path, "".join([lines[0], *kept]))
+            else:
+                path.unlink()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row; its first column is ``iteration``."""
+        new = not self.columns
+        self.columns = self.columns or list(row)
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def _versions() -> dict[str, str]:
+    names = ("denoise-env", "torch", "torchrl", "tensordict", "gymnasium", "diffusers", "transformers", "peft")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return {"python": sys.version.split()[0], "platform": platform.platform(), **found}
