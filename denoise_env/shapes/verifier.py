@@ -44,11 +44,12 @@ class Verifier(nn.Module):
 
     A scene is a · colour + (1 − a) · background for a coverage mask a. For every scene the verifier takes the least
     mean squared error over a grid of masks, and the posterior of a scene is proportional to exp(−error / temperature).
-    "None of these" competes with a constant error, so blur, noise and junk drive every scene's probability to 0.
+    "None of these" competes as an empty background and as junk of a constant error, so blur, noise and empty pictures
+    drive every scene's probability to 0.
 
     Args:
         temperature: mean squared error by which two scenes must differ for odds of e.
-        none_error: mean squared error at which a picture is as likely to show nothing.
+        none_error: mean squared error that junk is taken to have; a scene must be nearer than that.
     """
 
     masks: Tensor
@@ -65,11 +66,14 @@ class Verifier(nn.Module):
         self.register_buffer("colours", torch.tensor(list(COLOURS.values())), persistent=False)
         self.register_buffer("backgrounds", torch.tensor(list(BACKGROUNDS.values())), persistent=False)
 
-    def errors(self, images: Tensor) -> Tensor:
-        """Least mean squared error of each scene over all places and sizes: ``[B, 6, 4, 3]``.
+    def errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Least mean squared error of each scene over all places and sizes, and of each empty background.
 
         With d = colour − background, y = image − background and mask a, the error is the mean of
         |y|² − 2 a d·y + a² |d|²; only the channel sums of a · image depend on both picture and mask.
+
+        Returns:
+            ``[B, 6, 4, 3]`` and ``[B, 3]`` float32.
 
         Raises:
             ValueError: if the images are not floating ``[B, 3, H, W]``.
@@ -83,8 +87,7 @@ class Verifier(nn.Module):
         if x.shape[-2:] != (BASE_SIZE, BASE_SIZE):
             x = F.interpolate(x, size=(BASE_SIZE, BASE_SIZE), mode="area")
         x = x.flatten(2)
-        n = x.shape[-1] * 3
-        base = (x[:, None] - self.backgrounds[:, :, None]).square().sum((2, 3))  # [B, 3]
+        empty = (x[:, None] - self.backgrounds[:, :, None]).square().mean((2, 3))  # [B, 3]
         contrast = self.colours[:, None] - self.backgrounds  # [6, 3, rgb]
         area = self.masks.sum(0)
         offset = 2 * (contrast * self.backgrounds).sum(-1)[..., None] * area
@@ -92,7 +95,8 @@ class Verifier(nn.Module):
         sums = x @ self.masks  # [B, rgb, M]
         excess = torch.baddbmm(offset.flatten(0, 1)[None], contrast.flatten(0, 1).expand(len(x), -1, -1), sums, alpha=-2)
         best = torch.stack([part.amin(-1) for part in excess.split(self._counts, dim=-1)], dim=-1)  # [B, 18, 4]
-        return (base[:, None, None] + best.unflatten(1, (6, 3)).transpose(2, 3)).clamp(min=0) / n
+        best = best.unflatten(1, (len(COLOURS), len(BACKGROUNDS))).transpose(2, 3) / (3 * x.shape[-1])
+        return (empty[:, None, None] + best).clamp(min=0), empty
 
     def forward(self, images: Tensor) -> Reading:
         """Read pictures.
@@ -106,9 +110,9 @@ class Verifier(nn.Module):
         Raises:
             ValueError: if the images are not floating ``[B, 3, H, W]``.
         """
-        errors = self.errors(images)
-        logits = F.pad(errors.flatten(1), (0, 1), value=self.none_error) / -self.temperature
-        posterior = logits.softmax(-1)
+        errors, empty = self.errors(images)
+        none = empty.amin(-1, keepdim=True).clamp(max=self.none_error)
+        posterior = (torch.cat([errors.flatten(1), none], dim=-1) / -self.temperature).softmax(-1)
         return Reading(posterior[:, :-1].view_as(errors), posterior[:, -1])
 
     def score(self, images: Tensor, captions: Sequence[str]) -> Tensor:
