@@ -1,0 +1,263 @@
+"""Make the embedded world's Stable Diffusion from nothing: ``python -m denoise_env.shapes.pretrain --out DIR``."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import OneCycleLR
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from denoise_env.shapes.grammar import ALL, HELD_OUT, TRAIN
+from denoise_env.shapes.renderer import BASE_SIZE, render
+from denoise_env.shapes.tokenizer import build_tokenizer
+from denoise_env.shapes.verifier import Verifier
+
+
+@dataclass
+class Config:
+    """Pretraining on rendered scenes; the defaults make the weights that ship with the package."""
+
+    out: Path
+    """Directory to write the pipeline to, in the diffusers layout."""
+    seed: int = 0
+    """Seed of weights, pictures and noise."""
+    vae_steps: int = 800
+    """Optimiser steps of the autoencoder, 32 pictures each."""
+    steps: int = 3000
+    """Optimiser steps of the denoiser and its text encoder."""
+    batch_size: int = 64
+    """Latents per step of the denoiser."""
+    lr: float = 2e-3
+    """Peak of the one-cycle learning rate."""
+    pictures: int = 12000
+    """Rendered pictures the denoiser is trained on."""
+    drop: float = 0.1
+    """Share of captions replaced by the empty prompt, for classifier-free guidance."""
+    ema: float = 0.995
+    """Decay of the averaged weights, which are the ones saved."""
+    evaluate: int = 1008
+    """Samples per split that the verifier reads at the end; 0 for none."""
+    threads: int = 2
+    """CPU threads."""
+
+
+def build_vae() -> AutoencoderKL:
+    """An autoencoder from 32 × 32 pictures to 8 × 8 × 4 latents."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=BASE_SIZE,
+    )
+
+
+def build_unet(text_width: int) -> UNet2DConditionModel:
+    """A denoiser of 8 × 8 × 4 latents with cross-attention to the prompt at 4 × 4."""
+    return UNet2DConditionModel(
+        sample_size=BASE_SIZE // 4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=2,
+        cross_attention_dim=text_width,
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A CLIP text encoder of two layers, 64 wide."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            projection_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """DDIM with Stable Diffusion's configuration."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+
+
+def draw(captions: Sequence[str], n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Render n random captions.
+
+    Returns:
+        Pictures ``[n, 3, 32, 32]`` in [-1, 1], and ``[n]`` places in ``captions``.
+    """
+    index = torch.randint(len(captions), (n,), generator=generator)
+    return render([captions[i] for i in index.tolist()], generator) * 2 - 1, index
+
+
+def train_vae(vae: AutoencoderKL, steps: int, generator: torch.Generator) -> float:
+    """Fit the autoencoder by squared error with a slight pull to a normal prior; returns the last error."""
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
+    schedule = OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    error = torch.zeros(())
+    for _ in (bar := tqdm(range(steps), desc="autoencoder")):
+        pictures, _ = draw(TRAIN, 32, generator)
+        posterior = vae.encode(pictures).latent_dist
+        error = F.mse_loss(vae.decode(posterior.sample(generator)).sample, pictures)
+        loss = error + 1e-5 * posterior.kl().mean()
+        step(loss, optimizer, schedule, vae.parameters())
+        bar.set_postfix_str(f"error {error.item():.4f}", refresh=False)
+    return error.item()
+
+
+def step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: OneCycleLR, parameters: object) -> None:
+    """One clipped optimiser step."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    schedule.step()
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Latents of n rendered training pictures, scaled to unit standard deviation; sets the scaling factor.
+
+    Returns:
+        Latents ``[n, 4, 8, 8]`` and ``[n]`` places in `TRAIN`.
+    """
+    latents, places = [], []
+    for start in tqdm(range(0, n, 250), desc="latents"):
+        pictures, index = draw(TRAIN, min(250, n - start), generator)
+        latents.append(vae.encode(pictures).latent_dist.sample(generator))
+        places.append(index)
+    stacked = torch.cat(latents)
+    vae.register_to_config(scaling_factor=round(1 / stacked.std().item(), 5))
+    return stacked * vae.config.scaling_factor, torch.cat(places)
+
+
+def train_denoiser(pipe: StableDiffusionPipeline, config: Config, generator: torch.Generator) -> float:
+    """Fit denoiser and text encoder to predict the noise, and leave their averages in the pipeline.
+
+    Returns:
+        The mean loss of the last hundred steps.
+    """
+    latents, places = encode_pictures(pipe.vae, config.pictures, generator)
+    tokens = pipe.tokenizer([*TRAIN, ""], padding="max_length", return_tensors="pt").input_ids
+    parameters = [*pipe.unet.parameters(), *pipe.text_encoder.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=1e-3)
+    schedule = OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.1)
+    ema = EMAModel(parameters, decay=config.ema)
+    losses: list[float] = []
+    for _ in (bar := tqdm(range(config.steps), desc="denoiser")):
+        rows = torch.randint(len(latents), (config.batch_size,), generator=generator)
+        dropped = torch.rand(config.batch_size, generator=generator) < config.drop
+        prompts = places[rows].masked_fill(dropped, len(TRAIN))
+        noise = torch.randn(config.batch_size, *latents.shape[1:], generator=generator)
+        timesteps = torch.randint(1000, (config.batch_size,), generator=generator)
+        noisy = pipe.scheduler.add_noise(latents[rows], noise, timesteps)
+        hidden = pipe.text_encoder(tokens).last_hidden_state[prompts]
+        loss = F.mse_loss(pipe.unet(noisy, timesteps, hidden).sample, noise)
+        step(loss, optimizer, schedule, parameters)
+        ema.step(parameters)
+        losses = [*losses[-99:], loss.item()]
+        bar.set_postfix_str(f"loss {sum(losses) / len(losses):.4f}", refresh=False)
+    ema.copy_to(parameters)
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def sample(
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    generator: torch.Generator,
+    guidance: float = 1.0,
+    num_steps: int = 10,
+    batch_size: int = 126,
+) -> Tensor:
+    """Sample with DDIM at eta 1: ``[B, 3, 32, 32]`` in [0, 1]; guidance 1 means none."""
+    pipe.set_progress_bar_config(disable=True)
+    batches = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
+    return torch.cat(
+        [
+            pipe(
+                batch, num_inference_steps=num_steps, guidance_scale=guidance, eta=1.0, generator=generator,
+                output_type="pt",
+            ).images
+            for batch in batches
+        ]
+    )
+
+
+def share_right(
+    pipe: StableDiffusionPipeline, captions: Sequence[str], n: int, generator: torch.Generator, guidance: float = 1.0
+) -> dict[str, float]:
+    """Share of n samples, spread evenly over the captions, whose attributes are right; "score" is the mean score."""
+    prompts = [captions[i % len(captions)] for i in range(n)]
+    images, verifier = sample(pipe, prompts, generator, guidance), Verifier()
+    shares = {name: hits.float().mean().item() for name, hits in verifier.correct(images, prompts).items()}
+    return shares | {"score": verifier.score(images, prompts).mean().item()}
+
+
+def pretrain(config: Config) -> StableDiffusionPipeline:
+    """Build, train and save a pipeline, and print what was measured."""
+    started = time.perf_counter()
+    torch.manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    tokenizer = build_tokenizer(ALL)
+    text_encoder = build_text_encoder(tokenizer)
+    pipe = StableDiffusionPipeline(
+        vae=build_vae(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=build_unet(text_encoder.config.hidden_size),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    error = train_vae(pipe.vae, config.vae_steps, generator)
+    pipe.vae.requires_grad_(False)
+    loss = train_denoiser(pipe, config, generator)
+    pipe.save_pretrained(config.out)
+    tokenizer.backend_tokenizer.model.save(str(config.out / "tokenizer"))
+    size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
+    print(f"autoencoder error {error:.5f}, denoiser loss {loss:.4f}, {size / 1e6:.2f} MB")
+    print(f"trained in {time.perf_counter() - started:.0f} s")
+    if config.evaluate:
+        for name, captions in (("train", TRAIN), ("held out", HELD_OUT)):
+            shares = share_right(pipe, captions, config.evaluate, generator)
+            print(f"{name}, {config.evaluate} samples: " + ", ".join(f"{k} {v:.3f}" for k, v in shares.items()))
+    return pipe
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Command line of `pretrain`."""
+    config = tyro.cli(Config, args=args, description=Config.__doc__)
+    torch.set_num_threads(config.threads)
+    pretrain(config)
+
+
+if __name__ == "__main__":
+    main()

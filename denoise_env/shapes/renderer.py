@@ -1,0 +1,83 @@
+"""Anti-aliased pictures of scenes, and the coverage masks they are made of."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from denoise_env.shapes.grammar import BACKGROUNDS, COLOURS, SHAPES, parse
+
+RADII = (6.0, 10.0)
+"""Smallest and largest radius in pixels of a 32-pixel picture; an object lies in the box of side 2 · radius."""
+MARGIN = 1.0
+"""Pixels of a 32-pixel picture that stay free between that box and the edge."""
+BASE_SIZE = 32
+
+
+def coverage(shape: Tensor, centre: Tensor, radius: Tensor, size: int = BASE_SIZE) -> Tensor:
+    """Share of every pixel that an object covers.
+
+    Args:
+        shape: ``[N]`` indices into `SHAPES`.
+        centre: ``[N, 2]`` x and y in pixels.
+        radius: ``[N]`` in pixels.
+        size: side of the picture in pixels.
+
+    Returns:
+        ``[N, size, size]`` float32 in [0, 1].
+    """
+    grid = torch.arange(size, device=centre.device) + 0.5
+    x = (grid[None, None, :] - centre[:, 0, None, None]).abs()
+    y = grid[None, :, None] - centre[:, 1, None, None]
+    r = radius[:, None, None]
+    # Signed distances in pixels, negative inside; the slope of the triangle's sides is 2.
+    circle = (x**2 + y**2).sqrt() - r
+    square = torch.maximum(x, y.abs()) - 0.86 * r
+    triangle = torch.maximum(y - r, (2 * x - y - r) / 5**0.5)
+    bar = 0.34 * r
+    cross = torch.minimum(torch.maximum(x - r, y.abs() - bar), torch.maximum(x - bar, y.abs() - r))
+    distance = torch.empty_like(circle)
+    for i, candidate in enumerate((circle, square, triangle, cross)):
+        distance = torch.where(shape[:, None, None] == i, candidate, distance)
+    return (0.5 - distance).clamp(0, 1)
+
+
+def mask_grid(shape: str, spacing: float = 1.25, radius_step: float = 1.0) -> Tensor:
+    """Coverage masks of one shape at every radius and place of a grid: ``[M, 32, 32]`` in [0, 1]."""
+    low, high = RADII
+    masks = []
+    for r in torch.linspace(low, high, round((high - low) / radius_step) + 1).tolist():
+        room = BASE_SIZE - 2 * (r + MARGIN)
+        axis = torch.linspace(r + MARGIN, BASE_SIZE - r - MARGIN, round(room / spacing) + 1)
+        centre = torch.cartesian_prod(axis, axis)
+        n = len(centre)
+        masks.append(coverage(torch.full((n,), SHAPES.index(shape)), centre, torch.full((n,), r)))
+    return torch.cat(masks)
+
+
+def render(captions: Sequence[str], generator: torch.Generator | None = None, size: int = BASE_SIZE) -> Tensor:
+    """Draw each caption with a random radius and place, the object wholly inside the picture.
+
+    Args:
+        captions: B captions of the grammar.
+        generator: the CPU source of randomness.
+        size: side of the pictures in pixels, at least 8.
+
+    Returns:
+        ``[B, 3, size, size]`` float32 in [0, 1].
+
+    Raises:
+        ValueError: if a caption is not of the grammar or the size is below 8.
+    """
+    if size < 8:
+        raise ValueError(f"size must be at least 8 pixels, not {size}: smaller pictures cannot show their shapes.")
+    index = torch.tensor([parse(text).indices for text in captions], dtype=torch.long).reshape(-1, 3)
+    scale = size / BASE_SIZE
+    draws = torch.rand(len(index), 3, generator=generator)
+    radius = (RADII[0] + (RADII[1] - RADII[0]) * draws[:, 0]) * scale
+    reach = (radius + MARGIN * scale)[:, None]
+    centre = reach + draws[:, 1:] * (size - 2 * reach)
+    alpha = coverage(index[:, 1], centre, radius, size)[:, None]
+    colour = torch.tensor(list(COLOURS.values()))[index[:, 0], :, None, None]
+    background = torch.tensor(list(BACKGROUNDS.values()))[index[:, 2], :, None, None]
+    return alpha * colour + (1 - alpha) * background
