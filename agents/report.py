@@ -1,0 +1,129 @@
+"""One self-contained HTML page that tells what a run did."""
+
+import base64
+import csv
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
+h1{font-size:1.6rem;margin-bottom:.2rem} h2{font-size:1.15rem;margin-top:2rem}
+code,pre{font:14px ui-monospace,monospace;background:#f3f4f6;border-radius:4px}
+code{padding:.1rem .3rem} pre{padding:.7rem;overflow-x:auto;white-space:pre-wrap}
+.cards{display:flex;gap:1rem;flex-wrap:wrap}.card{border:1px solid #dfe3e8;border-radius:8px;padding:.8rem 1.1rem}
+.card b{display:block;font-size:1.5rem}.card small{color:#5b6570}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}figure{margin:0}figcaption{color:#5b6570}
+img{max-width:100%;image-rendering:pixelated}svg{max-width:100%;height:auto}
+table{border-collapse:collapse}td,th{padding:.15rem .8rem .15rem 0;text-align:left;font-size:14px}
+details{margin-top:1rem}
+"""
+
+
+def read_csv(path: Path) -> list[dict[str, float]]:
+    """A metrics table as numbers, one mapping a row."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def headline(evals: list[dict[str, float]]) -> list[tuple[str, dict[str, float], dict[str, float]]]:
+    """(reward name, first evaluation, last evaluation) for every reward that was evaluated."""
+    if not evals:
+        return []
+    names = [name for name in evals[0] if f"{name}_low" in evals[0]]
+    return [(name, evals[0], evals[-1]) for name in names]
+
+
+def write_report(directory: Path) -> Path:
+    """Write ``report.html`` from a run's own files.
+
+    Args:
+        directory: of a run.
+
+    Returns:
+        The page's path.
+    """
+    from agents.checkpoint import write_atomically
+
+    metrics, evals = read_csv(directory / "metrics.csv"), read_csv(directory / "eval.csv")
+    config = json.loads((directory / "config.json").read_text())
+    about = json.loads((directory / "versions.json").read_text())
+    cards = "".join(_card(name, before, after) for name, before, after in headline(evals))
+    seconds = sum(row["seconds"] for row in metrics)
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>{html.escape(directory.name)}</title>
+<style>{_STYLE}</style>
+<h1>{html.escape(directory.name)}</h1>
+<p>{html.escape(config["agent"].get("name", "GRPO"))} on <b>{html.escape(config["model"])}</b>, seed {config["seed"]}:
+{len(metrics)} of {config["iterations"]} iterations, {_images(config)} images each, {seconds:.0f} s of training.</p>
+<p>The command: <code>{html.escape(about["command"] or "(started from Python)")}</code></p>
+<h2>Evaluation on fixed prompts and seeds</h2><div class="cards">{cards}</div>
+<h2>Same seeds, before and after</h2><div class="pair">{_pictures(directory)}</div>
+<h2>Curves</h2>{_curves(metrics, evals)}
+<details><summary>Configuration</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre></details>
+<details><summary>Versions</summary><pre>{html.escape(json.dumps(about, indent=1))}</pre></details>
+</html>
+"""
+    path = directory / "report.html"
+    write_atomically(path, page)
+    return path
+
+
+def _images(config: dict[str, Any]) -> int:
+    return config["prompts_per_iteration"] * config["agent"]["group_size"]
+
+
+def _card(name: str, before: dict[str, float], after: dict[str, float]) -> str:
+    def interval(row: dict[str, float]) -> str:
+        return f"{row[name]:.3f} [{row[name + '_low']:.3f}, {row[name + '_high']:.3f}]"
+
+    return (
+        f'<div class="card">{html.escape(name)}<b>{before[name]:.3f} → {after[name]:.3f}</b>'
+        f"<small>{interval(before)}<br>→ {interval(after)}<br>"
+        f"{after['images']:.0f} images each, 95 % bootstrap interval</small></div>"
+    )
+
+
+def _pictures(directory: Path) -> str:
+    grids = sorted((directory / "samples").glob("*.png"))
+    ends = [grids[0], grids[-1]] if len(grids) > 1 else grids
+    return "".join(
+        f'<figure><img alt="samples at iteration {int(path.stem)}" '
+        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        f"<figcaption>iteration {int(path.stem)}; a row is a prompt</figcaption></figure>"
+        for path in ends
+    )
+
+
+def _curves(metrics: list[dict[str, float]], evals: list[dict[str, float]]) -> str:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = [name for name in ("grad_norm", "clip_fraction", "kl_reference", "ratio_deviation") if metrics and name in metrics[0]]
+    evaluated = [name for name, _, _ in headline(evals)]
+    names = ["reward", *evaluated, *panels]
+    rows = -(-len(names) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(10, 2.6 * rows), squeeze=False, layout="constrained")
+    for axis, name in zip(axes.flat, names, strict=False):
+        if name in evaluated:
+            at = [row["iteration"] for row in evals]
+            axis.plot(at, [row[name] for row in evals], "o-", color="#c2410c")
+            low, high = ([row[f"{name}_{end}"] for row in evals] for end in ("low", "high"))
+            axis.fill_between(at, low, high, color="#c2410c", alpha=0.2, linewidth=0)
+            axis.set_title(f"evaluation: {name}", fontsize=10)
+        else:
+            axis.plot([row["iteration"] for row in metrics], [row[name] for row in metrics], color="#1d4ed8", lw=1)
+            axis.set_title(f"training: {name}", fontsize=10)
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[len(names) :]:
+        axis.axis("off")
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    plt.close(figure)
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
