@@ -94,11 +94,7 @@ class Agent(ABC):
         self.optimizer = torch.optim.AdamW(
             self.parameters, config.lr, config.betas, weight_decay=config.weight_decay, fused=fused
         )
-        self.ema: Any = None
-        if config.ema_decay:
-            from diffusers.training_utils import EMAModel
-
-            self.ema = EMAModel(self.parameters, decay=config.ema_decay)
+        self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay else []
         if config.kl_coef:
             policy.model.keep_reference()
 
@@ -201,8 +197,9 @@ class Agent(ABC):
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.ema:
-            self.ema.step(self.parameters)
+        if self.average:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, self.parameters, 1 - self.config.ema_decay)
         result = {name: value.item() / pairs for name, value in sums.items()}
         return {**result, "ratio_deviation": deviation.item(), "grad_norm": norm.item()}
 
@@ -230,25 +227,20 @@ class Agent(ABC):
     @contextlib.contextmanager
     def evaluation_weights(self) -> Iterator[None]:
         """Inside, the policy has the averaged weights, where there are any."""
-        if self.ema is None:
-            yield
-            return
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
+        for p, average in zip(self.parameters, self.average, strict=False):
+            p.data, average.data = average.data, p.data
         try:
             yield
         finally:
-            self.ema.restore(self.parameters)
+            for p, average in zip(self.parameters, self.average, strict=False):
+                p.data, average.data = average.data, p.data
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs to continue, by name."""
         tensors = {f"weights.{name}": p.detach() for name, p in self.policy.model.trainable().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
-        if self.ema:
-            tensors |= {f"ema.{i}": value for i, value in enumerate(self.ema.shadow_params)}
-            tensors["ema.steps"] = torch.tensor(self.ema.optimization_step)
-        return tensors
+        return tensors | {f"average.{i}": value for i, value in enumerate(self.average)}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Continue from ``state``'s tensors.
@@ -265,7 +257,7 @@ class Agent(ABC):
                 f"the checkpoint holds another architecture: {odd} is {found.get(odd, 'missing')} in it and "
                 f"{expected.get(odd, 'absent')} in the model"
             )
-        if bool(self.ema) != ("ema.steps" in tensors):
+        if bool(self.average) != ("average.0" in tensors):
             raise ValueError("the checkpoint and ema_decay disagree on whether weights are averaged")
         with torch.no_grad():
             for name, p in parameters.items():
@@ -276,7 +268,5 @@ class Agent(ABC):
                 _, i, key = name.split(".")
                 state.setdefault(int(i), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        if self.ema:
-            self.ema.optimization_step = int(tensors["ema.steps"])
-            for i, shadow in enumerate(self.ema.shadow_params):
-                shadow.copy_(tensors[f"ema.{i}"])
+        for i, average in enumerate(self.average):
+            average.copy_(tensors[f"average.{i}"])

@@ -132,7 +132,7 @@ def _train(arguments: Sequence[str]) -> int:
     else:
         file = read_config(chosen.config) if chosen.config else []
         config = parse_config([*file, *rest], PRESETS[chosen.preset]())
-        directory = Path(config.output_dir or f"runs/{chosen.preset}-seed{config.seed}")
+        directory = Path(config.output_dir) if config.output_dir else _free(Path(f"runs/{chosen.preset}-seed{config.seed}"))
     from agents.report import headline, read_csv
     from agents.train import train
 
@@ -143,6 +143,12 @@ def _train(arguments: Sequence[str]) -> int:
         what = "share with all attributes right" if name == "shapes-correct" else f"mean reward {name!r}"
         print(f"{kind}, {what} ({after['images']:.0f} images each): {_figure(name, before)} before, {_figure(name, after)} after")
     return 0
+
+
+def _free(path: Path) -> Path:
+    """The path, or the first of path-2, path-3, … that holds no run yet."""
+    candidates = [path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 1000))]
+    return next(candidate for candidate in candidates if not (candidate / "config.json").exists())
 
 
 def _figure(name: str, row: dict[str, float]) -> str:
@@ -192,15 +198,14 @@ def _experiment(target: str, options: argparse.Namespace) -> Any:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from agents.evaluate import evaluate
+    from agents.progress import progress
 
     table = {}
     for target in options.targets:
         found = _experiment(target, options)
         total = len(found.eval_prompts) * options.images_per_prompt
-        with tqdm(total=total, desc=target, leave=False) as bar, found.agent.evaluation_weights():
+        with progress(total=total, desc=target, leave=False) as bar, found.agent.evaluation_weights():
             result = evaluate(
                 found.eval_mdp, found.policy, found.eval_prompts, options.images_per_prompt, options.seed,
                 found.config.microbatch, bar.update,

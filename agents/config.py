@@ -75,7 +75,7 @@ class TrainConfig:
     """How many of the newest checkpoints to keep."""
 
     output_dir: str | None = None
-    """The run's directory; default: runs/<preset>-seed<seed>."""
+    """The run's directory; default: runs/<preset>-seed<seed>, with -2, -3, … where that holds a run."""
     wandb: bool = False
     """Log to Weights & Biases too (extra: wandb)."""
     tensorboard: bool = False

@@ -96,6 +96,8 @@ def bootstrap(table: np.ndarray, seed: int, draws: int = 1000) -> tuple[float, f
 
     The prompts are a fixed set, so they are strata and are not resampled. NaN entries are left out.
     """
+    if np.isnan(table).all():
+        return math.nan, math.nan
     rng = np.random.default_rng(seed)
     picks = rng.integers(0, table.shape[1], (draws, *table.shape))
     means = np.nanmean(np.take_along_axis(table[None], picks, 2).reshape(draws, -1), 1)

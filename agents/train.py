@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from agents import checkpoint
 from agents.base import Agent
@@ -22,6 +21,7 @@ from agents.evaluate import evaluate, grid, sample
 from agents.grpo import GRPO
 from agents.logging import Logger
 from agents.policy import DenoisingPolicy
+from agents.progress import progress
 from agents.report import write_report
 from agents.rollout import Rollout, collect
 from agents.seeding import epoch_order, row_seeds
@@ -135,16 +135,16 @@ def train(config: TrainConfig, directory: Path, *, resume: bool = False, command
     checkpoints = directory / "checkpoints"
     newest = checkpoint.latest(checkpoints) if resume else None
     done = _restore(experiment, newest) if newest else 0
-    directory.mkdir(parents=True, exist_ok=True)
-    checkpoint.prune(checkpoints, config.keep_checkpoints)
-    about = {"command": shlex.join(command), **_versions()}
-    checkpoint.write_atomically(directory / "versions.json", json.dumps(about, indent=1))
-    checkpoint.write_atomically(directory / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
-    metrics, evals = Table(directory / "metrics.csv", done), Table(directory / "eval.csv", done)
     with Logger(directory, config) as logger:
+        directory.mkdir(parents=True, exist_ok=True)
+        checkpoint.prune(checkpoints, config.keep_checkpoints)
+        about = {"command": shlex.join(command), **_versions()}
+        checkpoint.write_atomically(directory / "versions.json", json.dumps(about, indent=1))
+        checkpoint.write_atomically(directory / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+        metrics, evals = Table(directory / "metrics.csv", done), Table(directory / "eval.csv", done)
         if newest is None:
             _look(experiment, directory, 0, evals, logger)
-        bar = tqdm(range(done + 1, config.iterations + 1), initial=done, total=config.iterations, desc="train")
+        bar = progress(range(done + 1, config.iterations + 1), initial=done, total=config.iterations, desc="train")
         for iteration in bar:
             row = _iterate(experiment, iteration)
             metrics.append(row)
@@ -221,7 +221,7 @@ def _look(
     with experiment.agent.evaluation_weights():
         if due(config.eval_every):
             total = len(experiment.eval_prompts) * config.eval_images_per_prompt
-            with tqdm(total=total, desc=f"evaluate at {iteration}", leave=False) as bar:
+            with progress(total=total, desc=f"evaluate at {iteration}", leave=False) as bar:
                 found = evaluate(
                     experiment.eval_mdp,
                     policy,

@@ -20,7 +20,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from denoise_env.models import DenoisingModel, load_model
+from denoise_env.models import DenoisingModel, check_name, load_model
 from denoise_env.rewards import Reward, load_reward
 
 
@@ -169,6 +169,7 @@ class DenoisingMDP:
             microbatch: rows decoded and scored at a time.
             model_options: passed to the model family.
         """
+        check_name(model)
         world = model.split("-")[0] if model in ("shapes", "points", "points-flow") else None
         if rewards is None or prompts is None:
             if world is None:

@@ -1,5 +1,6 @@
 """Model families: one file each; `base.py` holds their interface, `load_model` finds one by name."""
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,15 @@ NAMES = {
 """Name → what it is. Anything else is the hub id or the path of a Stable Diffusion checkpoint."""
 
 
+def check_name(name: str) -> None:
+    """Refuse what is neither a name, nor a directory, nor of a hub id's form with a ``ValueError``."""
+    if name in NAMES or Path(name).is_dir() or (name.count("/") == 1 and not name.startswith((".", "/"))):
+        return
+    near = difflib.get_close_matches(name, NAMES, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {list(NAMES)}"
+    raise ValueError(f"unknown model {name!r}; {hint} Or give the directory or hub id of a checkpoint.")
+
+
 def load_model(name: str, **options: Any) -> DenoisingModel:
     """The model of a name in `NAMES`, or a Stable Diffusion checkpoint by path or hub id.
 
@@ -23,6 +33,7 @@ def load_model(name: str, **options: Any) -> DenoisingModel:
     Raises:
         ValueError: no such model, or an option the family does not have.
     """
+    check_name(name)
     if name in ("points", "points-flow") or (Path(name) / "model.safetensors").is_file():
         from denoise_env.models.points import Points
 
