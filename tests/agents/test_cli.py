@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+from agents import cli
+from agents.config import PRESETS, TrainConfig
+
+FAST = ["--preset", "points", "--iterations", "2", "--agent.group-size", "4", "--eval-images-per-prompt", "2"]
+
+
+def test_train_eval_sample_and_resume(tmp_path, capsys):
+    directory = tmp_path / "run"
+    assert cli.main(["train", *FAST, "--output-dir", str(directory)]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("evaluation prompts, mean reward 'points' (12 images each): ")
+    assert " before, " in last
+    assert cli.main(["train", "--resume", str(directory), "--iterations", "3"]) == 0
+    assert len((directory / "metrics.csv").read_text().splitlines()) == 4
+    assert json.loads((directory / "config.json").read_text())["iterations"] == 3
+    table = tmp_path / "table.json"
+    assert cli.main(["eval", "points", str(directory), "--images-per-prompt", "4", "--json", str(table)]) == 0
+    assert set(json.loads(table.read_text())) == {"points", str(directory)}
+    assert cli.main(["sample", str(directory), "--output", str(tmp_path / "grid.png")]) == 0
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["eval", str(directory / "export"), "--prompts", "nowhere.txt"]) == 2
+    assert "no prompt file" in capsys.readouterr().err
+
+
+def test_list_names_everything(capsys):
+    assert cli.main(["list"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("shapes-correct", "points-flow", "dance_sde", "grpo", "dancegrpo", "denoise_env/Points-v0"):
+        assert name in printed
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_configuration_survives_its_file(tmp_path, preset):
+    import dataclasses
+
+    config = dataclasses.replace(PRESETS[preset](), rewards={"shapes": 0.7, "shapes-correct": 1.4}, wandb=True)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    assert cli.run_config(tmp_path) == config
+
+
+def test_a_toml_file_and_flags_override_the_preset(tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text('model = "points"\niterations = 7\n[agent]\nlr = 0.5\nshared_noise = false\n')
+    config = cli.parse_config([*cli.read_config(str(file)), "--agent.lr", "0.25"], TrainConfig())
+    assert (config.model, config.iterations, config.agent.lr, config.agent.shared_noise) == ("points", 7, 0.25, False)
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path, capsys):
+    file = tmp_path / "settings.toml"
+    file.write_text("iteratoins = 7\n")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config", str(file)])
+    printed = capsys.readouterr()
+    assert "iteratoins" in printed.out + printed.err
+    assert "--iterations" in printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--preset", "shaeps"], "did you mean 'shapes'"),
+        (["train", *FAST, "--model", "shaeps"], "did you mean 'shapes'"),
+        (["train", *FAST, "--rewards", "point", "1"], "did you mean 'points'"),
+        (["train", *FAST, "--agent.group-size", "1"], "group_size must be at least 2"),
+        (["train", "--config", "nowhere.toml"], "cannot read the configuration"),
+        (["train", "--resume", "nowhere"], "no run in nowhere"),
+        (["eval", "nowhere/at/all"], "unknown model"),
+        (["eval", "points", "--num-steps", "0"], "num_steps must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_status_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_refuses_another_learning_rate(tmp_path, capsys):
+    directory = tmp_path / "run"
+    assert cli.main(["train", *FAST, "--output-dir", str(directory)]) == 0
+    assert cli.main(["train", "--resume", str(directory), "--agent.lr", "1"]) == 2
+    assert "agent cannot change" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--preset NAME" in printed
+    assert "Samples per prompt, G." in printed
+    assert "dancegrpo: DanceGRPO's Stable Diffusion 1.4 setting" in printed
