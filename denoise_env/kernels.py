@@ -151,9 +151,9 @@ class Transition:
         """KL(self ‖ other) ``[B]``; |μ − μ'|²/(2 std²) where the stds agree."""
         self._need_density("KL")
         other._need_density("KL")
-        ratio = self.std / other.std
         z = (self.mean - other.mean) / other.std
-        return _reduce(0.5 * (z * z) + (0.5 * (ratio * ratio - 1) - ratio.log()), reduction)
+        wider = (self.std - other.std) / other.std  # not the ratio: it loses small differences to rounding
+        return _reduce(0.5 * (z * z) + (wider + 0.5 * (wider * wider) - wider.log1p()), reduction)
 
     def _need_density(self, what: str) -> None:
         if not self.stochastic:
