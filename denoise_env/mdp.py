@@ -114,7 +114,7 @@ class DenoisingMDP:
     Args:
         model: supplies latent shape, noise schedule, prompt encoding and decoding.
         rewards: name → reward.
-        prompts: the prompts that a reset draws from; more can join later.
+        prompts: the prompts that a reset draws from; others can join the table later but are never drawn.
         num_steps: K.
         metadata: of the prompts, for rewards that need it.
         reward_weights: name → weight in the scalar reward; 1 each by default.
@@ -148,6 +148,7 @@ class DenoisingMDP:
         self.schedule = model.schedule(num_steps)
         self.microbatch = microbatch
         self.prompts = PromptTable(model, prompts, metadata)
+        self._drawn = len(self.prompts.texts)
 
     @classmethod
     def make(
@@ -214,8 +215,7 @@ class DenoisingMDP:
             raise ValueError(f"{rows} rows cannot be divided into groups of {group_size}")
         leaders = range(0, rows, group_size)
         if prompts is None:
-            known = len(self.prompts.texts)
-            index = torch.tensor([int(torch.randint(known, (), generator=generators[i])) for i in leaders])
+            index = torch.tensor([int(torch.randint(self._drawn, (), generator=generators[i])) for i in leaders])
         else:
             check_prompts(prompts)
             if len(prompts) * group_size != rows:

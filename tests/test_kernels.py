@@ -363,7 +363,7 @@ def test_ratio_is_exactly_one_when_latents_are_rounded_first(
 
 @pytest.mark.parametrize(("std", "shift"), [(0.3, 7e-5), (0.074, 4e-4), (0.03, 2e-3)])
 def test_rounding_after_the_log_prob_moves_the_ratio(std: float, shift: float) -> None:
-    """Why latents are rounded first: bf16 moves the *mean* log-ratio up to beyond DanceGRPO's clip of 1e-4."""
+    """Why latents are rounded first: bf16 moves the mean log-ratio beyond DanceGRPO's clip of 1e-4."""
     gaussian = Transition(normal(8, 16384, dtype=torch.float32), torch.full((8, 1), std))
     x = gaussian.sample(normal(8, 16384, seed=1, dtype=torch.float32))
     late = gaussian.log_prob(x.bfloat16()) - gaussian.log_prob(x)
