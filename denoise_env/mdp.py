@@ -211,7 +211,7 @@ class DenoisingMDP:
             ValueError: numbers that do not divide, or bad prompts.
         """
         rows = len(generators)
-        if group_size < 1 or rows % group_size:
+        if rows < 1 or group_size < 1 or rows % group_size:
             raise ValueError(f"{rows} rows cannot be divided into groups of {group_size}")
         leaders = range(0, rows, group_size)
         if prompts is None:
