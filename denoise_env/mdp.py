@@ -94,7 +94,7 @@ class Scores:
     """Rewards of a batch.
 
     Attributes:
-        values: reward name → ``[B]`` float32, NaN where it could not be computed.
+        values: reward name → ``[B]`` float32, NaN where it could not be computed or is infinite.
         total: ``[B]`` float32, their weighted sum; NaN where any is.
         valid: ``[B]`` bool, rows where every reward is a finite number.
         errors: reward name → what it raised last, for those that raised or returned nonsense.
@@ -281,7 +281,8 @@ class DenoisingMDP:
                     result = torch.as_tensor(reward(images, texts, metadata))
                     if result.shape != (len(texts),):
                         raise ValueError(f"it returned shape {tuple(result.shape)} for {len(texts)} images")
-                    values[name][rows] = result.to(values[name])
+                    result = result.to(values[name])
+                    values[name][rows] = result.where(result.isfinite(), torch.nan)
                 except Exception as error:
                     errors[name] = f"{type(error).__name__}: {error}"
                     warnings.warn(f"the reward {name!r} failed on {len(texts)} rows: {errors[name]}", stacklevel=2)
