@@ -12,13 +12,18 @@ with x̂0 and ε̂ read off the network's output. A kernel is its two numbers pe
 |---|---|---|---|---|
 | `ODE` | both | σ' | 0 | Song et al. 2021 (DDIM, η = 0); Euler on a rectified flow |
 | `DDIM` | diffusion | √(σ'² − std²) | η σ'/σ √(1 − ᾱ/ᾱ') | Song et al. 2021, eq. 12 and 16 |
-| `DanceSDE` | flow | σ' − std²/(2σ) | η √Δ | Xue et al. 2025 (DanceGRPO), eq. 7 |
+| `DanceSDE` | flow | σ' − std²/(2σ) | η √Δ | Xue et al. 2025 (DanceGRPO), eq. 8 |
 | `FlowSDE` | flow | σ' − std²/(2σ) | a √(σ/(1−σ)) √Δ | Liu et al. 2025 (Flow-GRPO), eq. 9 |
 | `CPS` | flow | σ' cos(aπ/2) | σ' sin(aπ/2) | Wang & Yu 2025 (Coefficients-Preserving Sampling) |
 
 σ, σ' are the noise levels before and after the step and Δ = σ − σ'. DDIM and CPS keep
-noise² + std² = σ'²: with a perfect network the marginals are exact. The two SDEs keep it to first
-order in Δ only: their variance after a step is too large by std²Δ/σ + std⁴/(4σ²).
+noise² + std² = σ'²: where the data is a single point their marginals are exact. The two SDEs keep it to
+first order in Δ only: there their variance after a step is too large by std²Δ/σ + std⁴/(4σ²).
+
+Where the data has a spread, every kernel has a bias at few steps, even with a perfect network. It vanishes
+like 1/K for ODE, DDIM and Dance-SDE; Flow-SDE's first step leaves a part that vanishes like K^(−a²). It does
+not vanish for CPS, whose noise does not shrink with the step: on Gaussian data the std of its samples tends
+to cos(aπ/4) times the data's. `tests/test_kernels.py` measures all this.
 """
 
 import math
@@ -146,9 +151,9 @@ class Transition:
         """KL(self ‖ other) ``[B]``; |μ − μ'|²/(2 std²) where the stds agree."""
         self._need_density("KL")
         other._need_density("KL")
-        ratio = self.std / other.std
         z = (self.mean - other.mean) / other.std
-        return _reduce(0.5 * (z * z) + (0.5 * (ratio * ratio - 1) - ratio.log()), reduction)
+        wider = (self.std - other.std) / other.std  # not the ratio: it loses small differences to rounding
+        return _reduce(0.5 * (z * z) + (wider + 0.5 * (wider * wider) - wider.log1p()), reduction)
 
     def _need_density(self, what: str) -> None:
         if not self.stochastic:

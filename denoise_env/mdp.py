@@ -94,7 +94,7 @@ class Scores:
     """Rewards of a batch.
 
     Attributes:
-        values: reward name → ``[B]`` float32, NaN where it could not be computed.
+        values: reward name → ``[B]`` float32, NaN where it could not be computed or is infinite.
         total: ``[B]`` float32, their weighted sum; NaN where any is.
         valid: ``[B]`` bool, rows where every reward is a finite number.
         errors: reward name → what it raised last, for those that raised or returned nonsense.
@@ -114,7 +114,7 @@ class DenoisingMDP:
     Args:
         model: supplies latent shape, noise schedule, prompt encoding and decoding.
         rewards: name → reward.
-        prompts: the prompts that a reset draws from; more can join later.
+        prompts: the prompts that a reset draws from; others can join the table later but are never drawn.
         num_steps: K.
         metadata: of the prompts, for rewards that need it.
         reward_weights: name → weight in the scalar reward; 1 each by default.
@@ -148,6 +148,7 @@ class DenoisingMDP:
         self.schedule = model.schedule(num_steps)
         self.microbatch = microbatch
         self.prompts = PromptTable(model, prompts, metadata)
+        self._drawn = len(self.prompts.texts)
 
     @classmethod
     def make(
@@ -211,12 +212,11 @@ class DenoisingMDP:
             ValueError: numbers that do not divide, or bad prompts.
         """
         rows = len(generators)
-        if group_size < 1 or rows % group_size:
+        if rows < 1 or group_size < 1 or rows % group_size:
             raise ValueError(f"{rows} rows cannot be divided into groups of {group_size}")
         leaders = range(0, rows, group_size)
         if prompts is None:
-            known = len(self.prompts.texts)
-            index = torch.tensor([int(torch.randint(known, (), generator=generators[i])) for i in leaders])
+            index = torch.tensor([int(torch.randint(self._drawn, (), generator=generators[i])) for i in leaders])
         else:
             check_prompts(prompts)
             if len(prompts) * group_size != rows:
@@ -282,7 +282,8 @@ class DenoisingMDP:
                     result = torch.as_tensor(reward(images, texts, metadata))
                     if result.shape != (len(texts),):
                         raise ValueError(f"it returned shape {tuple(result.shape)} for {len(texts)} images")
-                    values[name][rows] = result.to(values[name])
+                    result = result.to(values[name])
+                    values[name][rows] = result.where(result.isfinite(), torch.nan)
                 except Exception as error:
                     errors[name] = f"{type(error).__name__}: {error}"
                     warnings.warn(f"the reward {name!r} failed on {len(texts)} rows: {errors[name]}", stacklevel=2)

@@ -29,4 +29,7 @@ def load_reward(name: str) -> Reward:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"cannot load the reward {name!r}: {error}") from error
-    return found() if isinstance(found, type) else found
+    reward = found() if isinstance(found, type) else found
+    if not callable(reward):
+        raise ValueError(f"the reward {name!r} is not callable but {type(reward).__name__}")
+    return reward
