@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument(
             "targets", nargs="+" if name == "eval" else 1, metavar="TARGET", help="a run's directory, or a model (see denoise-env list)"
         )
-        command.add_argument("--prompts", metavar="FILE", help="a text file, one prompt a line")
+        command.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line, or a named set (denoise-env list)")
         command.add_argument("--images-per-prompt", type=int, default=8 if name == "sample" else 64, metavar="N")
         command.add_argument("--seed", type=int, default=1234, help="of the noise (default %(default)s)")
         command.add_argument("--num-steps", type=int, metavar="K", help="denoising steps (default: the run's, or 10)")
@@ -180,6 +180,7 @@ def run_config(directory: Path) -> TrainConfig:
 
 def _experiment(target: str, options: argparse.Namespace) -> Any:
     from agents.train import build, load_run
+    from denoise_env.models import NAMES
 
     path = Path(target)
     is_run = (path / "config.json").is_file() and (path / "metrics.csv").exists()
@@ -190,10 +191,14 @@ def _experiment(target: str, options: argparse.Namespace) -> Any:
         config.num_steps = options.num_steps
     if options.guidance_scale is not None:
         config.guidance_scale = options.guidance_scale
+    named = tuple(getattr(options, "rewards", None) or ())
     if options.prompts:
         config.eval_prompts = options.prompts
-    if getattr(options, "rewards", None):
-        config.eval_rewards = tuple(options.rewards)
+    if not is_run and target not in NAMES:
+        config.prompts = options.prompts
+        # sampling calls no reward, but an environment has one
+        config.rewards = dict.fromkeys(named if options.command == "eval" else ("shapes",), 1.0)
+    config.eval_rewards = named or config.eval_rewards
     return load_run(path, config) if is_run else build(config)
 
 
@@ -223,11 +228,11 @@ def _sample(options: argparse.Namespace) -> int:
 
     found = _experiment(options.targets[0], options)
     with found.agent.evaluation_weights():
-        rollout = sample(
+        latents, _ = sample(
             found.eval_mdp, found.policy, found.eval_prompts, options.images_per_prompt, options.seed,
             found.config.microbatch,
         )
-    grid(found.mdp.model.render(rollout.final_latents), options.images_per_prompt, Path(options.output))
+    grid(found.mdp.model.render(latents), options.images_per_prompt, Path(options.output))
     for i, prompt in enumerate(found.eval_prompts):
         print(f"row {i + 1}: {prompt}")
     print(options.output)
@@ -235,12 +240,13 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from denoise_env import models, rewards
+    from denoise_env import mdp, models, rewards
     from denoise_env.kernels import KERNELS
 
     for title, rows in (
         ("models (--model)", models.NAMES | {"HUB ID or PATH": "any Stable Diffusion 1.x or 2.x checkpoint"}),
         ("rewards (--rewards NAME WEIGHT …)", rewards.NAMES | {"module:attribute": "your own"}),
+        ("prompts (--prompts)", dict.fromkeys(mdp.PROMPT_SETS, "") | {"FILE": "a text file, one prompt a line"}),
         ("kernels (--kernel)", {name: (kernel.__doc__ or "").splitlines()[0] for name, kernel in KERNELS.items()}),
         ("agents", {name: (config.__doc__ or "").splitlines()[0] for name, config in AGENTS.items()}),
         ("presets (--preset)", {name: (make.__doc__ or "").splitlines()[0] for name, make in PRESETS.items()}),

@@ -17,7 +17,7 @@ class TrainConfig:
     rewards: dict[str, float] = field(default_factory=dict)
     """Reward name → weight; empty: the embedded world's own. Your own: "module:name"."""
     prompts: str | None = None
-    """A text file, one prompt a line; empty: the embedded world's training prompts."""
+    """"shapes", "points", or a text file with one prompt a line; default: the embedded world's training prompts."""
     num_steps: int = 10
     """Denoising steps per image, K."""
     guidance_scale: float | None = None
@@ -60,7 +60,7 @@ class TrainConfig:
     eval_every: int = 50
     """Iterations between evaluations; there is always one before and one after. 0: only those."""
     eval_prompts: str | None = None
-    """A text file of prompts; empty: the embedded world's held-out prompts, or the training prompts."""
+    """Likewise, "shapes-held-out" too; default: that for shapes, else the training prompts."""
     eval_rewards: tuple[str, ...] = ()
     """Rewards measured in evaluation beside the trained ones."""
     eval_images_per_prompt: int = 8

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from agents.policy import DenoisingPolicy
-from agents.rollout import Rollout, collect
+from agents.rollout import begin, denoise
 from agents.seeding import row_seeds
 from denoise_env.mdp import DenoisingMDP, row_generators
 
@@ -46,12 +46,17 @@ def sample(
     images_per_prompt: int,
     seed: int,
     microbatch: int | None = None,
-) -> Rollout:
-    """``images_per_prompt`` neighbouring rows for each prompt; row i's noise follows from (seed, i) alone."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Finished latents ``[N, *latent]`` and their prompt indices ``[N]``, ``images_per_prompt`` rows a prompt.
+
+    Row i's noise follows from (seed, i) alone.
+    """
     rows = len(prompts) * images_per_prompt
     size = next(n for n in range(min(microbatch or rows, rows), 0, -1) if rows % n == 0)
     generators = row_generators(row_seeds(seed, "evaluation", 0, rows))
-    return collect(mdp, policy, generators, prompts, group_size=images_per_prompt, microbatch=size)
+    latents, prompt_index = begin(mdp, generators, prompts, group_size=images_per_prompt)
+    denoise(mdp, policy, latents, prompt_index, size)
+    return latents[:, -1], prompt_index
 
 
 def evaluate(
@@ -80,10 +85,10 @@ def evaluate(
     values: dict[str, list[torch.Tensor]] = {name: [] for name in mdp.rewards}
     for first in range(0, len(prompts), rows):
         chunk = prompts[first : first + rows]
-        rollout = sample(mdp, policy, chunk, images_per_prompt, seed + first, microbatch)
-        for name, found in rollout.scores.values.items():
+        scores = mdp.score(*sample(mdp, policy, chunk, images_per_prompt, seed + first, microbatch))
+        for name, found in scores.values.items():
             values[name].append(found.cpu().view(len(chunk), images_per_prompt))
-        progress(len(rollout))
+        progress(len(scores.total))
     table = {name: torch.cat(found).double().numpy() for name, found in values.items()}
     unscored = int(np.isnan(np.stack(list(table.values()))).any(0).sum())
     means = {name: float(np.nanmean(t)) if not np.isnan(t).all() else math.nan for name, t in table.items()}

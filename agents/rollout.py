@@ -36,6 +36,39 @@ class Rollout:
         return len(self.steps)
 
 
+def begin(
+    mdp: DenoisingMDP,
+    generators: Sequence[torch.Generator],
+    prompts: Sequence[str] | None = None,
+    *,
+    group_size: int = 1,
+    shared_noise: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reset, and draw every step's noise into the rollout's own latents.
+
+    Args:
+        mdp: the environment.
+        generators: one CPU generator per row; row i's draws come from ``generators[i]`` alone.
+        prompts: one per group; default: drawn by the reset.
+        group_size: G.
+        shared_noise: whether a group starts from the same latents.
+
+    Returns:
+        What `denoise` takes: ``[B, K+1, *latent]`` with x_0 and K standard normal draws, and the prompt
+        indices ``[B]``.
+
+    Raises:
+        ValueError: numbers that do not divide, or bad prompts.
+    """
+    state = mdp.reset(generators, prompts, group_size=group_size, shared_noise=shared_noise)
+    latents = state.latents.new_empty(len(generators), mdp.num_steps + 1, *mdp.model.latent_shape)
+    latents[:, 0] = state.latents
+    noise = torch.empty(mdp.num_steps, *mdp.model.latent_shape)
+    for i, generator in enumerate(generators):
+        latents[i, 1:] = noise.normal_(generator=generator)
+    return latents, state.prompt_index
+
+
 def denoise(
     mdp: DenoisingMDP,
     policy: DenoisingPolicy,
@@ -85,17 +118,16 @@ def collect(
 ) -> Rollout:
     """Roll the policy out from a reset and score the results.
 
-    Row i's noise, first latents and every step's, comes from ``generators[i]`` alone: it depends neither on
-    the batch nor on the microbatch it is in. It is drawn into the rollout's own latents, so nothing else is
-    allocated.
+    Row i's noise, the first latents' and every step's, comes from ``generators[i]`` alone: it depends neither
+    on the batch nor on the microbatch it is in.
 
     Args:
         mdp: the environment.
         policy: acts.
-        generators: one CPU generator per row.
-        prompts: one per group; default: drawn by the reset.
-        group_size: G.
-        shared_noise: whether a group starts from the same latents.
+        generators: as in `begin`, and so ``prompts``, ``group_size`` and ``shared_noise``.
+        prompts: see there.
+        group_size: see there.
+        shared_noise: see there.
         microbatch: rows per network call; default all.
 
     Raises:
@@ -105,29 +137,24 @@ def collect(
     rows, steps = len(generators), mdp.num_steps
     if microbatch and rows % microbatch:
         raise ValueError(f"{rows} rows cannot be divided into microbatches of {microbatch}")
-    state = mdp.reset(generators, prompts, group_size=group_size, shared_noise=shared_noise)
-    latents = state.latents.new_empty(rows, steps + 1, *mdp.model.latent_shape)
-    latents[:, 0] = state.latents
-    noise = torch.empty(steps, *mdp.model.latent_shape)
-    for i, generator in enumerate(generators):
-        latents[i, 1:] = noise.normal_(generator=generator)
-    log_prob = denoise(mdp, policy, latents, state.prompt_index, microbatch)
+    latents, prompt_index = begin(mdp, generators, prompts, group_size=group_size, shared_noise=shared_noise)
+    log_prob = denoise(mdp, policy, latents, prompt_index, microbatch)
     final = latents[:, -1]
     if not final.isfinite().all():
         raise FloatingPointError(
             "the policy's latents are no longer finite: lower the learning rate, clip the gradient (max_grad_norm), "
             "or use dtype fp32"
         )
-    used, row = state.prompt_index.unique(return_inverse=True)
+    used, row = prompt_index.unique(return_inverse=True)
     td = TensorDict(
         {
             "latents": latents[:, :-1],
             "action": latents[:, 1:],
             "action_log_prob": log_prob,
             "step": torch.arange(steps, device=latents.device).expand(rows, steps),
-            "prompt_index": state.prompt_index[:, None].expand(rows, steps),
+            "prompt_index": prompt_index[:, None].expand(rows, steps),
         },
         batch_size=(rows, steps),
     )
-    scores = mdp.score(final, state.prompt_index)
+    scores = mdp.score(final, prompt_index)
     return Rollout(td, mdp.prompts.conditioning[used], row, final, scores, group_size)

@@ -25,7 +25,8 @@ from agents.progress import progress
 from agents.report import write_report
 from agents.rollout import Rollout, collect
 from agents.seeding import epoch_order, row_seeds
-from denoise_env.mdp import DenoisingMDP, row_generators
+from denoise_env.mdp import DenoisingMDP, load_prompts, row_generators
+from denoise_env.rewards import load_reward
 
 GRID_PROMPTS, GRID_COLUMNS = 6, 8
 
@@ -62,23 +63,17 @@ def build(config: TrainConfig) -> Experiment:
     mdp = DenoisingMDP.make(
         config.model,
         config.rewards or None,
-        read_prompts(config.prompts),
+        config.prompts,
         config.num_steps,
         config.microbatch,
         **options,
     )
-    held_out = read_prompts(config.eval_prompts)
-    if held_out is None and config.model == "shapes":
-        from denoise_env.shapes.grammar import HELD_OUT
-
-        held_out = list(HELD_OUT)
-    from denoise_env.rewards import load_reward
-
+    held_out = config.eval_prompts or ("shapes-held-out" if config.model == "shapes" else None)
     extra = {name: load_reward(name) for name in config.eval_rewards if name not in mdp.rewards}
     eval_mdp = DenoisingMDP(
         mdp.model,
         {**mdp.rewards, **extra},
-        held_out or mdp.prompts.texts,
+        load_prompts(held_out) if held_out else mdp.prompts.texts,
         config.num_steps,
         microbatch=config.microbatch,
     )
@@ -91,22 +86,6 @@ def build(config: TrainConfig) -> Experiment:
     if config.keep_checkpoints < 1:
         raise ValueError("keep_checkpoints must be at least 1")
     return Experiment(config, mdp, eval_mdp, policy, agent)
-
-
-def read_prompts(path: str | None) -> list[str] | None:
-    """One prompt a line; blank lines are skipped.
-
-    Raises:
-        ValueError: no such file, or no prompt in it.
-    """
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise ValueError(f"there is no prompt file {path!r}")
-    prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"the prompt file {path!r} holds no prompts")
-    return prompts
 
 
 def train(config: TrainConfig, directory: Path, *, resume: bool = False, command: Sequence[str] = ()) -> Path:
@@ -236,9 +215,11 @@ def _look(
             logger.log(iteration, {f"eval/{name}": value for name, value in row.items() if name != "iteration"})
         if due(config.sample_every):
             prompts = experiment.eval_prompts[:GRID_PROMPTS]
-            rollout = sample(experiment.eval_mdp, policy, prompts, GRID_COLUMNS, config.eval_seed, config.microbatch)
+            latents, _ = sample(
+                experiment.eval_mdp, policy, prompts, GRID_COLUMNS, config.eval_seed, config.microbatch
+            )
             path = directory / "samples" / f"{iteration:06d}.png"
-            grid(experiment.mdp.model.render(rollout.final_latents), GRID_COLUMNS, path)
+            grid(experiment.mdp.model.render(latents), GRID_COLUMNS, path)
             logger.image(iteration, path)
 
 

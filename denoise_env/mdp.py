@@ -11,9 +11,11 @@
 The network that proposes actions belongs to the policy; nothing here calls it.
 """
 
+import importlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,7 +157,7 @@ class DenoisingMDP:
         cls,
         model: str,
         rewards: Mapping[str, float] | str | None = None,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str] | str | None = None,
         num_steps: int = 10,
         microbatch: int | None = None,
         **model_options: Any,
@@ -165,7 +167,7 @@ class DenoisingMDP:
         Args:
             model: a name or a checkpoint, see `denoise_env.models.load_model`.
             rewards: a reward's name, or name → weight; by default the embedded world's own.
-            prompts: by default the embedded world's training prompts.
+            prompts: a list, or what `load_prompts` takes; by default the embedded world's training prompts.
             num_steps: K.
             microbatch: rows decoded and scored at a time.
             model_options: passed to the model family.
@@ -174,9 +176,11 @@ class DenoisingMDP:
         world = model.split("-")[0] if model in ("shapes", "points", "points-flow") else None
         if rewards is None or prompts is None:
             if world is None:
-                raise ValueError(f"{model!r} has no prompts and rewards of its own: give both")
+                raise ValueError(f"{model!r} has no prompts and rewards of its own: name both")
             rewards = world if rewards is None else rewards
-            prompts = default_prompts(world) if prompts is None else prompts
+            prompts = world if prompts is None else prompts
+        if isinstance(prompts, str):
+            prompts = load_prompts(prompts)
         weights = {rewards: 1.0} if isinstance(rewards, str) else dict(rewards)
         loaded = {name: load_reward(name) for name in weights}
         return cls(
@@ -292,15 +296,29 @@ class DenoisingMDP:
         return Scores(values, torch.as_tensor(total), valid, errors)
 
 
-def default_prompts(world: str) -> Sequence[str]:
-    """The training prompts of an embedded world, "shapes" or "points"."""
-    if world == "points":
-        from denoise_env.models.points import MIXTURES
+PROMPT_SETS = {
+    "points": "denoise_env.models.points:MIXTURES",
+    "shapes": "denoise_env.shapes.grammar:TRAIN",
+    "shapes-held-out": "denoise_env.shapes.grammar:HELD_OUT",
+}
+"""Name → where the embedded worlds' prompts are; the held-out ones are never trained on."""
 
-        return tuple(MIXTURES)
-    from denoise_env.shapes.grammar import TRAIN
 
-    return TRAIN
+def load_prompts(source: str) -> list[str]:
+    """The prompts of a name in `PROMPT_SETS`, or of a text file with one a line (blank lines are skipped).
+
+    Raises:
+        ValueError: neither, or a file without prompts.
+    """
+    if source in PROMPT_SETS:
+        module, attribute = PROMPT_SETS[source].split(":")
+        return list(getattr(importlib.import_module(module), attribute))
+    if not Path(source).is_file():
+        raise ValueError(f"there is no prompt file {source!r}, and it is none of the named sets {list(PROMPT_SETS)}")
+    prompts = [line.strip() for line in Path(source).read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"the prompt file {source!r} holds no prompts")
+    return prompts
 
 
 def row_generators(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -22,8 +22,16 @@ def test_train_eval_sample_and_resume(tmp_path, capsys):
     assert set(json.loads(table.read_text())) == {"points", str(directory)}
     assert cli.main(["sample", str(directory), "--output", str(tmp_path / "grid.png")]) == 0
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
-    assert cli.main(["eval", str(directory / "export"), "--prompts", "nowhere.txt"]) == 2
-    assert "no prompt file" in capsys.readouterr().err
+    named = ["--rewards", "points", "--prompts", "points", "--images-per-prompt", "4"]
+    exported = tmp_path / "exported.json"
+    assert cli.main(["eval", str(directory / "export"), *named, "--json", str(exported)]) == 0
+    figures = json.loads(table.read_text())[str(directory)]
+    assert json.loads(exported.read_text())[str(directory / "export")] == figures
+    capsys.readouterr()
+    assert cli.main(["eval", str(directory / "export")]) == 2
+    assert "no prompts and rewards of its own" in capsys.readouterr().err
+    assert cli.main(["eval", "points", "--prompts", "nowhere.txt"]) == 2
+    assert "no prompt file 'nowhere.txt'" in capsys.readouterr().err
 
 
 def test_list_names_everything(capsys):
