@@ -56,17 +56,17 @@ def build(config: TrainConfig) -> Experiment:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    options: dict[str, Any] = {"device": device}
-    if not config.model.startswith("points"):
-        names = ("height", "width", "dtype", "lora_rank", "lora_alpha", "gradient_checkpointing", "guidance_scale")
-        options |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    defaults = TrainConfig()
+    names = ("height", "width", "dtype", "lora_rank", "lora_alpha", "gradient_checkpointing", "guidance_scale")
+    chosen = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)}
     mdp = DenoisingMDP.make(
         config.model,
         config.rewards or None,
         config.prompts,
         config.num_steps,
         config.microbatch,
-        **options,
+        device=device,
+        **chosen,
     )
     held_out = config.eval_prompts or ("shapes-held-out" if config.model == "shapes" else None)
     extra = {name: load_reward(name) for name in config.eval_rewards if name not in mdp.rewards}
