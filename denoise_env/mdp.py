@@ -38,6 +38,18 @@ class State:
     step: Tensor
     prompt_index: Tensor
 
+    def advance(self, latents: Tensor) -> "State":
+        """The transition, unchecked: ``latents`` become the latents, the step counts up."""
+        return State(latents, self.step + 1, self.prompt_index)
+
+    def replace_rows(self, rows: Tensor, other: "State") -> "State":
+        """This batch with ``rows [R]`` taken from ``other``, a batch of R."""
+        return State(
+            self.latents.index_copy(0, rows, other.latents),
+            self.step.index_copy(0, rows, other.step),
+            self.prompt_index.index_copy(0, rows, other.prompt_index),
+        )
+
 
 class PromptTable:
     """Prompts and their conditioning, each encoded once; an index never changes its meaning.
@@ -114,11 +126,13 @@ class DenoisingMDP:
     Args:
         model: supplies latent shape, noise schedule, prompt encoding and decoding.
         rewards: name → reward.
-        prompts: the prompts that a reset draws from; more can join later.
+        prompts: the prompts that a reset draws from. Others join the table when a reset names them, and are
+            not drawn.
         num_steps: K.
         metadata: of the prompts, for rewards that need it.
         reward_weights: name → weight in the scalar reward; 1 each by default.
         microbatch: rows decoded and scored at a time; ``None`` takes the batch whole.
+        check_finite: whether to refuse actions with NaN or infinity; off a CPU that is one sync per step.
 
     Raises:
         ValueError: no rewards, weights of other names, or what the parts refuse.
@@ -134,6 +148,7 @@ class DenoisingMDP:
         metadata: Sequence[Mapping[str, Any]] | None = None,
         reward_weights: Mapping[str, float] | None = None,
         microbatch: int | None = None,
+        check_finite: bool = True,
     ) -> None:
         if not rewards:
             raise ValueError("an environment needs at least one reward")
@@ -147,7 +162,9 @@ class DenoisingMDP:
         self.num_steps = num_steps
         self.schedule = model.schedule(num_steps)
         self.microbatch = microbatch
+        self.check_finite = check_finite
         self.prompts = PromptTable(model, prompts, metadata)
+        self._drawn = len(self.prompts.texts)
 
     @classmethod
     def make(
@@ -157,6 +174,7 @@ class DenoisingMDP:
         prompts: Sequence[str] | None = None,
         num_steps: int = 10,
         microbatch: int | None = None,
+        check_finite: bool = True,
         **model_options: Any,
     ) -> "DenoisingMDP":
         """Build from names and numbers.
@@ -167,6 +185,7 @@ class DenoisingMDP:
             prompts: by default the embedded world's training prompts.
             num_steps: K.
             microbatch: rows decoded and scored at a time.
+            check_finite: whether to refuse actions with NaN or infinity.
             model_options: passed to the model family.
         """
         world = model.split("-")[0] if model in ("shapes", "points", "points-flow") else None
@@ -184,6 +203,7 @@ class DenoisingMDP:
             num_steps,
             reward_weights=weights,
             microbatch=microbatch,
+            check_finite=check_finite,
         )
 
     def reset(
@@ -198,7 +218,8 @@ class DenoisingMDP:
 
         Row i draws from ``generators[i]`` (on the CPU) alone, so it does not depend on the batch it is in.
         Groups are ``group_size`` neighbouring rows with one prompt; with ``shared_noise`` they start from
-        the first row's noise.
+        the first row's noise. A row draws its noise before its prompt: naming the prompt leaves the noise as
+        it was.
 
         Args:
             generators: one per row.
@@ -212,11 +233,8 @@ class DenoisingMDP:
         rows = len(generators)
         if group_size < 1 or rows % group_size:
             raise ValueError(f"{rows} rows cannot be divided into groups of {group_size}")
-        leaders = range(0, rows, group_size)
-        if prompts is None:
-            known = len(self.prompts.texts)
-            index = torch.tensor([int(torch.randint(known, (), generator=generators[i])) for i in leaders])
-        else:
+        index = None
+        if prompts is not None:
             check_prompts(prompts)
             if len(prompts) * group_size != rows:
                 raise ValueError(
@@ -224,8 +242,12 @@ class DenoisingMDP:
                 )
             index = self.prompts.indices(prompts)
         noise = torch.empty(rows, *self.model.latent_shape)
-        for i, generator in enumerate(generators):
-            noise[i].normal_(generator=generator)
+        for row, generator in zip(noise.unbind(), generators, strict=True):
+            row.normal_(generator=generator)
+        if index is None:
+            index = torch.empty(rows // group_size, dtype=torch.long)
+            for row, generator in zip(index.unbind(), generators[::group_size], strict=True):
+                row.random_(0, self._drawn, generator=generator)
         if shared_noise:
             noise = noise[::group_size].repeat_interleave(group_size, 0)
         device = self.model.device
@@ -244,7 +266,7 @@ class DenoisingMDP:
         self.check_action(action, len(state.step))
         if (state.step >= self.num_steps).any():
             raise ValueError(f"the episode is over after {self.num_steps} steps: reset first")
-        return State(action, state.step + 1, state.prompt_index)
+        return state.advance(action)
 
     def check_action(self, action: Tensor, rows: int) -> None:
         """Refuse what is not ``rows`` finite latents with a ``ValueError``."""
@@ -257,7 +279,7 @@ class DenoisingMDP:
             raise ValueError(f"the action's dtype must be {self.model.dtype}, not {action.dtype}")
         if action.device != self.model.device:
             raise ValueError(f"the action must be on {self.model.device}, not on {action.device}")
-        if not action.isfinite().all():
+        if self.check_finite and not action.isfinite().all():
             raise ValueError("the action must be finite; it has NaN or infinity in it")
 
     @torch.no_grad()
