@@ -87,7 +87,7 @@ class ResetRequest:
 
 
 def _read_mask(mask: Any, num_envs: int) -> NDArray[np.bool_]:
-    array = np.array(mask.cpu() if isinstance(mask, torch.Tensor) else mask)
+    array = np.array(mask.cpu().numpy() if isinstance(mask, torch.Tensor) else mask)
     if array.dtype != np.bool_ or array.shape != (num_envs,):
         raise ValueError(f"reset_mask must be {num_envs} bools, not {array.dtype} of shape {array.shape}")
     if not array.any():
@@ -148,9 +148,11 @@ class RowStreams:
 def _row_seeds(seed: int | Sequence[int | None] | None, rows: int) -> list[int | None]:
     if seed is None:
         return [None] * rows
-    seeds = [int(seed) + i for i in range(rows)] if isinstance(seed, int | np.integer) else list(seed)
+    if isinstance(seed, int | np.integer):
+        seed = [int(seed) + i for i in range(rows)]
+    seeds = list(seed) if isinstance(seed, Sequence | np.ndarray) else [seed]
     if len(seeds) != rows:
-        raise ValueError(f"a list of seeds needs one per row: {rows}, not {len(seeds)}")
+        raise ValueError(f"seed must be an integer or a list of one per row, {rows}, not {seed!r}")
     if any(s is not None and (not isinstance(s, int | np.integer) or s < 0) for s in seeds):
         raise ValueError(f"a seed is an integer of at least 0 or None, not {seed!r}")
     return [None if s is None else int(s) for s in seeds]

@@ -59,10 +59,11 @@ class DenoiseEnv(gymnasium.Env[dict[str, Any], Any]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in `DenoiseVectorEnv.reset`."""
-        super().reset(seed=seed)
-        self.vector.np_random = self.np_random
+        if seed is None:
+            self.vector.np_random = self.np_random
         observation, infos = self.vector.reset(seed=seed, options=options)
-        return _row(observation), _row_info(infos)
+        super().reset(seed=seed)
+        return self.vector.row(observation, 0), _row_info(infos)
 
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """As in `DenoiseVectorEnv.step`; ``action`` is ``[*latent]``."""
@@ -70,16 +71,13 @@ class DenoiseEnv(gymnasium.Env[dict[str, Any], Any]):
         if shape != wanted:
             raise ValueError(f"the action's shape must be {wanted}, not {shape and tuple(shape)}")
         observation, rewards, terminated, truncated, infos = self.vector.step(action[None])
-        return _row(observation), float(rewards[0]), bool(terminated[0]), bool(truncated[0]), _row_info(infos)
+        row = self.vector.row(observation, 0)
+        return row, float(rewards[0]), bool(terminated[0]), bool(truncated[0]), _row_info(infos)
 
     def render(self) -> Any:
         """One uint8 ``[H, W, 3]`` picture, or ``None`` where there is no ``render_mode``."""
         frames = self.vector.render()
         return None if frames is None else frames[0]
-
-
-def _row(observation: dict[str, Any]) -> dict[str, Any]:
-    return {name: values[0, ...] for name, values in observation.items()}
 
 
 def _row_info(infos: dict[str, Any]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         self._texts = np.full(num_envs, None, object)
 
         known = self.mdp.model.vocabulary
-        self.single_observation_space = spaces.Dict(
+        self.single_observation_space: spaces.Dict = spaces.Dict(
             latents=spaces.Box(-np.inf, np.inf, self.mdp.model.latent_shape, np.float32),
             step=spaces.Discrete(self.mdp.num_steps + 1),
             prompt_index=spaces.Discrete(len(known)) if known else spaces.Box(0, 2**31 - 1, (), np.int64),
@@ -171,6 +171,13 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         if isinstance(seed, int | np.integer):
             super().reset(seed=int(seed))
         return self._observation(), self._prompt_info(request.mask)
+
+    def row(self, observation: dict[str, Any], i: int) -> dict[str, Any]:
+        """Row ``i`` of a batched observation, in ``single_observation_space``."""
+        return {
+            name: observation[name][i] if isinstance(space, spaces.Discrete) else observation[name][i, ...]
+            for name, space in self.single_observation_space.items()
+        }
 
     def step(self, actions: Any) -> tuple[dict[str, Any], Any, Any, Any, dict[str, Any]]:
         """Make ``actions`` ``[num_envs, *latent]`` the latents.
@@ -306,8 +313,8 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         """What "same_step" tells about episodes that are gone when ``step`` returns."""
         last = self._observation()
         final = np.full(self.num_envs, None, object)
-        for i in np.flatnonzero(ended):
-            final[i] = {name: values[i, ...] for name, values in last.items()}
+        for i in np.flatnonzero(ended).tolist():
+            final[i] = self.row(last, i)
         return {
             "final_obs": final,
             "_final_obs": ended.copy(),
