@@ -38,9 +38,9 @@ def check_vector_env(env: Env, seed: int = 0, num_steps: int | None = None) -> l
     findings: list[str] = []
     _check_declarations(env, findings)
     _check_resets(env, seed, findings)
-    _check_episodes(env, seed, num_steps, findings)
-    if env.metadata["autoreset_mode"] is AutoresetMode.DISABLED:
-        _check_partial_reset(env, seed, findings)
+    disabled = env.metadata["autoreset_mode"] is AutoresetMode.DISABLED
+    partial = disabled and _check_partial_reset(env, seed, findings)
+    _check_episodes(env, seed, num_steps, partial, findings)
     if env.render_mode is not None:
         _check_render(env, findings)
     env.close()
@@ -98,9 +98,9 @@ def _check_resets(env: Env, seed: int, findings: list[str]) -> None:
         )
 
 
-def _check_episodes(env: Env, seed: int, num_steps: int | None, findings: list[str]) -> None:
+def _check_episodes(env: Env, seed: int, num_steps: int | None, partial: bool, findings: list[str]) -> None:
     mode = env.metadata["autoreset_mode"]
-    results, actions = _play(env, seed, num_steps)
+    results, actions = _play(env, seed, num_steps, partial)
     ended = np.zeros(env.num_envs, bool)
     before = np.zeros(env.num_envs, bool)
     for result in results:
@@ -121,13 +121,13 @@ def _check_episodes(env: Env, seed: int, num_steps: int | None, findings: list[s
         )
     if env.spec is not None and env.spec.nondeterministic:
         return
-    replayed, _ = _play(env, seed, len(actions), actions)
+    replayed, _ = _play(env, seed, len(actions), partial, actions)
     require(
         same(results, replayed),
         "the same seed and actions must give the same results twice; they differ (or the first results were "
         "changed after they were returned)",
     )
-    scribbled, _ = _play(env, seed, len(actions), actions, scribble=True)
+    scribbled, _ = _play(env, seed, len(actions), partial, actions, scribble=True)
     require(
         same(results, scribbled),
         "overwriting returned observations or given actions changes what follows: the environment must keep "
@@ -139,10 +139,14 @@ def _play(
     env: Env,
     seed: int,
     num_steps: int | None,
+    partial: bool,
     actions: list[Any] | None = None,
     scribble: bool = False,
 ) -> tuple[list[tuple[Any, ...]], list[Any]]:
-    """Results of ``reset`` and ``step`` in order, and the actions; under DISABLED an end resets all rows."""
+    """Results of ``reset`` and ``step`` in order, and the actions.
+
+    Under DISABLED an end resets the rows that ended if ``partial``, else all.
+    """
     env.action_space.seed(seed)
     results: list[tuple[Any, ...]] = []
     played: list[Any] = []
@@ -163,7 +167,8 @@ def _play(
             isinstance(result, tuple) and len(result) == 5,
             "step() must return (observations, rewards, terminations, truncations, infos)",
         )
-        done = np.array(result[2], bool) | np.array(result[3], bool)
+        _check_flags(result, env.num_envs)
+        done = result[2] | result[3]
         keep(result)
         if scribble:
             for array in _arrays(action):
@@ -172,8 +177,21 @@ def _play(
         if left is None and ended.all():
             left = len(played) + 2
         if done.any() and env.metadata["autoreset_mode"] is AutoresetMode.DISABLED:
-            keep(_reset(env))
+            keep(_reset(env, options={"reset_mask": done}) if partial else _reset(env))
     return results, played
+
+
+def _check_flags(result: tuple[Any, ...], n: int) -> None:
+    _, rewards, terminations, truncations, _ = result
+    require(
+        isinstance(rewards, np.ndarray) and rewards.shape == (n,) and rewards.dtype.kind in "fiu",
+        f"rewards must be a numeric array of shape ({n},), not {_describe(rewards)}",
+    )
+    for name, flags in (("terminations", terminations), ("truncations", truncations)):
+        require(
+            isinstance(flags, np.ndarray) and flags.shape == (n,) and flags.dtype == np.bool_,
+            f"{name} must be a bool array of shape ({n},), not {_describe(flags)}",
+        )
 
 
 def _check_step(
@@ -186,19 +204,7 @@ def _check_step(
     """Check one step's results; ``before`` and the return are the rows that ended then and now."""
     observations, rewards, terminations, truncations, infos = result
     n = env.num_envs
-    require(
-        observations in env.observation_space,
-        "step() returned observations that are not in observation_space (values, shapes or dtypes)",
-    )
-    require(
-        isinstance(rewards, np.ndarray) and rewards.shape == (n,) and rewards.dtype.kind in "fiu",
-        f"rewards must be a numeric array of shape ({n},), not {_describe(rewards)}",
-    )
-    for name, flags in (("terminations", terminations), ("truncations", truncations)):
-        require(
-            isinstance(flags, np.ndarray) and flags.shape == (n,) and flags.dtype == np.bool_,
-            f"{name} must be a bool array of shape ({n},), not {_describe(flags)}",
-        )
+    _check_observations(env, observations, "step")
     if not np.isfinite(rewards).all():
         _note(findings, "some rewards are NaN or infinite")
     _check_infos(infos, n)
@@ -244,16 +250,18 @@ def _check_infos(infos: Any, n: int, top: bool = True) -> None:
             require(len(value) == n, f"infos[{key!r}] must have one entry per row, {n}, not {len(value)}")
 
 
-def _check_partial_reset(env: Env, seed: int, findings: list[str]) -> None:
+def _check_partial_reset(env: Env, seed: int, findings: list[str]) -> bool:
+    """Check it; whether it works."""
     _reset(env, seed=seed)
     before = deepcopy(env.step(env.action_space.sample())[0])
+    _check_observations(env, before, "step")
     mask = np.arange(env.num_envs) < max(1, env.num_envs // 2)
     options = {"reset_mask": mask.copy()}
     try:
         after = env.reset(options=options)[0]
     except Exception as error:
         findings.append(f'DISABLED: reset(options={{"reset_mask": ...}}) raised {error!r}')
-        return
+        return False
     if set(options) != {"reset_mask"} or (options["reset_mask"] != mask).any():
         findings.append("reset() changed the caller's options")
     rows = zip(
@@ -266,6 +274,8 @@ def _check_partial_reset(env: Env, seed: int, findings: list[str]) -> None:
     )
     if any(equal for chosen, equal in kept if chosen):
         findings.append("DISABLED: a reset with reset_mask left rows in the mask as they were")
+        return False
+    return True
 
 
 def _check_render(env: Env, findings: list[str]) -> None:
@@ -292,13 +302,17 @@ def require(holds: Any, contract: str) -> None:
         raise AssertionError(contract)
 
 
+def _check_observations(env: Env, observations: Any, call: str) -> None:
+    require(
+        observations in env.observation_space,
+        f"{call}() must return observations in observation_space; values, shapes or dtypes are not",
+    )
+
+
 def _reset(env: Env, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     result = env.reset(**kwargs)
     require(isinstance(result, tuple) and len(result) == 2, "reset() must return (observations, infos)")
-    require(
-        result[0] in env.observation_space,
-        "reset() returned observations that are not in observation_space (values, shapes or dtypes)",
-    )
+    _check_observations(env, result[0], "reset")
     _check_infos(result[1], env.num_envs)
     return result
 

@@ -188,7 +188,7 @@ def test_bfloat16_latents_are_float32_outside():
     np.testing.assert_array_equal(observation["latents"], torch.tensor(0.1).bfloat16().float().numpy())
     tensors = DenoiseVectorEnv.from_mdp(mdp, 3, output="torch")
     assert tensors.reset(seed=0)[0]["latents"].dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="dtype must be torch.bfloat16, not torch.float32"):
+    with pytest.raises(ValueError, match=r"dtype must be torch\.bfloat16, not torch\.float32"):
         tensors.step(torch.zeros(3, 2))
 
 
@@ -360,7 +360,8 @@ def test_next_step():
     for name in fresh:
         np.testing.assert_array_equal(fresh[name], expected[name])
     assert infos["prompt"].tolist() == expected_infos["prompt"].tolist()
-    assert not (rewards.any() or terminated.any() or truncated.any())
+    for values in (rewards, terminated, truncated):
+        assert not values.any()
     assert (env.step(zeros(env))[0]["step"] == 1).all()
 
 
