@@ -21,8 +21,8 @@ class DenoiseTorchRLEnv(EnvBase):
     NaN where one could not be computed; ``("reward_terms", name) [n, 1]`` has each of them, 0 before the end.
     The reward terms are reward keys too: ``env.reward_keys`` lists them, ``env.reward_key`` does not exist.
 
-    After ``set_seed(s)`` row i begins like row i of `DenoiseVectorEnv` after ``reset(seed=s)``; streams without
-    a seed are drawn from torch's global generator. ``reset`` takes ``prompts``, ``group_size`` and
+    After ``set_seed(s)`` row i begins like row i of `DenoiseVectorEnv` after ``reset(seed=s)``; streams
+    without a seed are drawn from torch's global generator. ``reset`` takes ``prompts``, ``group_size`` and
     ``shared_noise`` as keywords.
 
     Args:

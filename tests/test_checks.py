@@ -103,7 +103,7 @@ class Walk(VectorEnv):
 
 
 def on_step(change, mode="disabled"):
-    """A `Walk` whose step results go through ``change(env, [obs, rewards, terminations, truncations, infos])``."""
+    """A `Walk` whose step results, as a list, go through ``change(env, result)``."""
 
     class Broken(Walk):
         def step(self, actions):
@@ -146,6 +146,10 @@ class Forgetful(Walk):
         result = super().step(actions)
         self.where = result[0]
         return result
+
+    def reset(self, **kwargs):
+        self.where = self.where.copy()
+        return super().reset(**kwargs)
 
 
 class KeepsActions(Walk):
