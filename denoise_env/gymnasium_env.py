@@ -14,6 +14,10 @@ __all__ = ["DenoiseEnv", "DenoiseVectorEnv"]
 class DenoiseEnv(gymnasium.Env[dict[str, Any], Any]):
     """One denoising process: `DenoiseVectorEnv` with one row and autoreset "disabled".
 
+    ``num_steps`` is the number of denoising steps; ``gymnasium.make`` keeps ``max_episode_steps`` to itself,
+    for a time limit that truncates. With ``output="torch"`` give it ``disable_env_checker=True``: Gymnasium's
+    passive checker warns about all that is not numpy.
+
     Args:
         model: as there.
         render_mode: as there.

@@ -127,19 +127,20 @@ class DenoiseTorchRLEnv(EnvBase):
         else:
             rows = moving.nonzero()[:, 0].to(self.device)
             state = state.replace_rows(rows, State(*(v[rows] for v in vars(state.advance(action)).values())))
-        reward = self.reward_spec.zero()
+        reward = torch.zeros(self.num_envs, 1, device=self.device)
+        terms = {name: torch.zeros_like(reward) for name in self.mdp.rewards}
         ended = steps == self.mdp.num_steps
         if (ended & moving).any():
             rows = (ended & moving).to(self.device)
             scores = self.mdp.score(state.latents[rows], state.prompt_index[rows])
-            reward["reward"][rows, 0] = scores.total
+            reward[rows, 0] = scores.total
             for name, values in scores.values.items():
-                reward["reward_terms", name][rows, 0] = values
+                terms[name][rows, 0] = values
         done = ended[:, None].to(self.device)
-        return self._pack(state).update(reward).update({"done": done, "terminated": done.clone()})
+        return self._pack(state, reward=reward, reward_terms=terms, done=done, terminated=done.clone())
 
     def _set_seed(self, seed: int | None) -> None:
         self._streams.seed(seed)
 
-    def _pack(self, state: State) -> TensorDict:
-        return TensorDict(vars(state), batch_size=self.batch_size, device=self.device)
+    def _pack(self, state: State, **more: Any) -> TensorDict:
+        return TensorDict({**vars(state), **more}, batch_size=self.batch_size, device=self.device)
