@@ -106,7 +106,9 @@ class Agent(ABC):
                 'with eta > 0 ("ddim" on a diffusion; "dance_sde", "flow_sde" or "cps" on a flow)'
             )
         if not len(self.trainable_steps):
-            raise ValueError(f"no step of {kernel!r} is left to train: use more num_steps, or drop_last=False")
+            raise ValueError(
+                f"no step of {kernel!r} is left to train: use more num_steps, or drop_last=False"
+            )
         if not 0 < config.timestep_fraction <= 1:
             raise ValueError(f"timestep_fraction must lie in (0, 1], not {config.timestep_fraction}")
         if not 0 <= config.ema_decay < 1:

@@ -36,7 +36,10 @@ def save(directory: Path, iteration: int, tensors: dict[str, Tensor], meta: dict
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / "state.safetensors")
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+            temporary / "state.safetensors",
+        )
         header = {"version": VERSION, "iteration": iteration, **meta}
         (temporary / "meta.json").write_text(json.dumps(header, indent=1))
         for file in temporary.iterdir():
@@ -50,7 +53,9 @@ def save(directory: Path, iteration: int, tensors: dict[str, Tensor], meta: dict
         shutil.rmtree(temporary, ignore_errors=True)
         last = latest(directory)
         kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-        raise CheckpointError(f"could not save the checkpoint of iteration {iteration}: {error}; {kept}") from error
+        raise CheckpointError(
+            f"could not save the checkpoint of iteration {iteration}: {error}; {kept}"
+        ) from error
     return target
 
 

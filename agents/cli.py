@@ -13,7 +13,15 @@ from typing import Any
 
 from agents.config import AGENTS, PRESETS, TrainConfig
 
-_RESUMABLE = {"iterations", "eval_every", "sample_every", "checkpoint_every", "keep_checkpoints", "wandb", "tensorboard"}
+_RESUMABLE = {
+    "iterations",
+    "eval_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "wandb",
+    "tensorboard",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,19 +42,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
         command.set_defaults(run=run)
         command.add_argument(
-            "targets", nargs="+" if name == "eval" else 1, metavar="TARGET", help="a run's directory, or a model (see denoise-env list)"
+            "targets",
+            nargs="+" if name == "eval" else 1,
+            metavar="TARGET",
+            help="a run's directory, or a model (see denoise-env list)",
         )
-        command.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line, or a named set (denoise-env list)")
-        command.add_argument("--images-per-prompt", type=int, default=8 if name == "sample" else 64, metavar="N")
+        command.add_argument(
+            "--prompts",
+            metavar="FILE",
+            help="a text file with one prompt a line, or a named set (denoise-env list)",
+        )
+        command.add_argument(
+            "--images-per-prompt", type=int, default=8 if name == "sample" else 64, metavar="N"
+        )
         command.add_argument("--seed", type=int, default=1234, help="of the noise (default %(default)s)")
-        command.add_argument("--num-steps", type=int, metavar="K", help="denoising steps (default: the run's, or 10)")
-        command.add_argument("--guidance-scale", type=float, metavar="W", help="default: the run's, or the model's")
+        command.add_argument(
+            "--num-steps", type=int, metavar="K", help="denoising steps (default: the run's, or 10)"
+        )
+        command.add_argument(
+            "--guidance-scale", type=float, metavar="W", help="default: the run's, or the model's"
+        )
         if name == "sample":
             command.add_argument("--output", default="samples.png", help="the picture (default %(default)s)")
         else:
-            command.add_argument("--rewards", nargs="+", metavar="NAME", help="default: the run's, or the model's own")
+            command.add_argument(
+                "--rewards", nargs="+", metavar="NAME", help="default: the run's, or the model's own"
+            )
             command.add_argument("--json", metavar="FILE", help="write the table there too")
-    commands.add_parser("list", help="models, rewards, kernels, agents, presets, environments").set_defaults(run=_list)
+    commands.add_parser("list", help="models, rewards, kernels, agents, presets, environments").set_defaults(
+        run=_list
+    )
     options, rest = parser.parse_known_args(typed)
     if rest and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -102,7 +127,9 @@ def parse_config(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
     """A configuration from flags; an unknown one ends the program with the nearest name."""
     import tyro
 
-    presets = "\n".join(f"  {name}: {(make.__doc__ or '').strip().splitlines()[0]}" for name, make in PRESETS.items())
+    presets = "\n".join(
+        f"  {name}: {(make.__doc__ or '').strip().splitlines()[0]}" for name, make in PRESETS.items()
+    )
     return tyro.cli(
         TrainConfig,
         prog="denoise-env train",
@@ -132,16 +159,26 @@ def _train(arguments: Sequence[str]) -> int:
     else:
         file = read_config(chosen.config) if chosen.config else []
         config = parse_config([*file, *rest], PRESETS[chosen.preset]())
-        directory = Path(config.output_dir) if config.output_dir else _free(Path(f"runs/{chosen.preset}-seed{config.seed}"))
+        directory = (
+            Path(config.output_dir)
+            if config.output_dir
+            else _free(Path(f"runs/{chosen.preset}-seed{config.seed}"))
+        )
     from agents.report import headline, read_csv
     from agents.train import train
 
     train(config, directory, resume=bool(chosen.resume), command=["denoise-env", "train", *arguments])
-    print(f"\nreport   {directory / 'report.html'}\nsamples  {directory / 'samples'}\nmodel    {directory / 'export'}\n")
-    kind = "held-out prompts" if config.model == "shapes" and not config.eval_prompts else "evaluation prompts"
+    print(
+        f"\nreport   {directory / 'report.html'}\nsamples  {directory / 'samples'}\nmodel    {directory / 'export'}\n"
+    )
+    kind = (
+        "held-out prompts" if config.model == "shapes" and not config.eval_prompts else "evaluation prompts"
+    )
     for name, before, after in headline(read_csv(directory / "eval.csv")):
         what = "share with all attributes right" if name == "shapes-correct" else f"mean reward {name!r}"
-        print(f"{kind}, {what} ({after['images']:.0f} images each): {_figure(name, before)} before, {_figure(name, after)} after")
+        print(
+            f"{kind}, {what} ({after['images']:.0f} images each): {_figure(name, before)} before, {_figure(name, after)} after"
+        )
     return 0
 
 
@@ -212,8 +249,13 @@ def _eval(options: argparse.Namespace) -> int:
         total = len(found.eval_prompts) * options.images_per_prompt
         with progress(total=total, desc=target, leave=False) as bar, found.agent.evaluation_weights():
             result = evaluate(
-                found.eval_mdp, found.policy, found.eval_prompts, options.images_per_prompt, options.seed,
-                found.config.microbatch, bar.update,
+                found.eval_mdp,
+                found.policy,
+                found.eval_prompts,
+                options.images_per_prompt,
+                options.seed,
+                found.config.microbatch,
+                bar.update,
             )
         table[target] = result.row()
         for name in result.means:
@@ -229,7 +271,11 @@ def _sample(options: argparse.Namespace) -> int:
     found = _experiment(options.targets[0], options)
     with found.agent.evaluation_weights():
         latents, _ = sample(
-            found.eval_mdp, found.policy, found.eval_prompts, options.images_per_prompt, options.seed,
+            found.eval_mdp,
+            found.policy,
+            found.eval_prompts,
+            options.images_per_prompt,
+            options.seed,
             found.config.microbatch,
         )
     grid(found.mdp.model.render(latents), options.images_per_prompt, Path(options.output))
@@ -246,10 +292,19 @@ def _list(options: argparse.Namespace) -> int:
     for title, rows in (
         ("models (--model)", models.NAMES | {"HUB ID or PATH": "any Stable Diffusion 1.x or 2.x checkpoint"}),
         ("rewards (--rewards NAME WEIGHT …)", rewards.NAMES | {"module:attribute": "your own"}),
-        ("prompts (--prompts)", dict.fromkeys(mdp.PROMPT_SETS, "") | {"FILE": "a text file, one prompt a line"}),
-        ("kernels (--kernel)", {name: (kernel.__doc__ or "").splitlines()[0] for name, kernel in KERNELS.items()}),
+        (
+            "prompts (--prompts)",
+            dict.fromkeys(mdp.PROMPT_SETS, "") | {"FILE": "a text file, one prompt a line"},
+        ),
+        (
+            "kernels (--kernel)",
+            {name: (kernel.__doc__ or "").splitlines()[0] for name, kernel in KERNELS.items()},
+        ),
         ("agents", {name: (config.__doc__ or "").splitlines()[0] for name, config in AGENTS.items()}),
-        ("presets (--preset)", {name: (make.__doc__ or "").splitlines()[0] for name, make in PRESETS.items()}),
+        (
+            "presets (--preset)",
+            {name: (make.__doc__ or "").splitlines()[0] for name, make in PRESETS.items()},
+        ),
         ("environments (gymnasium.make)", {"denoise_env/Shapes-v0": "", "denoise_env/Points-v0": ""}),
     ):
         print(title)

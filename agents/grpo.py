@@ -76,7 +76,9 @@ class GRPO(Agent):
     def _validate(self) -> None:
         super()._validate()
         if self.group_size < 2:
-            raise ValueError(f"GRPO compares samples of one prompt: group_size must be at least 2, not {self.group_size}")
+            raise ValueError(
+                f"GRPO compares samples of one prompt: group_size must be at least 2, not {self.group_size}"
+            )
         if self.config.clip_range <= 0 or self.config.advantage_clip <= 0:
             raise ValueError("clip_range and advantage_clip must be positive")
 

@@ -105,7 +105,11 @@ def _curves(metrics: list[dict[str, float]], evals: list[dict[str, float]]) -> s
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = [name for name in ("grad_norm", "clip_fraction", "kl_reference", "ratio_deviation") if metrics and name in metrics[0]]
+    panels = [
+        name
+        for name in ("grad_norm", "clip_fraction", "kl_reference", "ratio_deviation")
+        if metrics and name in metrics[0]
+    ]
     evaluated = [name for name, _, _ in headline(evals)]
     names = ["reward", *evaluated, *panels]
     rows = -(-len(names) // 3)
@@ -118,7 +122,9 @@ def _curves(metrics: list[dict[str, float]], evals: list[dict[str, float]]) -> s
             axis.fill_between(at, low, high, color="#c2410c", alpha=0.2, linewidth=0)
             axis.set_title(f"evaluation: {name}", fontsize=10)
         else:
-            axis.plot([row["iteration"] for row in metrics], [row[name] for row in metrics], color="#1d4ed8", lw=1)
+            axis.plot(
+                [row["iteration"] for row in metrics], [row[name] for row in metrics], color="#1d4ed8", lw=1
+            )
             axis.set_title(f"training: {name}", fontsize=10)
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(names) :]:

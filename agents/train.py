@@ -57,8 +57,18 @@ def build(config: TrainConfig) -> Experiment:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     defaults = TrainConfig()
-    names = ("height", "width", "dtype", "lora_rank", "lora_alpha", "gradient_checkpointing", "guidance_scale")
-    chosen = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)}
+    names = (
+        "height",
+        "width",
+        "dtype",
+        "lora_rank",
+        "lora_alpha",
+        "gradient_checkpointing",
+        "guidance_scale",
+    )
+    chosen = {
+        name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)
+    }
     mdp = DenoisingMDP.make(
         config.model,
         config.rewards or None,
@@ -119,11 +129,15 @@ def train(config: TrainConfig, directory: Path, *, resume: bool = False, command
         checkpoint.prune(checkpoints, config.keep_checkpoints)
         about = {"command": shlex.join(command), **_versions()}
         checkpoint.write_atomically(directory / "versions.json", json.dumps(about, indent=1))
-        checkpoint.write_atomically(directory / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+        checkpoint.write_atomically(
+            directory / "config.json", json.dumps(dataclasses.asdict(config), indent=1)
+        )
         metrics, evals = Table(directory / "metrics.csv", done), Table(directory / "eval.csv", done)
         if newest is None:
             _look(experiment, directory, 0, evals, logger)
-        bar = progress(range(done + 1, config.iterations + 1), initial=done, total=config.iterations, desc="train")
+        bar = progress(
+            range(done + 1, config.iterations + 1), initial=done, total=config.iterations, desc="train"
+        )
         for iteration in bar:
             row = _iterate(experiment, iteration)
             metrics.append(row)
@@ -212,7 +226,9 @@ def _look(
                 )
             row = {"iteration": iteration, **found.row()}
             evals.append(row)
-            logger.log(iteration, {f"eval/{name}": value for name, value in row.items() if name != "iteration"})
+            logger.log(
+                iteration, {f"eval/{name}": value for name, value in row.items() if name != "iteration"}
+            )
         if due(config.sample_every):
             prompts = experiment.eval_prompts[:GRID_PROMPTS]
             latents, _ = sample(
@@ -226,7 +242,9 @@ def _look(
 def _restore(experiment: Experiment, path: Path) -> int:
     tensors, meta = checkpoint.load(path)
     if meta["model"] != json.loads(json.dumps(experiment.mdp.model.describe())):
-        raise checkpoint.CheckpointError(f"the checkpoint {path} holds another architecture than the configured model")
+        raise checkpoint.CheckpointError(
+            f"the checkpoint {path} holds another architecture than the configured model"
+        )
     try:
         experiment.agent.load_state(tensors)
     except (ValueError, KeyError) as error:
@@ -256,7 +274,9 @@ class Table:
         self.columns: list[str] = []
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= keep_to]
+            kept = [
+                line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= keep_to
+            ]
             if keep_to and kept:
                 self.columns = lines[0].strip().split(",")
                 checkpoint.write_atomically(path, "".join([lines[0], *kept]))
@@ -275,7 +295,16 @@ class Table:
 
 
 def _versions() -> dict[str, str]:
-    names = ("denoise-env", "torch", "torchrl", "tensordict", "gymnasium", "diffusers", "transformers", "peft")
+    names = (
+        "denoise-env",
+        "torch",
+        "torchrl",
+        "tensordict",
+        "gymnasium",
+        "diffusers",
+        "transformers",
+        "peft",
+    )
     found = {}
     for name in names:
         try:

@@ -26,11 +26,17 @@ from denoise_env.mdp import DenoisingMDP, row_generators
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="shapes", help="any model of denoise-env list (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="shapes", help="any model of denoise-env list (default %(default)s)"
+    )
     parser.add_argument("--random", choices=RANDOM, help="a real architecture with random weights instead")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--microbatch", type=int, default=None, help="rows per network call (default: the batch)")
+    parser.add_argument(
+        "--microbatch", type=int, default=None, help="rows per network call (default: the batch)"
+    )
     parser.add_argument("--num-steps", type=int, default=10)
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
@@ -44,12 +50,16 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     figures = denoiser_figures(options) | points_figures(options.repeats)
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options.device}")
+    print(
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options.device}"
+    )
     print(f"\n| {'figure':<58} | {'value':>14} |\n|{'-' * 60}|{'-' * 15}:|")
     for name, value in figures.items():
         print(f"| {name:<58} | {value:>14,.4g} |")
     if options.json:
-        options.json.write_text(json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, **figures}, indent=1))
+        options.json.write_text(
+            json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, **figures}, indent=1)
+        )
 
 
 def denoiser_figures(options: argparse.Namespace) -> dict[str, float]:
@@ -78,7 +88,9 @@ def denoiser_figures(options: argparse.Namespace) -> dict[str, float]:
     def bare_update() -> None:
         for latents, conditioning in inputs:
             for j in range(steps):
-                model.predict(latents, timesteps[j].expand(len(latents)), conditioning).float().mean().backward()
+                model.predict(
+                    latents, timesteps[j].expand(len(latents)), conditioning
+                ).float().mean().backward()
         torch.nn.utils.clip_grad_norm_(agent.parameters, 1.0)
         agent.optimizer.step()
         agent.optimizer.zero_grad()
@@ -88,7 +100,9 @@ def denoiser_figures(options: argparse.Namespace) -> dict[str, float]:
 
     bare, ours = compare(bare_rollout, our_rollout, options.repeats, model.device)
     bare_up, ours_up = compare(bare_update, our_update, options.repeats, model.device)
-    score = compare(lambda: None, lambda: mdp.score(rollout.final_latents, prompt_index), options.repeats, model.device)[1]
+    score = compare(
+        lambda: None, lambda: mdp.score(rollout.final_latents, prompt_index), options.repeats, model.device
+    )[1]
     stored = sum(t.untyped_storage().nbytes() for t in unique_storages(rollout))
     latent_bytes = rows * (options.num_steps + 1) * noise[0, 0].numel() * noise.element_size()
     ideal = latent_bytes + sum(t.untyped_storage().nbytes() for t in rollout.conditioning.values())
@@ -130,10 +144,18 @@ def points_figures(repeats: int) -> dict[str, float]:
                     observation, *_ = env.step(transition.sample(noise[:, k]))
 
     alone, acting = compare(episodes, with_policy, repeats, torch.device("cpu"))
-    rolled = compare(lambda: None, lambda: denoise(env.mdp, policy, noise.clone(), prompt_index), repeats, torch.device("cpu"))[1]
+    rolled = compare(
+        lambda: None,
+        lambda: denoise(env.mdp, policy, noise.clone(), prompt_index),
+        repeats,
+        torch.device("cpu"),
+    )[1]
     return {
         "Points, 256 rows: environment alone, row-steps/s": 10 * rows * steps / statistics.median(alone),
-        "Points, 256 rows: environment and policy, row-steps/s": 10 * rows * steps / statistics.median(acting),
+        "Points, 256 rows: environment and policy, row-steps/s": 10
+        * rows
+        * steps
+        / statistics.median(acting),
         "Points, 256 rows: rollout, row-steps/s": rows * steps / statistics.median(rolled),
     }
 
@@ -176,7 +198,11 @@ def unique_storages(rollout: Any) -> list[torch.Tensor]:
 
 
 RANDOM = {
-    "sd1": {"block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8, "cross_attention_dim": 768},
+    "sd1": {
+        "block_out_channels": (320, 640, 1280, 1280),
+        "attention_head_dim": 8,
+        "cross_attention_dim": 768,
+    },
 }
 """Real sizes, random weights: Stable Diffusion 1.x."""
 
@@ -190,7 +216,9 @@ def make_mdp(options: argparse.Namespace) -> DenoisingMDP:
         "device": options.device,
     }
     if not options.random:
-        return DenoisingMDP.make(options.model, num_steps=options.num_steps, microbatch=options.microbatch, **model_options)
+        return DenoisingMDP.make(
+            options.model, num_steps=options.num_steps, microbatch=options.microbatch, **model_options
+        )
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -199,7 +227,11 @@ def make_mdp(options: argparse.Namespace) -> DenoisingMDP:
 
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer", model_max_length=77)
     text = CLIPTextConfig(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
     )
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -224,7 +256,11 @@ def make_mdp(options: argparse.Namespace) -> DenoisingMDP:
         return images.mean((1, 2, 3))
 
     return DenoisingMDP(
-        model, {"brightness": brightness}, ["a photo of a cat", "a red cube"], options.num_steps, microbatch=options.microbatch
+        model,
+        {"brightness": brightness},
+        ["a photo of a cat", "a red cube"],
+        options.num_steps,
+        microbatch=options.microbatch,
     )
 
 

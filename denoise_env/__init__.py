@@ -1,1 +1,76 @@
-"""Denoising with diffusion and flow models as a reinforcement-learning environment."""
+"""Denoising with diffusion and flow models as a reinforcement-learning environment.
+
+Importing this registers ``denoise_env/Shapes-v0`` and ``denoise_env/Points-v0`` with Gymnasium and imports
+nothing heavy; the names in ``__all__`` are loaded when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+
+if TYPE_CHECKING:
+    from denoise_env.checks import check_denoising_env, check_vector_env
+    from denoise_env.gymnasium_env import DenoiseEnv, DenoiseVectorEnv
+    from denoise_env.kernels import CPS, DDIM, KERNELS, ODE, DanceSDE, FlowSDE, Kernel, Schedule, Transition
+    from denoise_env.mdp import DenoisingMDP, Scores, State
+    from denoise_env.models import DenoisingModel, load_model
+    from denoise_env.rewards import Reward, load_reward
+    from denoise_env.torchrl_env import DenoiseTorchRLEnv
+
+__version__ = "0.1.0"
+__all__ = [
+    "CPS",
+    "DDIM",
+    "KERNELS",
+    "ODE",
+    "DanceSDE",
+    "DenoiseEnv",
+    "DenoiseTorchRLEnv",
+    "DenoiseVectorEnv",
+    "DenoisingMDP",
+    "DenoisingModel",
+    "FlowSDE",
+    "Kernel",
+    "Reward",
+    "Schedule",
+    "Scores",
+    "State",
+    "Transition",
+    "check_denoising_env",
+    "check_vector_env",
+    "load_model",
+    "load_reward",
+]
+
+_HOMES = {
+    "checks": ("check_denoising_env", "check_vector_env"),
+    "gymnasium_env": ("DenoiseEnv", "DenoiseVectorEnv"),
+    "kernels": ("CPS", "DDIM", "KERNELS", "ODE", "DanceSDE", "FlowSDE", "Kernel", "Schedule", "Transition"),
+    "mdp": ("DenoisingMDP", "Scores", "State"),
+    "models": ("DenoisingModel", "load_model"),
+    "rewards": ("Reward", "load_reward"),
+    "torchrl_env": ("DenoiseTorchRLEnv",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# No max_episode_steps here: `gymnasium.make` would add a TimeLimit that truncates at the very step that
+# terminates. The number of denoising steps is the environment's own `num_steps`.
+for _id, _model in (("denoise_env/Shapes-v0", "shapes"), ("denoise_env/Points-v0", "points")):
+    gymnasium.register(
+        _id,
+        entry_point="denoise_env.gymnasium_env:DenoiseEnv",
+        vector_entry_point="denoise_env.gymnasium_env:DenoiseVectorEnv",
+        kwargs={"model": _model},
+    )

@@ -40,6 +40,18 @@ class State:
     step: Tensor
     prompt_index: Tensor
 
+    def advance(self, latents: Tensor) -> "State":
+        """The transition, unchecked: ``latents`` become the latents, the step counts up."""
+        return State(latents, self.step + 1, self.prompt_index)
+
+    def replace_rows(self, rows: Tensor, other: "State") -> "State":
+        """This batch with ``rows [R]`` taken from ``other``, a batch of R."""
+        return State(
+            self.latents.index_copy(0, rows, other.latents),
+            self.step.index_copy(0, rows, other.step),
+            self.prompt_index.index_copy(0, rows, other.prompt_index),
+        )
+
 
 class PromptTable:
     """Prompts and their conditioning, each encoded once; an index never changes its meaning.
@@ -51,7 +63,10 @@ class PromptTable:
     """
 
     def __init__(
-        self, model: DenoisingModel, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+        self,
+        model: DenoisingModel,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         self._model = model
         self.texts: list[str] = []
@@ -116,11 +131,13 @@ class DenoisingMDP:
     Args:
         model: supplies latent shape, noise schedule, prompt encoding and decoding.
         rewards: name → reward.
-        prompts: the prompts that a reset draws from; others can join the table later but are never drawn.
+        prompts: the prompts that a reset draws from. Others join the table when a reset names them, and are
+            not drawn.
         num_steps: K.
         metadata: of the prompts, for rewards that need it.
         reward_weights: name → weight in the scalar reward; 1 each by default.
         microbatch: rows decoded and scored at a time; ``None`` takes the batch whole.
+        check_finite: whether to refuse actions with NaN or infinity; off a CPU that is one sync per step.
 
     Raises:
         ValueError: no rewards, weights of other names, or what the parts refuse.
@@ -136,12 +153,15 @@ class DenoisingMDP:
         metadata: Sequence[Mapping[str, Any]] | None = None,
         reward_weights: Mapping[str, float] | None = None,
         microbatch: int | None = None,
+        check_finite: bool = True,
     ) -> None:
         if not rewards:
             raise ValueError("an environment needs at least one reward")
         self.reward_weights = dict(reward_weights or dict.fromkeys(rewards, 1.0))
         if set(self.reward_weights) != set(rewards):
-            raise ValueError(f"reward_weights name {sorted(self.reward_weights)}, the rewards are {sorted(rewards)}")
+            raise ValueError(
+                f"reward_weights name {sorted(self.reward_weights)}, the rewards are {sorted(rewards)}"
+            )
         if microbatch is not None and microbatch < 1:
             raise ValueError(f"microbatch must be at least 1, not {microbatch}")
         self.model = model
@@ -149,6 +169,7 @@ class DenoisingMDP:
         self.num_steps = num_steps
         self.schedule = model.schedule(num_steps)
         self.microbatch = microbatch
+        self.check_finite = check_finite
         self.prompts = PromptTable(model, prompts, metadata)
         self._drawn = len(self.prompts.texts)
 
@@ -160,6 +181,7 @@ class DenoisingMDP:
         prompts: Sequence[str] | str | None = None,
         num_steps: int = 10,
         microbatch: int | None = None,
+        check_finite: bool = True,
         **model_options: Any,
     ) -> "DenoisingMDP":
         """Build from names and numbers.
@@ -170,6 +192,7 @@ class DenoisingMDP:
             prompts: a list, or what `load_prompts` takes; by default the embedded world's training prompts.
             num_steps: K.
             microbatch: rows decoded and scored at a time.
+            check_finite: whether to refuse actions with NaN or infinity.
             model_options: passed to the model family.
         """
         check_name(model)
@@ -190,6 +213,7 @@ class DenoisingMDP:
             num_steps,
             reward_weights=weights,
             microbatch=microbatch,
+            check_finite=check_finite,
         )
 
     def reset(
@@ -204,7 +228,8 @@ class DenoisingMDP:
 
         Row i draws from ``generators[i]`` (on the CPU) alone, so it does not depend on the batch it is in.
         Groups are ``group_size`` neighbouring rows with one prompt; with ``shared_noise`` they start from
-        the first row's noise.
+        the first row's noise. A row draws its noise before its prompt: naming the prompt leaves the noise as
+        it was.
 
         Args:
             generators: one per row.
@@ -218,10 +243,8 @@ class DenoisingMDP:
         rows = len(generators)
         if rows < 1 or group_size < 1 or rows % group_size:
             raise ValueError(f"{rows} rows cannot be divided into groups of {group_size}")
-        leaders = range(0, rows, group_size)
-        if prompts is None:
-            index = torch.tensor([int(torch.randint(self._drawn, (), generator=generators[i])) for i in leaders])
-        else:
+        index = None
+        if prompts is not None:
             check_prompts(prompts)
             if len(prompts) * group_size != rows:
                 raise ValueError(
@@ -229,8 +252,12 @@ class DenoisingMDP:
                 )
             index = self.prompts.indices(prompts)
         noise = torch.empty(rows, *self.model.latent_shape)
-        for i, generator in enumerate(generators):
-            noise[i].normal_(generator=generator)
+        for row, generator in zip(noise.unbind(), generators, strict=True):
+            row.normal_(generator=generator)
+        if index is None:
+            index = torch.empty(rows // group_size, dtype=torch.long)
+            for row, generator in zip(index.unbind(), generators[::group_size], strict=True):
+                row.random_(0, self._drawn, generator=generator)
         if shared_noise:
             noise = noise[::group_size].repeat_interleave(group_size, 0)
         device = self.model.device
@@ -249,7 +276,7 @@ class DenoisingMDP:
         self.check_action(action, len(state.step))
         if (state.step >= self.num_steps).any():
             raise ValueError(f"the episode is over after {self.num_steps} steps: reset first")
-        return State(action, state.step + 1, state.prompt_index)
+        return state.advance(action)
 
     def check_action(self, action: Tensor, rows: int) -> None:
         """Refuse what is not ``rows`` finite latents with a ``ValueError``."""
@@ -262,7 +289,7 @@ class DenoisingMDP:
             raise ValueError(f"the action's dtype must be {self.model.dtype}, not {action.dtype}")
         if action.device != self.model.device:
             raise ValueError(f"the action must be on {self.model.device}, not on {action.device}")
-        if not action.isfinite().all():
+        if self.check_finite and not action.isfinite().all():
             raise ValueError("the action must be finite; it has NaN or infinity in it")
 
     @torch.no_grad()
@@ -274,7 +301,9 @@ class DenoisingMDP:
         """
         size = self.microbatch or len(latents)
         indices = prompt_index.tolist()
-        values = {name: torch.full((len(latents),), torch.nan, device=latents.device) for name in self.rewards}
+        values = {
+            name: torch.full((len(latents),), torch.nan, device=latents.device) for name in self.rewards
+        }
         errors = {}
         for start in range(0, len(latents), size):
             rows = slice(start, start + size)
@@ -290,7 +319,9 @@ class DenoisingMDP:
                     values[name][rows] = result.where(result.isfinite(), torch.nan)
                 except Exception as error:
                     errors[name] = f"{type(error).__name__}: {error}"
-                    warnings.warn(f"the reward {name!r} failed on {len(texts)} rows: {errors[name]}", stacklevel=2)
+                    warnings.warn(
+                        f"the reward {name!r} failed on {len(texts)} rows: {errors[name]}", stacklevel=2
+                    )
         valid = torch.stack([v.isfinite() for v in values.values()]).all(0)
         total = sum(self.reward_weights[name] * v for name, v in values.items())
         return Scores(values, torch.as_tensor(total), valid, errors)
@@ -314,7 +345,9 @@ def load_prompts(source: str) -> list[str]:
         module, attribute = PROMPT_SETS[source].split(":")
         return list(getattr(importlib.import_module(module), attribute))
     if not Path(source).is_file():
-        raise ValueError(f"there is no prompt file {source!r}, and it is none of the named sets {list(PROMPT_SETS)}")
+        raise ValueError(
+            f"there is no prompt file {source!r}, and it is none of the named sets {list(PROMPT_SETS)}"
+        )
     prompts = [line.strip() for line in Path(source).read_text().splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"the prompt file {source!r} holds no prompts")

@@ -127,7 +127,9 @@ class Points(DenoisingModel):
         check_num_steps(num_steps, TRAIN_STEPS)
         if self.path == "flow":
             return Schedule.flow(num_steps)
-        timesteps = torch.arange(num_steps - 1, -1, -1) * (TRAIN_STEPS // num_steps) + (num_steps < TRAIN_STEPS)
+        timesteps = torch.arange(num_steps - 1, -1, -1) * (TRAIN_STEPS // num_steps) + (
+            num_steps < TRAIN_STEPS
+        )
         return Schedule.diffusion(self.network.alphas.double() ** 2, timesteps, 1.0)
 
     def encode(self, prompts: Sequence[str]) -> TensorDict:

@@ -202,7 +202,11 @@ def sample(
     return torch.cat(
         [
             pipe(
-                batch, num_inference_steps=num_steps, guidance_scale=guidance, eta=1.0, generator=generator,
+                batch,
+                num_inference_steps=num_steps,
+                guidance_scale=guidance,
+                eta=1.0,
+                generator=generator,
                 output_type="pt",
             ).images
             for batch in batches
@@ -211,7 +215,11 @@ def sample(
 
 
 def share_right(
-    pipe: StableDiffusionPipeline, captions: Sequence[str], n: int, generator: torch.Generator, guidance: float = 1.0
+    pipe: StableDiffusionPipeline,
+    captions: Sequence[str],
+    n: int,
+    generator: torch.Generator,
+    guidance: float = 1.0,
 ) -> dict[str, float]:
     """Share of n samples, spread evenly over the captions, whose attributes are right; "score" is the mean score."""
     prompts = [captions[i % len(captions)] for i in range(n)]
@@ -248,7 +256,9 @@ def pretrain(config: Config) -> StableDiffusionPipeline:
     if config.evaluate:
         for name, captions in (("train", TRAIN), ("held out", HELD_OUT)):
             shares = share_right(pipe, captions, config.evaluate, generator)
-            print(f"{name}, {config.evaluate} samples: " + ", ".join(f"{k} {v:.3f}" for k, v in shares.items()))
+            print(
+                f"{name}, {config.evaluate} samples: " + ", ".join(f"{k} {v:.3f}" for k, v in shares.items())
+            )
     return pipe
 
 

@@ -45,7 +45,9 @@ def test_list_names_everything(capsys):
 def test_a_configuration_survives_its_file(tmp_path, preset):
     import dataclasses
 
-    config = dataclasses.replace(PRESETS[preset](), rewards={"shapes": 0.7, "shapes-correct": 1.4}, wandb=True)
+    config = dataclasses.replace(
+        PRESETS[preset](), rewards={"shapes": 0.7, "shapes-correct": 1.4}, wandb=True
+    )
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     assert cli.run_config(tmp_path) == config
 
@@ -54,7 +56,12 @@ def test_a_toml_file_and_flags_override_the_preset(tmp_path):
     file = tmp_path / "settings.toml"
     file.write_text('model = "points"\niterations = 7\n[agent]\nlr = 0.5\nshared_noise = false\n')
     config = cli.parse_config([*cli.read_config(str(file)), "--agent.lr", "0.25"], TrainConfig())
-    assert (config.model, config.iterations, config.agent.lr, config.agent.shared_noise) == ("points", 7, 0.25, False)
+    assert (config.model, config.iterations, config.agent.lr, config.agent.shared_noise) == (
+        "points",
+        7,
+        0.25,
+        False,
+    )
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path, capsys):

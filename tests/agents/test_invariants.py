@@ -29,7 +29,11 @@ def roll(mdp, policy, agent, microbatch=None, seed=0):
 
 @pytest.mark.parametrize(
     ("dtype", "guidance", "lora", "microbatch"),
-    [*itertools.product(("fp32", "bf16"), (1.0, 5.0), (0, 4), (None,)), ("fp32", 5.0, 0, 4), ("bf16", 5.0, 4, 2)],
+    [
+        *itertools.product(("fp32", "bf16"), (1.0, 5.0), (0, 4), (None,)),
+        ("fp32", 5.0, 0, 4),
+        ("bf16", 5.0, 4, 2),
+    ],
 )
 def test_unchanged_stable_diffusion_has_ratio_exactly_one(make_shapes, dtype, guidance, lora, microbatch):
     mdp = make_shapes(dtype=dtype, guidance_scale=guidance, lora_rank=lora)

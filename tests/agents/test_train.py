@@ -108,7 +108,9 @@ def test_resuming_shapes_is_exact(tmp_path):
     )
     whole = run(config, tmp_path / "whole")
     run(dataclasses.replace(config, iterations=1), tmp_path / "part")
-    (tmp_path / "part" / "eval.csv").write_text("".join((whole / "eval.csv").read_text().splitlines(True)[:2]))
+    (tmp_path / "part" / "eval.csv").write_text(
+        "".join((whole / "eval.csv").read_text().splitlines(True)[:2])
+    )
     run(config, tmp_path / "part", resume=True)
     (tmp_path / "part" / "samples" / "000001.png").unlink()
     assert_same_run(whole, tmp_path / "part")
@@ -295,7 +297,12 @@ def test_the_dancegrpo_preset_is_danceGRPOs_setting():
     assert (agent.group_size, agent.updates_per_rollout, agent.lr, agent.clip_range) == (16, 2, 1e-5, 1e-4)
     assert (agent.timestep_fraction, agent.drop_last, agent.timestep_selection) == (1.0, True, "per_sample")
     assert (agent.betas, agent.weight_decay, agent.max_grad_norm) == ((0.9, 0.999), 1e-4, 1.0)
-    assert (agent.advantage_clip, agent.shared_noise, config.reduction, agent.kl_coef) == (5.0, True, "mean", 0)
+    assert (agent.advantage_clip, agent.shared_noise, config.reduction, agent.kl_coef) == (
+        5.0,
+        True,
+        "mean",
+        0,
+    )
     tiny = dataclasses.replace(config, model="shapes", height=32, width=32, dtype="fp32")
     experiment = build(tiny)
     steps = experiment.agent.select_steps(512, 1)

@@ -27,8 +27,14 @@ def test_shipped_pipeline_is_consistent(pipe):
 
 def test_shipped_scheduler_is_stable_diffusions(pipe):
     expected = {
-        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
-        "prediction_type": "epsilon", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
         "timestep_spacing": "leading",
     }
     assert {key: pipe.scheduler.config[key] for key in expected} == expected
@@ -67,8 +73,22 @@ def test_the_caption_matters(pipe, generator):
 
 def test_a_tiny_run_writes_a_loadable_pipeline(tmp_path, capsys):
     main(
-        ["--out", str(tmp_path), "--vae-steps", "12", "--steps", "12", "--batch-size", "8", "--pictures", "60",
-         "--evaluate", "12", "--seed", "3"]
+        [
+            "--out",
+            str(tmp_path),
+            "--vae-steps",
+            "12",
+            "--steps",
+            "12",
+            "--batch-size",
+            "8",
+            "--pictures",
+            "60",
+            "--evaluate",
+            "12",
+            "--seed",
+            "3",
+        ]
     )
     assert "held out, 12 samples" in capsys.readouterr().out
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
@@ -81,7 +101,9 @@ def test_runs_with_one_seed_agree(tmp_path):
     args = ["--vae-steps", "3", "--steps", "3", "--batch-size", "4", "--pictures", "20", "--evaluate", "0"]
     for name in ("first", "second"):
         main(["--out", str(tmp_path / name), *args])
-    files = sorted(path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*.safetensors"))
+    files = sorted(
+        path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*.safetensors")
+    )
     assert len(files) == 3
     for file in files:
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()

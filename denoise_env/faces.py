@@ -1,0 +1,158 @@
+"""What the Gymnasium and the TorchRL face share: their MDP, reset options, the rows' random streams."""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from denoise_env.mdp import DenoisingMDP, State, row_generators
+
+RESET_OPTIONS = ("prompts", "group_size", "shared_noise", "reset_mask")
+
+
+def resolve_mdp(
+    model: str | DenoisingMDP, num_steps: int | None, max_episode_steps: int | None, **options: Any
+) -> DenoisingMDP:
+    """The MDP of names and numbers, or the live one; options that are ``None`` were not given.
+
+    Raises:
+        ValueError: ``num_steps`` and ``max_episode_steps`` differ, options beside a live MDP, or what
+            `DenoisingMDP.make` refuses.
+    """
+    if None not in (num_steps, max_episode_steps) and num_steps != max_episode_steps:
+        raise ValueError(
+            f"num_steps={num_steps} and max_episode_steps={max_episode_steps} both mean the number of "
+            "denoising steps: give one"
+        )
+    options["num_steps"] = max_episode_steps if num_steps is None else num_steps
+    given = {name: value for name, value in options.items() if value is not None}
+    if not isinstance(model, DenoisingMDP):
+        return DenoisingMDP.make(model, **given)
+    if given:
+        raise ValueError(f"{next(iter(given))!r} belongs to the DenoisingMDP: set it where that is built")
+    return model
+
+
+@dataclass(frozen=True)
+class ResetRequest:
+    """What one reset asks for.
+
+    Attributes:
+        mask: ``[num_envs]`` bool, the rows that begin anew.
+        prompts: one per group of these rows, or ``None`` to draw.
+        group_size: G neighbouring rows share a prompt.
+        shared_noise: whether they share their initial latents too.
+    """
+
+    mask: NDArray[np.bool_]
+    prompts: Sequence[str] | None
+    group_size: int
+    shared_noise: bool
+
+    @classmethod
+    def parse(
+        cls, options: Mapping[str, Any] | None, num_envs: int, group_size: int = 1, shared_noise: bool = False
+    ) -> "ResetRequest":
+        """Read reset options, never changing them; ``group_size`` and ``shared_noise`` are the defaults.
+
+        Raises:
+            ValueError: an option that does not exist, a bad mask, or groups that do not divide the rows or
+                that the mask splits.
+        """
+        options = options or {}
+        for name in options:
+            if name not in RESET_OPTIONS:
+                near = difflib.get_close_matches(str(name), RESET_OPTIONS, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {list(RESET_OPTIONS)}"
+                raise ValueError(f"unknown reset option {name!r}; {hint}")
+        size = options.get("group_size", group_size)
+        if not isinstance(size, int) or size < 1 or num_envs % size:
+            raise ValueError(f"group_size must divide num_envs: {num_envs} rows do not make groups of {size}")
+        mask = np.ones(num_envs, bool)
+        if options.get("reset_mask") is not None:
+            mask = _read_mask(options["reset_mask"], num_envs)
+            groups = mask.reshape(-1, size)
+            split = groups.any(1) & ~groups.all(1)
+            if split.any():
+                first = int(split.argmax()) * size
+                raise ValueError(
+                    "a group is reset whole: reset_mask splits the group of rows "
+                    f"{first} to {first + size - 1}"
+                )
+        return cls(mask, options.get("prompts"), size, bool(options.get("shared_noise", shared_noise)))
+
+
+def _read_mask(mask: Any, num_envs: int) -> NDArray[np.bool_]:
+    array = np.array(mask.cpu().numpy() if isinstance(mask, torch.Tensor) else mask)
+    if array.dtype != np.bool_ or array.shape != (num_envs,):
+        raise ValueError(f"reset_mask must be {num_envs} bools, not {array.dtype} of shape {array.shape}")
+    if not array.any():
+        raise ValueError("reset_mask must have at least one True")
+    return array
+
+
+class RowStreams:
+    """One random stream per row: row i depends on its seed and its own past alone.
+
+    Args:
+        num_envs: the number of rows, at least 1.
+    """
+
+    def __init__(self, num_envs: int) -> None:
+        if not isinstance(num_envs, int) or num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, not {num_envs}")
+        self.num_envs = num_envs
+        self._generators: list[torch.Generator] | None = None
+
+    def seed(self, seed: int | None) -> None:
+        """Row i gets ``seed + i``; ``None`` forgets the streams, and the next ``begin`` draws new ones."""
+        self._generators = None if seed is None else row_generators(range(seed, seed + self.num_envs))
+
+    def begin(
+        self,
+        mdp: DenoisingMDP,
+        request: ResetRequest,
+        seed: int | Sequence[int | None] | None,
+        draw_seed: Callable[[], int],
+    ) -> State:
+        """Begin the episodes of the masked rows; nothing has changed if it raises.
+
+        Args:
+            mdp: where they begin.
+            request: rows, prompts and groups.
+            seed: row i gets ``seed + i``, or the i-th of a sequence; a row without one continues its stream.
+            draw_seed: a seed for rows that have neither seed nor stream.
+        """
+        seeds = _row_seeds(seed, self.num_envs)
+        old = self._generators
+        if old is None:
+            first = draw_seed() if None in seeds else 0
+            old = row_generators([first + i if s is None else s for i, s in enumerate(seeds)])
+            seeds = [None] * self.num_envs
+        streams = [
+            stream if s is None or not wanted else torch.Generator().manual_seed(s)
+            for stream, s, wanted in zip(old, seeds, request.mask, strict=True)
+        ]
+        rows = [streams[i] for i in np.flatnonzero(request.mask)]
+        state = mdp.reset(
+            rows, request.prompts, group_size=request.group_size, shared_noise=request.shared_noise
+        )
+        self._generators = streams
+        return state
+
+
+def _row_seeds(seed: int | Sequence[int | None] | None, rows: int) -> list[int | None]:
+    if seed is None:
+        return [None] * rows
+    if isinstance(seed, int | np.integer):
+        seed = [int(seed) + i for i in range(rows)]
+    seeds = list(seed) if isinstance(seed, Sequence | np.ndarray) else [seed]
+    if len(seeds) != rows:
+        raise ValueError(f"seed must be an integer or a list of one per row, {rows}, not {seed!r}")
+    if any(s is not None and (not isinstance(s, int | np.integer) or s < 0) for s in seeds):
+        raise ValueError(f"a seed is an integer of at least 0 or None, not {seed!r}")
+    return [None if s is None else int(s) for s in seeds]
