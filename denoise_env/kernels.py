@@ -152,7 +152,7 @@ class Transition:
         self._need_density("KL")
         other._need_density("KL")
         z = (self.mean - other.mean) / other.std
-        wider = (self.std - other.std) / other.std  # not the ratio: it loses small differences to rounding
+        wider = (self.std - other.std) / other.std  # (r² − 1)/2 − log r of the ratio r would cancel where r ≈ 1
         return _reduce(0.5 * (z * z) + (wider + 0.5 * (wider * wider) - wider.log1p()), reduction)
 
     def _need_density(self, what: str) -> None:
