@@ -106,9 +106,7 @@ class Agent(ABC):
                 'with eta > 0 ("ddim" on a diffusion; "dance_sde", "flow_sde" or "cps" on a flow)'
             )
         if not len(self.trainable_steps):
-            raise ValueError(
-                f"no step of {kernel!r} is left to train: use more num_steps, or drop_last=False"
-            )
+            raise ValueError(f"no step of {kernel!r} is left to train: use more num_steps, or drop_last=False")
         if not 0 < config.timestep_fraction <= 1:
             raise ValueError(f"timestep_fraction must lie in (0, 1], not {config.timestep_fraction}")
         if not 0 <= config.ema_decay < 1:
@@ -167,15 +165,11 @@ class Agent(ABC):
         advantages = self.advantages(rollout)
         steps = self.select_steps(rows, iteration)
         part = rows // updates
-        results = [
-            self._optimize(rollout, advantages, steps, start, start + part) for start in range(0, rows, part)
-        ]
+        results = [self._optimize(rollout, advantages, steps, start, start + part) for start in range(0, rows, part)]
         figures = {name: sum(result[name] for result in results) / updates for name in results[0]}
         return {**figures, "ratio_deviation": max(result["ratio_deviation"] for result in results)}
 
-    def _optimize(
-        self, rollout: Rollout, advantages: Tensor, steps: Tensor, start: int, end: int
-    ) -> dict[str, float]:
+    def _optimize(self, rollout: Rollout, advantages: Tensor, steps: Tensor, start: int, end: int) -> dict[str, float]:
         """One optimizer step on episodes ``start`` to ``end``."""
         size = self.microbatch or end - start
         pairs = (end - start) * steps.shape[1]
@@ -201,16 +195,14 @@ class Agent(ABC):
         self.optimizer.zero_grad()
         if self.average:
             with torch.no_grad():
-                torch._foreach_lerp_(self.average, self.parameters, 1 - self.config.ema_decay)
+                torch._foreach_lerp_(self.average, list[Tensor](self.parameters), 1 - self.config.ema_decay)
         result = {name: value.item() / pairs for name, value in sums.items()}
         return {**result, "ratio_deviation": deviation.item(), "grad_norm": norm.item()}
 
     def _evaluate(
         self, rollout: Rollout, advantages: Tensor, rows: Tensor, steps: Tensor, conditioning: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        latents, action, old = (
-            rollout.steps[key][rows, steps] for key in ("latents", "action", "action_log_prob")
-        )
+        latents, action, old = (rollout.steps[key][rows, steps] for key in ("latents", "action", "action_log_prob"))
         transition = self.policy.transition(latents, steps, conditioning)
         log_prob = self.policy.log_prob(transition, action)
         loss, figures = self.loss(Batch(transition, log_prob, old, advantages[rows]))
@@ -267,8 +259,8 @@ class Agent(ABC):
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
-                _, i, key = name.split(".")
-                state.setdefault(int(i), {})[key] = tensor
+                _, number, key = name.split(".")
+                state.setdefault(int(number), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         for i, average in enumerate(self.average):
             average.copy_(tensors[f"average.{i}"])

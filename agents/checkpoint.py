@@ -53,9 +53,7 @@ def save(directory: Path, iteration: int, tensors: dict[str, Tensor], meta: dict
         shutil.rmtree(temporary, ignore_errors=True)
         last = latest(directory)
         kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-        raise CheckpointError(
-            f"could not save the checkpoint of iteration {iteration}: {error}; {kept}"
-        ) from error
+        raise CheckpointError(f"could not save the checkpoint of iteration {iteration}: {error}; {kept}") from error
     return target
 
 

@@ -52,26 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             metavar="FILE",
             help="a text file with one prompt a line, or a named set (denoise-env list)",
         )
-        command.add_argument(
-            "--images-per-prompt", type=int, default=8 if name == "sample" else 64, metavar="N"
-        )
+        command.add_argument("--images-per-prompt", type=int, default=8 if name == "sample" else 64, metavar="N")
         command.add_argument("--seed", type=int, default=1234, help="of the noise (default %(default)s)")
-        command.add_argument(
-            "--num-steps", type=int, metavar="K", help="denoising steps (default: the run's, or 10)"
-        )
-        command.add_argument(
-            "--guidance-scale", type=float, metavar="W", help="default: the run's, or the model's"
-        )
+        command.add_argument("--num-steps", type=int, metavar="K", help="denoising steps (default: the run's, or 10)")
+        command.add_argument("--guidance-scale", type=float, metavar="W", help="default: the run's, or the model's")
         if name == "sample":
             command.add_argument("--output", default="samples.png", help="the picture (default %(default)s)")
         else:
-            command.add_argument(
-                "--rewards", nargs="+", metavar="NAME", help="default: the run's, or the model's own"
-            )
+            command.add_argument("--rewards", nargs="+", metavar="NAME", help="default: the run's, or the model's own")
             command.add_argument("--json", metavar="FILE", help="write the table there too")
-    commands.add_parser("list", help="models, rewards, kernels, agents, presets, environments").set_defaults(
-        run=_list
-    )
+    commands.add_parser("list", help="models, rewards, kernels, agents, presets, environments").set_defaults(run=_list)
     options, rest = parser.parse_known_args(typed)
     if rest and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -127,9 +117,7 @@ def parse_config(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
     """A configuration from flags; an unknown one ends the program with the nearest name."""
     import tyro
 
-    presets = "\n".join(
-        f"  {name}: {(make.__doc__ or '').strip().splitlines()[0]}" for name, make in PRESETS.items()
-    )
+    presets = "\n".join(f"  {name}: {(make.__doc__ or '').strip().splitlines()[0]}" for name, make in PRESETS.items())
     return tyro.cli(
         TrainConfig,
         prog="denoise-env train",
@@ -160,9 +148,7 @@ def _train(arguments: Sequence[str]) -> int:
         file = read_config(chosen.config) if chosen.config else []
         config = parse_config([*file, *rest], PRESETS[chosen.preset]())
         directory = (
-            Path(config.output_dir)
-            if config.output_dir
-            else _free(Path(f"runs/{chosen.preset}-seed{config.seed}"))
+            Path(config.output_dir) if config.output_dir else _free(Path(f"runs/{chosen.preset}-seed{config.seed}"))
         )
     from agents.report import headline, read_csv
     from agents.train import train
@@ -171,14 +157,11 @@ def _train(arguments: Sequence[str]) -> int:
     print(
         f"\nreport   {directory / 'report.html'}\nsamples  {directory / 'samples'}\nmodel    {directory / 'export'}\n"
     )
-    kind = (
-        "held-out prompts" if config.model == "shapes" and not config.eval_prompts else "evaluation prompts"
-    )
+    kind = "held-out prompts" if config.model == "shapes" and not config.eval_prompts else "evaluation prompts"
     for name, before, after in headline(read_csv(directory / "eval.csv")):
         what = "share with all attributes right" if name == "shapes-correct" else f"mean reward {name!r}"
-        print(
-            f"{kind}, {what} ({after['images']:.0f} images each): {_figure(name, before)} before, {_figure(name, after)} after"
-        )
+        figures = f"{_figure(name, before)} before, {_figure(name, after)} after"
+        print(f"{kind}, {what} ({after['images']:.0f} images each): {figures}")
     return 0
 
 

@@ -36,9 +36,7 @@ class Logger:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ValueError(
-                    "tensorboard is not installed: pip install 'denoise-env[tensorboard]'"
-                ) from error
+                raise ValueError("tensorboard is not installed: pip install 'denoise-env[tensorboard]'") from error
             self._writer = SummaryWriter(str(directory / "tensorboard"))
 
     def __enter__(self) -> "Logger":

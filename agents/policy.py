@@ -78,12 +78,8 @@ class DenoisingPolicy(TensorDictModuleBase):
         noise = torch.empty_like(flat).normal_(generator=self.generator)
         action = transition.sample(noise)
         random = transition.std.flatten() > 0
-        density = Transition(
-            transition.mean, torch.where(random.view_as(transition.std), transition.std, 1.0)
-        )
+        density = Transition(transition.mean, torch.where(random.view_as(transition.std), transition.std, 1.0))
         log_prob = torch.where(random, self.log_prob(density, action), 0.0)
         tensordict["action"] = action.view_as(latents)
-        tensordict["action_log_prob"] = log_prob.reshape(
-            latents.shape[: latents.ndim - len(self.model.latent_shape)]
-        )
+        tensordict["action_log_prob"] = log_prob.reshape(latents.shape[: latents.ndim - len(self.model.latent_shape)])
         return tensordict

@@ -122,9 +122,7 @@ def _curves(metrics: list[dict[str, float]], evals: list[dict[str, float]]) -> s
             axis.fill_between(at, low, high, color="#c2410c", alpha=0.2, linewidth=0)
             axis.set_title(f"evaluation: {name}", fontsize=10)
         else:
-            axis.plot(
-                [row["iteration"] for row in metrics], [row[name] for row in metrics], color="#1d4ed8", lw=1
-            )
+            axis.plot([row["iteration"] for row in metrics], [row[name] for row in metrics], color="#1d4ed8", lw=1)
             axis.set_title(f"training: {name}", fontsize=10)
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(names) :]:

@@ -66,9 +66,7 @@ def build(config: TrainConfig) -> Experiment:
         "gradient_checkpointing",
         "guidance_scale",
     )
-    chosen = {
-        name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)
-    }
+    chosen = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)}
     mdp = DenoisingMDP.make(
         config.model,
         config.rewards or None,
@@ -129,15 +127,11 @@ def train(config: TrainConfig, directory: Path, *, resume: bool = False, command
         checkpoint.prune(checkpoints, config.keep_checkpoints)
         about = {"command": shlex.join(command), **_versions()}
         checkpoint.write_atomically(directory / "versions.json", json.dumps(about, indent=1))
-        checkpoint.write_atomically(
-            directory / "config.json", json.dumps(dataclasses.asdict(config), indent=1)
-        )
+        checkpoint.write_atomically(directory / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
         metrics, evals = Table(directory / "metrics.csv", done), Table(directory / "eval.csv", done)
         if newest is None:
             _look(experiment, directory, 0, evals, logger)
-        bar = progress(
-            range(done + 1, config.iterations + 1), initial=done, total=config.iterations, desc="train"
-        )
+        bar = progress(range(done + 1, config.iterations + 1), initial=done, total=config.iterations, desc="train")
         for iteration in bar:
             row = _iterate(experiment, iteration)
             metrics.append(row)
@@ -226,14 +220,10 @@ def _look(
                 )
             row = {"iteration": iteration, **found.row()}
             evals.append(row)
-            logger.log(
-                iteration, {f"eval/{name}": value for name, value in row.items() if name != "iteration"}
-            )
+            logger.log(iteration, {f"eval/{name}": value for name, value in row.items() if name != "iteration"})
         if due(config.sample_every):
             prompts = experiment.eval_prompts[:GRID_PROMPTS]
-            latents, _ = sample(
-                experiment.eval_mdp, policy, prompts, GRID_COLUMNS, config.eval_seed, config.microbatch
-            )
+            latents, _ = sample(experiment.eval_mdp, policy, prompts, GRID_COLUMNS, config.eval_seed, config.microbatch)
             path = directory / "samples" / f"{iteration:06d}.png"
             grid(experiment.mdp.model.render(latents), GRID_COLUMNS, path)
             logger.image(iteration, path)
@@ -242,9 +232,7 @@ def _look(
 def _restore(experiment: Experiment, path: Path) -> int:
     tensors, meta = checkpoint.load(path)
     if meta["model"] != json.loads(json.dumps(experiment.mdp.model.describe())):
-        raise checkpoint.CheckpointError(
-            f"the checkpoint {path} holds another architecture than the configured model"
-        )
+        raise checkpoint.CheckpointError(f"the checkpoint {path} holds another architecture than the configured model")
     try:
         experiment.agent.load_state(tensors)
     except (ValueError, KeyError) as error:
@@ -274,9 +262,7 @@ class Table:
         self.columns: list[str] = []
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            kept = [
-                line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= keep_to
-            ]
+            kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= keep_to]
             if keep_to and kept:
                 self.columns = lines[0].strip().split(",")
                 checkpoint.write_atomically(path, "".join([lines[0], *kept]))

@@ -26,17 +26,11 @@ from denoise_env.mdp import DenoisingMDP, row_generators
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", default="shapes", help="any model of denoise-env list (default %(default)s)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="shapes", help="any model of denoise-env list (default %(default)s)")
     parser.add_argument("--random", choices=RANDOM, help="a real architecture with random weights instead")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument(
-        "--microbatch", type=int, default=None, help="rows per network call (default: the batch)"
-    )
+    parser.add_argument("--microbatch", type=int, default=None, help="rows per network call (default: the batch)")
     parser.add_argument("--num-steps", type=int, default=10)
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
@@ -50,9 +44,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     figures = denoiser_figures(options) | points_figures(options.repeats)
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options.device}"
-    )
+    print(f"{platform.machine()}, {options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"\n| {'figure':<58} | {'value':>14} |\n|{'-' * 60}|{'-' * 15}:|")
     for name, value in figures.items():
         print(f"| {name:<58} | {value:>14,.4g} |")
@@ -88,9 +80,7 @@ def denoiser_figures(options: argparse.Namespace) -> dict[str, float]:
     def bare_update() -> None:
         for latents, conditioning in inputs:
             for j in range(steps):
-                model.predict(
-                    latents, timesteps[j].expand(len(latents)), conditioning
-                ).float().mean().backward()
+                model.predict(latents, timesteps[j].expand(len(latents)), conditioning).float().mean().backward()
         torch.nn.utils.clip_grad_norm_(agent.parameters, 1.0)
         agent.optimizer.step()
         agent.optimizer.zero_grad()
@@ -152,10 +142,7 @@ def points_figures(repeats: int) -> dict[str, float]:
     )[1]
     return {
         "Points, 256 rows: environment alone, row-steps/s": 10 * rows * steps / statistics.median(alone),
-        "Points, 256 rows: environment and policy, row-steps/s": 10
-        * rows
-        * steps
-        / statistics.median(acting),
+        "Points, 256 rows: environment and policy, row-steps/s": 10 * rows * steps / statistics.median(acting),
         "Points, 256 rows: rollout, row-steps/s": rows * steps / statistics.median(rolled),
     }
 

@@ -26,9 +26,7 @@ def check_denoising_env(env: DenoiseVectorEnv, seed: int = 0) -> None:
     Raises:
         AssertionError: what is wrong and what the contract is.
     """
-    require(
-        env.autoreset_mode is AutoresetMode.DISABLED, 'check an environment with autoreset_mode="disabled"'
-    )
+    require(env.autoreset_mode is AutoresetMode.DISABLED, 'check an environment with autoreset_mode="disabled"')
     steps, n, model = env.mdp.num_steps, env.num_envs, env.mdp.model
     noise = torch.Generator().manual_seed(seed)
     actions = torch.randn(steps, n, *model.latent_shape, generator=noise).to(model.device, model.dtype)
@@ -48,9 +46,7 @@ def check_denoising_env(env: DenoiseVectorEnv, seed: int = 0) -> None:
         require((_tensor(observation["step"]) == k).all(), f"the step must be {k} after {k} steps")
         require(same(_list(observation["prompt_index"]), _list(first["prompt_index"])), "prompts must stay")
         require(not _tensor(truncated).any(), "an episode is never truncated")
-        require(
-            (_tensor(terminated) == (k == steps)).all(), f"all rows must end at step {steps} and not before"
-        )
+        require((_tensor(terminated) == (k == steps)).all(), f"all rows must end at step {steps} and not before")
         if k < steps:
             require(not _tensor(rewards).any(), "the reward must be 0 before the last step")
         _check_alone(observation, single, n - 1)
@@ -60,12 +56,8 @@ def check_denoising_env(env: DenoiseVectorEnv, seed: int = 0) -> None:
         )
     terms, weights = infos["reward_terms"], env.mdp.reward_weights
     total = torch.stack([weight * _tensor(terms[name]) for name, weight in weights.items()]).sum(0)
-    require(
-        torch.allclose(total, _tensor(rewards), equal_nan=True), "the reward must be the sum of its terms"
-    )
-    require(
-        torch.equal(_tensor(infos["valid"]), _tensor(rewards).isfinite()), "valid must mark finite rewards"
-    )
+    require(torch.allclose(total, _tensor(rewards), equal_nan=True), "the reward must be the sum of its terms")
+    require(torch.equal(_tensor(infos["valid"]), _tensor(rewards).isfinite()), "valid must mark finite rewards")
 
 
 def _check_alone(observation: dict[str, Any], single: dict[str, Any], row: int) -> None:

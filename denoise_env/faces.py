@@ -80,8 +80,7 @@ class ResetRequest:
             if split.any():
                 first = int(split.argmax()) * size
                 raise ValueError(
-                    "a group is reset whole: reset_mask splits the group of rows "
-                    f"{first} to {first + size - 1}"
+                    f"a group is reset whole: reset_mask splits the group of rows {first} to {first + size - 1}"
                 )
         return cls(mask, options.get("prompts"), size, bool(options.get("shared_noise", shared_noise)))
 
@@ -138,9 +137,7 @@ class RowStreams:
             for stream, s, wanted in zip(old, seeds, request.mask, strict=True)
         ]
         rows = [streams[i] for i in np.flatnonzero(request.mask)]
-        state = mdp.reset(
-            rows, request.prompts, group_size=request.group_size, shared_noise=request.shared_noise
-        )
+        state = mdp.reset(rows, request.prompts, group_size=request.group_size, shared_noise=request.shared_noise)
         self._generators = streams
         return state
 

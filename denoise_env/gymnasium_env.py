@@ -34,9 +34,7 @@ class DenoiseEnv(gymnasium.Env[dict[str, Any], Any]):
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
-    def __init__(
-        self, model: str | DenoisingMDP = "shapes", *, render_mode: str | None = None, **options: Any
-    ) -> None:
+    def __init__(self, model: str | DenoisingMDP = "shapes", *, render_mode: str | None = None, **options: Any) -> None:
         self.vector = DenoiseVectorEnv(
             model, 1, render_mode=render_mode, autoreset_mode=AutoresetMode.DISABLED, **options
         )

@@ -101,14 +101,10 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         self._streams = RowStreams(num_envs)
         self._defaults: dict[str, Any] = {"group_size": group_size, "shared_noise": shared_noise}
         ResetRequest.parse(None, num_envs, **self._defaults)
-        self.mdp = resolve_mdp(
-            model, num_steps, max_episode_steps, rewards=rewards, prompts=prompts, **options
-        )
+        self.mdp = resolve_mdp(model, num_steps, max_episode_steps, rewards=rewards, prompts=prompts, **options)
         self.num_envs = num_envs
         self.render_mode = render_mode
-        self.autoreset_mode = (
-            autoreset_mode if isinstance(autoreset_mode, AutoresetMode) else AUTORESET[autoreset_mode]
-        )
+        self.autoreset_mode = autoreset_mode if isinstance(autoreset_mode, AutoresetMode) else AUTORESET[autoreset_mode]
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self._numpy = output == "numpy"
         self._ode = ODE(self.mdp.schedule, self.mdp.model.prediction_type) if render_x0 else None
@@ -253,9 +249,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         if self._numpy:
             if not isinstance(actions, np.ndarray) or actions.dtype != np.float32:
                 what = f"dtype {actions.dtype}" if isinstance(actions, np.ndarray) else type(actions).__name__
-                raise ValueError(
-                    f'the action must be a float32 numpy array, not {what}; for tensors, output="torch"'
-                )
+                raise ValueError(f'the action must be a float32 numpy array, not {what}; for tensors, output="torch"')
             latents = torch.from_numpy(np.array(actions, order="C")).to(model.device, model.dtype)
             self.mdp.check_action(latents, self.num_envs)
             return latents

@@ -218,9 +218,7 @@ class Kernel:
         if prediction_type not in _READINGS:
             raise ValueError(f"prediction_type must be one of {list(_READINGS)}, not {prediction_type!r}")
         if (prediction_type == "flow_prediction") != (schedule.path == "flow"):
-            raise ValueError(
-                f"a {schedule.path} schedule does not go with prediction_type {prediction_type!r}"
-            )
+            raise ValueError(f"a {schedule.path} schedule does not go with prediction_type {prediction_type!r}")
         self.eta = self.default_eta if eta is None else float(eta)
         self.last_step = last_step or self.default_last_step
         if not (math.isfinite(self.eta) and self.eta >= 0):

@@ -159,9 +159,7 @@ class DenoisingMDP:
             raise ValueError("an environment needs at least one reward")
         self.reward_weights = dict(reward_weights or dict.fromkeys(rewards, 1.0))
         if set(self.reward_weights) != set(rewards):
-            raise ValueError(
-                f"reward_weights name {sorted(self.reward_weights)}, the rewards are {sorted(rewards)}"
-            )
+            raise ValueError(f"reward_weights name {sorted(self.reward_weights)}, the rewards are {sorted(rewards)}")
         if microbatch is not None and microbatch < 1:
             raise ValueError(f"microbatch must be at least 1, not {microbatch}")
         self.model = model
@@ -247,9 +245,8 @@ class DenoisingMDP:
         if prompts is not None:
             check_prompts(prompts)
             if len(prompts) * group_size != rows:
-                raise ValueError(
-                    f"{len(prompts)} prompts in groups of {group_size} make {len(prompts) * group_size} rows, not {rows}"
-                )
+                made = len(prompts) * group_size
+                raise ValueError(f"{len(prompts)} prompts in groups of {group_size} make {made} rows, not {rows}")
             index = self.prompts.indices(prompts)
         noise = torch.empty(rows, *self.model.latent_shape)
         for row, generator in zip(noise.unbind(), generators, strict=True):
@@ -301,9 +298,7 @@ class DenoisingMDP:
         """
         size = self.microbatch or len(latents)
         indices = prompt_index.tolist()
-        values = {
-            name: torch.full((len(latents),), torch.nan, device=latents.device) for name in self.rewards
-        }
+        values = {name: torch.full((len(latents),), torch.nan, device=latents.device) for name in self.rewards}
         errors = {}
         for start in range(0, len(latents), size):
             rows = slice(start, start + size)
@@ -319,9 +314,7 @@ class DenoisingMDP:
                     values[name][rows] = result.where(result.isfinite(), torch.nan)
                 except Exception as error:
                     errors[name] = f"{type(error).__name__}: {error}"
-                    warnings.warn(
-                        f"the reward {name!r} failed on {len(texts)} rows: {errors[name]}", stacklevel=2
-                    )
+                    warnings.warn(f"the reward {name!r} failed on {len(texts)} rows: {errors[name]}", stacklevel=2)
         valid = torch.stack([v.isfinite() for v in values.values()]).all(0)
         total = sum(self.reward_weights[name] * v for name, v in values.items())
         return Scores(values, torch.as_tensor(total), valid, errors)
@@ -345,9 +338,7 @@ def load_prompts(source: str) -> list[str]:
         module, attribute = PROMPT_SETS[source].split(":")
         return list(getattr(importlib.import_module(module), attribute))
     if not Path(source).is_file():
-        raise ValueError(
-            f"there is no prompt file {source!r}, and it is none of the named sets {list(PROMPT_SETS)}"
-        )
+        raise ValueError(f"there is no prompt file {source!r}, and it is none of the named sets {list(PROMPT_SETS)}")
     prompts = [line.strip() for line in Path(source).read_text().splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"the prompt file {source!r} holds no prompts")

@@ -93,9 +93,7 @@ class DenoiseTorchRLEnv(EnvBase):
         self.state_spec = self.observation_spec.clone()
         self.action_spec = latents.clone()
         terms = {name: Unbounded(**column) for name in self.mdp.rewards}
-        self.reward_spec = Composite(
-            reward=Unbounded(**column), reward_terms=Composite(terms, shape=(n,)), shape=(n,)
-        )
+        self.reward_spec = Composite(reward=Unbounded(**column), reward_terms=Composite(terms, shape=(n,)), shape=(n,))
         flag = Categorical(2, dtype=torch.bool, **column)
         self.done_spec = Composite(done=flag, terminated=flag.clone(), shape=(n,))
 

@@ -52,22 +52,16 @@ def check_vector_env(env: Env, seed: int = 0, num_steps: int | None = None) -> l
 
 
 def _check_declarations(env: Env, findings: list[str]) -> None:
-    require(
-        isinstance(env, VectorEnv), f"the environment must be a gymnasium.vector.VectorEnv, not {type(env)}"
-    )
+    require(isinstance(env, VectorEnv), f"the environment must be a gymnasium.vector.VectorEnv, not {type(env)}")
     spaces = [f"{batch}{kind}_space" for batch in ("single_", "") for kind in ("observation", "action")]
     for name in ("num_envs", *spaces):
         require(hasattr(env, name), f"a VectorEnv must have {name}; it is missing")
     n = env.num_envs
     require(isinstance(n, int) and n >= 1, f"num_envs must be an integer of at least 1, not {n!r}")
     mode = env.metadata.get("autoreset_mode")
-    require(
-        isinstance(mode, AutoresetMode), f'metadata["autoreset_mode"] must be an AutoresetMode, not {mode!r}'
-    )
+    require(isinstance(mode, AutoresetMode), f'metadata["autoreset_mode"] must be an AutoresetMode, not {mode!r}')
     own = getattr(env, "autoreset_mode", mode)
-    require(
-        own is mode, f'env.autoreset_mode is {own} and metadata["autoreset_mode"] is {mode}: they must agree'
-    )
+    require(own is mode, f'env.autoreset_mode is {own} and metadata["autoreset_mode"] is {mode}: they must agree')
     for kind in ("observation", "action"):
         single, batched = getattr(env, f"single_{kind}_space"), getattr(env, f"{kind}_space")
         require(
@@ -93,9 +87,7 @@ def _check_resets(env: Env, seed: int, findings: list[str]) -> None:
         findings.append(f"seeds {seed} and {seed + env.num_envs} give the same first observations")
     _reset(env, seed=seed)
     if same(first[0], _reset(env)[0]):
-        findings.append(
-            "a reset() without a seed repeats the seeded one; it should continue the random stream"
-        )
+        findings.append("a reset() without a seed repeats the seeded one; it should continue the random stream")
 
 
 def _check_episodes(env: Env, seed: int, num_steps: int | None, partial: bool, findings: list[str]) -> None:
@@ -264,9 +256,7 @@ def _check_partial_reset(env: Env, seed: int, findings: list[str]) -> bool:
         return False
     if set(options) != {"reset_mask"} or (options["reset_mask"] != mask).any():
         findings.append("reset() changed the caller's options")
-    rows = zip(
-        mask, iterate(env.observation_space, before), iterate(env.observation_space, after), strict=True
-    )
+    rows = zip(mask, iterate(env.observation_space, before), iterate(env.observation_space, after), strict=True)
     kept = [(chosen, same(old, new)) for chosen, old, new in rows]
     require(
         all(equal for chosen, equal in kept if not chosen),

@@ -172,9 +172,7 @@ def test_torch_output_is_the_same_as_numpy():
             assert isinstance(y, torch.Tensor)
             np.testing.assert_array_equal(x, y.numpy())
     assert isinstance(infos_t["reward_terms"]["points"], torch.Tensor)
-    np.testing.assert_array_equal(
-        infos_a["reward_terms"]["points"], infos_t["reward_terms"]["points"].numpy()
-    )
+    np.testing.assert_array_equal(infos_a["reward_terms"]["points"], infos_t["reward_terms"]["points"].numpy())
 
 
 def test_bfloat16_latents_are_float32_outside():
@@ -603,9 +601,7 @@ def test_record_video(tmp_path):
     env.close()
     assert len(list((tmp_path / "one").glob("*.mp4"))) == 1
     vector = gymnasium.make_vec("denoise_env/Points-v0", num_envs=2, num_steps=K, render_mode="rgb_array")
-    vector = gymnasium.wrappers.vector.RecordVideo(
-        vector, str(tmp_path / "many"), episode_trigger=lambda _: True
-    )
+    vector = gymnasium.wrappers.vector.RecordVideo(vector, str(tmp_path / "many"), episode_trigger=lambda _: True)
     vector.reset(seed=0)
     for _ in range(K):
         vector.step(np.zeros((2, 2), np.float32))

@@ -65,9 +65,7 @@ def test_shifted_flow_sigmas() -> None:
     assert Schedule.flow(16, 3).sigmas.tolist() == pytest.approx(first + rest, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "schedule", [Schedule.flow(7, 2), stable_diffusion(), cosine(9)], ids=lambda s: s.path
-)
+@pytest.mark.parametrize("schedule", [Schedule.flow(7, 2), stable_diffusion(), cosine(9)], ids=lambda s: s.path)
 def test_a_schedule_stays_on_its_path(schedule: Schedule) -> None:
     a, s = schedule.alphas, schedule.sigmas
     unit = a + s if schedule.path == "flow" else a**2 + s**2
@@ -237,9 +235,7 @@ def test_ddim_is_diffusers_ddim(prediction: str, to_one: bool) -> None:
     scheduler.set_timesteps(50)
     ours = stable_diffusion()
     assert scheduler.timesteps.tolist() == ours.timesteps.tolist()
-    schedule = Schedule.diffusion(
-        scheduler.alphas_cumprod, scheduler.timesteps, float(scheduler.final_alpha_cumprod)
-    )
+    schedule = Schedule.diffusion(scheduler.alphas_cumprod, scheduler.timesteps, float(scheduler.final_alpha_cumprod))
     torch.testing.assert_close(schedule.alphas[:-1], ours.alphas[:-1], rtol=1e-5, atol=0)
 
     x, noise = normal(2, 4, seed=1, dtype=torch.float32), normal(2, 4, seed=2, dtype=torch.float32)
@@ -249,8 +245,7 @@ def test_ddim_is_diffusers_ddim(prediction: str, to_one: bool) -> None:
         gaussian = DDIM(schedule, prediction, eta).transition(x, output, step)
         t = int(scheduler.timesteps[step])
         mean, plus = (
-            scheduler.step(output, t, x, eta=eta, variance_noise=torch.full_like(x, e)).prev_sample
-            for e in (0.0, 1.0)
+            scheduler.step(output, t, x, eta=eta, variance_noise=torch.full_like(x, e)).prev_sample for e in (0.0, 1.0)
         )
         torch.testing.assert_close(gaussian.mean, mean, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(gaussian.std.expand_as(mean), plus - mean, rtol=1e-3, atol=1e-5)
@@ -348,9 +343,7 @@ def test_samples_have_the_stated_mean_and_std() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kernel", [DanceSDE, FlowSDE, CPS])
-def test_ratio_is_exactly_one_when_latents_are_rounded_first(
-    kernel: type[Kernel], dtype: torch.dtype
-) -> None:
+def test_ratio_is_exactly_one_when_latents_are_rounded_first(kernel: type[Kernel], dtype: torch.dtype) -> None:
     """The rollout's log-prob of the stored latents is the one the update computes."""
     built = flow_kernel(kernel, 16, 3)
     x, v = normal(4, 16, 8, 8, seed=1).to(dtype), normal(4, 16, 8, 8, seed=2).to(dtype)
@@ -392,9 +385,7 @@ def test_a_step_per_row_is_bitwise_the_step_for_all(name: str) -> None:
         alone = kernel.transition(x[i : i + 1], out[i : i + 1], k)
         assert torch.equal(rows.mean[i], alone.mean[0])
         assert torch.equal(rows.std[i], alone.std[0])
-        assert torch.equal(
-            kernel.pred_x0(x, out, steps)[i], kernel.pred_x0(x[i : i + 1], out[i : i + 1], k)[0]
-        )
+        assert torch.equal(kernel.pred_x0(x, out, steps)[i], kernel.pred_x0(x[i : i + 1], out[i : i + 1], k)[0])
 
 
 # --- Marginals on Gaussian data ---
@@ -440,9 +431,7 @@ FIRST_ORDER = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "eta"), [*FIRST_ORDER, ("flow_sde", 0.7), ("flow_sde", math.sqrt(2)), ("cps", 0.7)]
-)
+@pytest.mark.parametrize(("name", "eta"), [*FIRST_ORDER, ("flow_sde", 0.7), ("flow_sde", math.sqrt(2)), ("cps", 0.7)])
 def test_the_mean_is_exact_at_any_number_of_steps(name: str, eta: float) -> None:
     assert moments(build(name, 7, eta), 1.0, 0.5)[-1][0] == pytest.approx(1.0, abs=1e-12)
 
@@ -478,9 +467,7 @@ def test_flow_sdes_first_step_leaves_a_slow_error(a: float) -> None:
     """
     kernel = flow_kernel(FlowSDE, 1000, eta=a)
     assert kernel.stds[0].item() == pytest.approx(a)
-    assert noise_levels(kernel)[1] - kernel.schedule.sigmas[1].item() ** 2 == pytest.approx(
-        a**2 / 1000 + a**4 / 4
-    )
+    assert noise_levels(kernel)[1] - kernel.schedule.sigmas[1].item() ** 2 == pytest.approx(a**2 / 1000 + a**4 / 4)
     error = {k: excess(build("flow_sde", k, a)) for k in (200, 400, 800)}
     slow = [2 * error[2 * k] - error[k] for k in (200, 400)]
     assert slow[1] / slow[0] == pytest.approx(2 ** (-(a**2)), rel=0.02)
@@ -539,9 +526,7 @@ def noise_levels(kernel: Kernel) -> list[float]:
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 16])
-@pytest.mark.parametrize(
-    ("name", "eta"), [("ddim", 0.3), ("ddim", 1.0), ("cps", 0.3), ("cps", 0.7), ("cps", 1.0)]
-)
+@pytest.mark.parametrize(("name", "eta"), [("ddim", 0.3), ("ddim", 1.0), ("cps", 0.3), ("cps", 0.7), ("cps", 1.0)])
 def test_ddim_and_cps_keep_the_noise_level_exactly(name: str, eta: float, num_steps: int) -> None:
     kernel = build(name, num_steps, eta, shift=3)
     assert noise_levels(kernel) == pytest.approx((kernel.schedule.sigmas**2).tolist(), abs=1e-14)
@@ -568,9 +553,7 @@ def test_the_sdes_inject_too_much_noise(kernel: type[Kernel]) -> None:
 def test_dance_sdes_cumulative_noise_on_fluxs_schedule(num_steps: int, factor: float) -> None:
     """Std over σ where the last, deterministic step begins."""
     kernel = flow_kernel(DanceSDE, num_steps, 3)
-    assert math.sqrt(noise_levels(kernel)[-2]) / kernel.schedule.sigmas[-2].item() == pytest.approx(
-        factor, abs=5e-4
-    )
+    assert math.sqrt(noise_levels(kernel)[-2]) / kernel.schedule.sigmas[-2].item() == pytest.approx(factor, abs=5e-4)
 
 
 # --- The last step and deterministic steps ---
@@ -605,16 +588,12 @@ def test_ddim_keeps_its_small_last_noise_on_stable_diffusions_schedule() -> None
 @pytest.mark.parametrize("kernel", [DDIM, CPS, DanceSDE, FlowSDE])
 def test_eta_zero_is_the_ode(kernel: type[Kernel]) -> None:
     on_flow = "flow" in kernel.paths
-    schedule, prediction = (
-        (Schedule.flow(6, 3), "flow_prediction") if on_flow else (stable_diffusion(), "epsilon")
-    )
+    schedule, prediction = (Schedule.flow(6, 3), "flow_prediction") if on_flow else (stable_diffusion(), "epsilon")
     still, ode = kernel(schedule, prediction, 0.0), ODE(schedule, prediction)
     assert not still.stochastic.any()
     x, out = normal(2, 3, seed=1), normal(2, 3, seed=2)
     for k in range(schedule.num_steps):
-        torch.testing.assert_close(
-            still.transition(x, out, k).mean, ode.transition(x, out, k).mean, rtol=0, atol=1e-14
-        )
+        torch.testing.assert_close(still.transition(x, out, k).mean, ode.transition(x, out, k).mean, rtol=0, atol=1e-14)
         assert still.transition(x, out, k).std.item() == 0
 
 

@@ -368,7 +368,7 @@ def test_make_takes_weights_by_name() -> None:
 
 
 def test_make_refuses_a_checkpoint_without_prompts_and_rewards() -> None:
-    with pytest.raises(ValueError, match="'some/model' has no prompts and rewards of its own: give both"):
+    with pytest.raises(ValueError, match="'some/model' has no prompts and rewards of its own: name both"):
         DenoisingMDP.make("some/model", "points")
 
 

@@ -212,9 +212,7 @@ def test_schedules_of_any_length(path: str, num_steps: int) -> None:
     assert (schedule.timesteps.diff() < 0).all()
     assert schedule.sigmas[-1] == 0
     if path == "diffusion":  # what the network uses is what the kernel assumes
-        assert torch.equal(
-            model.network.alphas[schedule.timesteps].double(), schedule.alphas[:-1].float().double()
-        )
+        assert torch.equal(model.network.alphas[schedule.timesteps].double(), schedule.alphas[:-1].float().double())
         assert schedule.timesteps.max() < 1000
     else:
         assert schedule.timesteps[0] == 1

@@ -113,9 +113,7 @@ def test_partial_reset():
     for name in ("latents", "prompt_index"):
         assert torch.equal(td[name][~mask], before[name][~mask])
     assert not (td["latents"][mask] == before["latents"][mask]).any()
-    rollout = env.rollout(
-        9, tensordict=td, auto_reset=False, break_when_any_done=False, break_when_all_done=True
-    )
+    rollout = env.rollout(9, tensordict=td, auto_reset=False, break_when_any_done=False, break_when_all_done=True)
     assert rollout["next", "step"].tolist() == [[1, 2, 3], [2, 3, 3], [2, 3, 3], [1, 2, 3]]
     assert rollout["next", "done"][:, -1].all()
     assert torch.equal(rollout["next", "reward"][~mask, 1] > 0, torch.ones(2, 1, dtype=torch.bool))
@@ -139,9 +137,7 @@ def test_partial_reset_draws_what_gymnasium_draws():
 def test_collector_gives_whole_episodes(compact):
     env = points(group_size=2, shared_noise=True)
     env.set_seed(0)
-    collector = Collector(
-        env, policy(env.mdp), frames_per_batch=4 * K, total_frames=8 * K, compact_obs=compact
-    )
+    collector = Collector(env, policy(env.mdp), frames_per_batch=4 * K, total_frames=8 * K, compact_obs=compact)
     batches = list(collector)
     collector.shutdown()
     assert len(batches) == 2

@@ -56,15 +56,12 @@ class PointsNetwork(nn.Module):
         self.register_buffer("means", torch.tensor(list(MIXTURES.values())), persistent=False)
         self.register_buffer("alphas", products.sqrt().float(), persistent=False)
         self.register_buffer("sigmas", (1 - products).sqrt().float(), persistent=False)
+        last = nn.Linear(width, 2)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         self.residual = nn.Sequential(
-            nn.Linear(2 + 5 + len(MIXTURES), width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, 2),
+            nn.Linear(2 + 5 + len(MIXTURES), width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last
         )
-        nn.init.zeros_(self.residual[-1].weight)
-        nn.init.zeros_(self.residual[-1].bias)
 
     def forward(self, latents: Tensor, timestep: Tensor, prompt_id: Tensor) -> Tensor:
         """``[B, 2]`` ε (diffusion) or velocity (flow); ``timestep`` 0-d or ``[B]``, ``prompt_id`` ``[B]``."""
@@ -127,9 +124,7 @@ class Points(DenoisingModel):
         check_num_steps(num_steps, TRAIN_STEPS)
         if self.path == "flow":
             return Schedule.flow(num_steps)
-        timesteps = torch.arange(num_steps - 1, -1, -1) * (TRAIN_STEPS // num_steps) + (
-            num_steps < TRAIN_STEPS
-        )
+        timesteps = torch.arange(num_steps - 1, -1, -1) * (TRAIN_STEPS // num_steps) + (num_steps < TRAIN_STEPS)
         return Schedule.diffusion(self.network.alphas.double() ** 2, timesteps, 1.0)
 
     def encode(self, prompts: Sequence[str]) -> TensorDict:

@@ -61,9 +61,7 @@ class StableDiffusion(DenoisingModel):
         if guidance_scale < 1:
             raise ValueError(f"guidance_scale must be at least 1 (no guidance), not {guidance_scale}")
         if lora_rank < 0:
-            raise ValueError(
-                f"lora_rank must be 0 (train the whole UNet) or a positive rank, not {lora_rank}"
-            )
+            raise ValueError(f"lora_rank must be 0 (train the whole UNet) or a positive rank, not {lora_rank}")
         self.pipeline = pipeline
         self.guidance_scale = guidance_scale
         self.dtype = DTYPES[dtype]
@@ -96,9 +94,7 @@ class StableDiffusion(DenoisingModel):
                 name, safety_checker=None, requires_safety_checker=False, local_files_only=Path(name).is_dir()
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"cannot load a Stable Diffusion checkpoint from {str(name)!r}: {error}"
-            ) from error
+            raise ValueError(f"cannot load a Stable Diffusion checkpoint from {str(name)!r}: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, **options)
 
@@ -118,9 +114,7 @@ class StableDiffusion(DenoisingModel):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network.add_adapter(
-                LoraConfig(
-                    r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS
-                )
+                LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
             )
         cast_training_params(self.network, dtype=torch.float32)
 
@@ -130,9 +124,7 @@ class StableDiffusion(DenoisingModel):
         config = scheduler.config
         check_num_steps(num_steps, config.num_train_timesteps - config.steps_offset)
         scheduler.set_timesteps(num_steps)
-        return Schedule.diffusion(
-            scheduler.alphas_cumprod, scheduler.timesteps, float(scheduler.final_alpha_cumprod)
-        )
+        return Schedule.diffusion(scheduler.alphas_cumprod, scheduler.timesteps, float(scheduler.final_alpha_cumprod))
 
     @torch.no_grad()
     def _embed(self, prompts: Sequence[str]) -> Tensor:

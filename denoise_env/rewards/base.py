@@ -12,9 +12,7 @@ class Reward(Protocol):
     Any callable of this form is a reward, a plain function included.
     """
 
-    def __call__(
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> Tensor:
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         """Score a whole batch.
 
         Args:

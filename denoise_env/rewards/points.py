@@ -16,9 +16,7 @@ class PointsReward:
 
     name = "points"
 
-    def __call__(
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> Tensor:
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         """Score points ``[B, 2]``; NaN for a prompt that names no mixture."""
         nowhere = [(float("nan"),) * 2]
         targets = torch.tensor([MIXTURES.get(p, nowhere)[0] for p in prompts], device=images.device)

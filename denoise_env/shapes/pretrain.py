@@ -256,9 +256,7 @@ def pretrain(config: Config) -> StableDiffusionPipeline:
     if config.evaluate:
         for name, captions in (("train", TRAIN), ("held out", HELD_OUT)):
             shares = share_right(pipe, captions, config.evaluate, generator)
-            print(
-                f"{name}, {config.evaluate} samples: " + ", ".join(f"{k} {v:.3f}" for k, v in shares.items())
-            )
+            print(f"{name}, {config.evaluate} samples: " + ", ".join(f"{k} {v:.3f}" for k, v in shares.items()))
     return pipe
 
 

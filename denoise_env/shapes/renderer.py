@@ -55,9 +55,7 @@ def mask_grid(shape: str, spacing: float = 1.25, radius_step: float = 1.0) -> Te
     return torch.cat(masks)
 
 
-def render(
-    captions: Sequence[str], generator: torch.Generator | None = None, size: int = BASE_SIZE
-) -> Tensor:
+def render(captions: Sequence[str], generator: torch.Generator | None = None, size: int = BASE_SIZE) -> Tensor:
     """Draw each caption with a random radius and place, the object wholly inside the picture.
 
     Args:
@@ -72,9 +70,7 @@ def render(
         ValueError: if a caption is not of the grammar or the size is below 8.
     """
     if size < 8:
-        raise ValueError(
-            f"size must be at least 8 pixels, not {size}: smaller pictures cannot show their shapes."
-        )
+        raise ValueError(f"size must be at least 8 pixels, not {size}: smaller pictures cannot show their shapes.")
     index = torch.tensor([parse(text).indices for text in captions], dtype=torch.long).reshape(-1, 3)
     scale = size / BASE_SIZE
     draws = torch.rand(len(index), 3, generator=generator)

@@ -27,6 +27,4 @@ def build_tokenizer(corpus: Iterable[str], max_length: int = MAX_LENGTH) -> CLIP
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(pair) for pair in merges), BOS, EOS]
-    return CLIPTokenizer(
-        vocab={word: i for i, word in enumerate(words)}, merges=merges, model_max_length=max_length
-    )
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges, model_max_length=max_length)

@@ -96,9 +96,7 @@ class Verifier(nn.Module):
         excess = torch.baddbmm(
             offset.flatten(0, 1)[None], contrast.flatten(0, 1).expand(len(x), -1, -1), sums, alpha=-2
         )
-        best = torch.stack(
-            [part.amin(-1) for part in excess.split(self._counts, dim=-1)], dim=-1
-        )  # [B, 18, 4]
+        best = torch.stack([part.amin(-1) for part in excess.split(self._counts, dim=-1)], dim=-1)  # [B, 18, 4]
         best = best.unflatten(1, (len(COLOURS), len(BACKGROUNDS))).transpose(2, 3) / (3 * x.shape[-1])
         return (empty[:, None, None] + best).clamp(min=0), empty
 
@@ -148,13 +146,9 @@ class Verifier(nn.Module):
         seen = reading.joint.flatten(1).amax(-1) > reading.none
         return right | {"all": right["colour"] & right["shape"] & right["background"] & seen}
 
-    def _wanted(
-        self, images: Tensor, captions: Sequence[str]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    def _wanted(self, images: Tensor, captions: Sequence[str]) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images need as many captions, not {len(captions)}.")
         device = self.masks.device
-        index = torch.tensor(
-            [parse(text).indices for text in captions], dtype=torch.long, device=device
-        ).reshape(-1, 3)
+        index = torch.tensor([parse(text).indices for text in captions], dtype=torch.long, device=device).reshape(-1, 3)
         return torch.arange(len(index), device=device), (index[:, 0], index[:, 1], index[:, 2])

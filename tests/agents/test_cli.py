@@ -45,9 +45,7 @@ def test_list_names_everything(capsys):
 def test_a_configuration_survives_its_file(tmp_path, preset):
     import dataclasses
 
-    config = dataclasses.replace(
-        PRESETS[preset](), rewards={"shapes": 0.7, "shapes-correct": 1.4}, wandb=True
-    )
+    config = dataclasses.replace(PRESETS[preset](), rewards={"shapes": 0.7, "shapes-correct": 1.4}, wandb=True)
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     assert cli.run_config(tmp_path) == config
 

@@ -108,9 +108,7 @@ def test_resuming_shapes_is_exact(tmp_path):
     )
     whole = run(config, tmp_path / "whole")
     run(dataclasses.replace(config, iterations=1), tmp_path / "part")
-    (tmp_path / "part" / "eval.csv").write_text(
-        "".join((whole / "eval.csv").read_text().splitlines(True)[:2])
-    )
+    (tmp_path / "part" / "eval.csv").write_text("".join((whole / "eval.csv").read_text().splitlines(True)[:2]))
     run(config, tmp_path / "part", resume=True)
     (tmp_path / "part" / "samples" / "000001.png").unlink()
     assert_same_run(whole, tmp_path / "part")

@@ -72,8 +72,6 @@ def test_indices_locate_the_caption():
 def test_colours_are_well_apart():
     values = [*COLOURS.values(), *BACKGROUNDS.values()]
     gaps = [
-        sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) ** 0.5
-        for i, p in enumerate(values)
-        for q in values[:i]
+        sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) ** 0.5 for i, p in enumerate(values) for q in values[:i]
     ]
     assert min(gaps) > 0.5

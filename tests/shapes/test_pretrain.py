@@ -101,9 +101,7 @@ def test_runs_with_one_seed_agree(tmp_path):
     args = ["--vae-steps", "3", "--steps", "3", "--batch-size", "4", "--pictures", "20", "--evaluate", "0"]
     for name in ("first", "second"):
         main(["--out", str(tmp_path / name), *args])
-    files = sorted(
-        path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*.safetensors")
-    )
+    files = sorted(path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*.safetensors"))
     assert len(files) == 3
     for file in files:
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()

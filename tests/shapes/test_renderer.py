@@ -40,9 +40,7 @@ def test_a_generator_decides_the_picture():
     [("circle", torch.pi), ("square", 1.72**2), ("triangle", 2.0), ("cross", 2 * 2 * 0.68 - 0.68**2)],
 )
 def test_coverage_sums_to_the_area(shape, area):
-    mask = coverage(
-        torch.tensor([SHAPES.index(shape)]), torch.tensor([[32.0, 32.0]]), torch.tensor([25.0]), 64
-    )
+    mask = coverage(torch.tensor([SHAPES.index(shape)]), torch.tensor([[32.0, 32.0]]), torch.tensor([25.0]), 64)
     assert mask.sum().item() == pytest.approx(area * 25**2, rel=0.01)
 
 
