@@ -69,11 +69,12 @@ class StableDiffusion(DenoisingModel):
         self.latent_shape = self._latent_shape(height, width)
         self.prediction_type: PredictionType = pipeline.scheduler.config.prediction_type
 
-        pipeline.text_encoder.requires_grad_(False).to(device, self.dtype).eval()
-        pipeline.vae.requires_grad_(False).to(device, self.dtype).eval()
-        self.network = pipeline.unet.to(device).eval()
-        if lora_rank:
-            self._add_adapters(lora_rank, lora_rank if lora_alpha is None else lora_alpha, seed)
+        with _quiet():
+            pipeline.text_encoder.requires_grad_(False).to(device, self.dtype).eval()
+            pipeline.vae.requires_grad_(False).to(device, self.dtype).eval()
+            self.network = pipeline.unet.to(device).eval()
+            if lora_rank:
+                self._add_adapters(lora_rank, lora_rank if lora_alpha is None else lora_alpha, seed)
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         self._unconditional = self._embed([""])
@@ -90,9 +91,10 @@ class StableDiffusion(DenoisingModel):
             ValueError: nothing that can be loaded is there.
         """
         try:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                name, safety_checker=None, requires_safety_checker=False, local_files_only=Path(name).is_dir()
-            )
+            with _quiet():
+                pipeline = StableDiffusionPipeline.from_pretrained(
+                    name, safety_checker=None, requires_safety_checker=False, local_files_only=Path(name).is_dir()
+                )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"cannot load a Stable Diffusion checkpoint from {str(name)!r}: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
@@ -143,11 +145,8 @@ class StableDiffusion(DenoisingModel):
                     f"{len(ids)} is cut off: {prompt!r}",
                     stacklevel=2,
                 )
-        previous = _quiet_transformers()
-        try:
+        with _quiet():
             embeds = self._embed(prompts)
-        finally:
-            _quiet_transformers(previous)
         return TensorDict({"prompt_embeds": embeds}, batch_size=len(prompts))
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -209,10 +208,20 @@ class StableDiffusion(DenoisingModel):
         return {**super().describe(), "lora_rank": self.lora_rank, "unet": config}
 
 
-def _quiet_transformers(level: int | None = None) -> int:
-    """Silence (or restore) the pipeline's own warning on long prompts: ours names the prompt. Returns the old level."""
-    from diffusers.utils import logging
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what diffusers and transformers say about what is done on purpose here."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    previous = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR if level is None else level)
-    return previous
+    loggers = (diffusers_logging, transformers_logging)
+    levels = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
+            logger.enable_progress_bar()
