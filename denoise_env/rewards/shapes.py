@@ -33,7 +33,9 @@ class ShapesReward:
     name = "shapes"
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> Tensor:
         """Score pictures ``[B, 3, H, W]`` in [0, 1]: ``[B]`` float32."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images need as many prompts, not {len(prompts)}.")

@@ -9,4 +9,15 @@ from denoise_env.shapes.verifier import Reading, Verifier
 WEIGHTS: Path = Path(__file__).parent / "weights"
 """A Stable Diffusion checkpoint in the diffusers layout, pretrained by `denoise_env.shapes.pretrain`."""
 
-__all__ = ["ALL", "HELD_OUT", "TRAIN", "WEIGHTS", "Reading", "Scene", "Verifier", "caption", "parse", "render"]
+__all__ = [
+    "ALL",
+    "HELD_OUT",
+    "TRAIN",
+    "WEIGHTS",
+    "Reading",
+    "Scene",
+    "Verifier",
+    "caption",
+    "parse",
+    "render",
+]

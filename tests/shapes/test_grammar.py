@@ -1,3 +1,5 @@
+import itertools
+import math
 from collections import Counter
 
 import pytest
@@ -31,7 +33,8 @@ def test_held_out_is_balanced(attribute, times):
 
 
 @pytest.mark.parametrize(
-    ("pair", "number"), [(("colour", "shape"), 24), (("colour", "background"), 18), (("shape", "background"), 12)]
+    ("pair", "number"),
+    [(("colour", "shape"), 24), (("colour", "background"), 18), (("shape", "background"), 12)],
 )
 def test_every_pair_is_seen_in_training(pair, number):
     seen = {tuple(getattr(parse(text), name) for name in pair) for text in TRAIN}
@@ -46,7 +49,15 @@ def test_captions_round_trip():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a red circle", "a pink circle on gray", "a red star on gray", "a red circle on red", "red circle on gray"]
+    "text",
+    [
+        "",
+        "a red circle",
+        "a pink circle on gray",
+        "a red star on gray",
+        "a red circle on red",
+        "red circle on gray",
+    ],
 )
 def test_other_text_is_refused_with_the_allowed_words(text):
     with pytest.raises(ValueError, match="not a caption") as error:
@@ -62,5 +73,4 @@ def test_indices_locate_the_caption():
 
 def test_colours_are_well_apart():
     values = [*COLOURS.values(), *BACKGROUNDS.values()]
-    gaps = [sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) ** 0.5 for i, p in enumerate(values) for q in values[:i]]
-    assert min(gaps) > 0.5
+    assert min(math.dist(a, b) for a, b in itertools.combinations(values, 2)) > 0.5

@@ -36,11 +36,16 @@ def test_a_generator_decides_the_picture():
 
 @pytest.mark.parametrize(
     ("shape", "area"),
-    # Of a box of side 2: the disc, a square of 1.72, half the box, and two bars of 0.68 × 2 less their crossing.
+    # Of a box of side 2: the disc, a square of 1.72, half the box, two bars of 0.68 less their crossing.
     [("circle", torch.pi), ("square", 1.72**2), ("triangle", 2.0), ("cross", 2 * 2 * 0.68 - 0.68**2)],
 )
 def test_coverage_sums_to_the_area(shape, area):
-    mask = coverage(torch.tensor([SHAPES.index(shape)]), torch.tensor([[32.0, 32.0]]), torch.tensor([25.0]), 64)
+    index, centre, radius = (
+        torch.tensor([SHAPES.index(shape)]),
+        torch.full((1, 2), 32.0),
+        torch.tensor([25.0]),
+    )
+    mask = coverage(index, centre, radius, 64)
     assert mask.sum().item() == pytest.approx(area * 25**2, rel=0.01)
 
 
