@@ -56,7 +56,7 @@ class Verifier(nn.Module):
     colours: Tensor
     backgrounds: Tensor
 
-    def __init__(self, temperature: float = 0.0015, none_error: float = 0.012) -> None:
+    def __init__(self, temperature: float = 0.002, none_error: float = 0.012) -> None:
         super().__init__()
         self.temperature = temperature
         self.none_error = none_error
