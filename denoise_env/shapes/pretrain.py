@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class Config:
     """Seed of weights, pictures and noise."""
     vae_steps: int = 1600
     """Optimiser steps of the autoencoder, 16 pictures each."""
-    steps: int = 2500
+    steps: int = 1680
     """Optimiser steps of the denoiser and its text encoder."""
     batch_size: int = 64
     """Latents per step of the denoiser."""
@@ -137,7 +137,9 @@ def train_vae(vae: AutoencoderKL, steps: int, generator: torch.Generator) -> flo
     return error.item()
 
 
-def step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: OneCycleLR, parameters: object) -> None:
+def step(
+    loss: Tensor, optimizer: torch.optim.Optimizer, schedule: OneCycleLR, parameters: Iterable[Tensor]
+) -> None:
     """One clipped optimiser step."""
     optimizer.zero_grad()
     loss.backward()

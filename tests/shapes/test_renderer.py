@@ -15,7 +15,7 @@ def test_pictures_have_their_form_and_lie_inside(size, generator):
     assert images.max() <= 1
     corner = images[:, :, :1, :1]
     for edge in (images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]):
-        # An object cut off at the edge would differ by 0.4; smoothing may spill a little over an acute corner.
+        # An object cut off at the edge would differ by 0.4; smoothing spills a little over an acute corner.
         assert (edge - corner[:, :, 0]).abs().max() < 0.15
     assert ((images - corner).abs().amax((1, 2, 3)) > 0.3).all()
 
