@@ -53,8 +53,9 @@ class Verifier(nn.Module):
     """
 
     masks: Tensor
-    colours: Tensor
     backgrounds: Tensor
+    contrast: Tensor
+    offset: Tensor
 
     def __init__(self, temperature: float = 0.002, none_error: float = 0.012) -> None:
         super().__init__()
@@ -62,9 +63,15 @@ class Verifier(nn.Module):
         self.none_error = none_error
         grids = [mask_grid(shape).flatten(1) for shape in SHAPES]
         self._counts = [len(grid) for grid in grids]
-        self.register_buffer("masks", torch.cat(grids).T.contiguous(), persistent=False)
-        self.register_buffer("colours", torch.tensor(list(COLOURS.values())), persistent=False)
-        self.register_buffer("backgrounds", torch.tensor(list(BACKGROUNDS.values())), persistent=False)
+        masks = torch.cat(grids).T.contiguous()  # [pixels, M]
+        backgrounds = torch.tensor(list(BACKGROUNDS.values()))
+        contrast = torch.tensor(list(COLOURS.values()))[:, None] - backgrounds  # [6, 3, rgb]
+        offset = 2 * (contrast * backgrounds).sum(-1)[..., None] * masks.sum(0)
+        offset += contrast.square().sum(-1)[..., None] * masks.square().sum(0)
+        self.register_buffer("masks", masks, persistent=False)
+        self.register_buffer("backgrounds", backgrounds, persistent=False)
+        self.register_buffer("contrast", contrast.flatten(0, 1), persistent=False)
+        self.register_buffer("offset", offset.flatten(0, 1), persistent=False)  # [18, M]
 
     def errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Least mean squared error of each scene over all places and sizes, and of each empty background.
@@ -88,13 +95,8 @@ class Verifier(nn.Module):
             x = F.interpolate(x, size=(BASE_SIZE, BASE_SIZE), mode="area")
         x = x.flatten(2)
         empty = (x[:, None] - self.backgrounds[:, :, None]).square().mean((2, 3))  # [B, 3]
-        contrast = self.colours[:, None] - self.backgrounds  # [6, 3, rgb]
-        area = self.masks.sum(0)
-        offset = 2 * (contrast * self.backgrounds).sum(-1)[..., None] * area
-        offset += contrast.square().sum(-1)[..., None] * self.masks.square().sum(0)  # [6, 3, M]
         sums = x @ self.masks  # [B, rgb, M]
-        contrast = contrast.flatten(0, 1).expand(len(x), -1, -1)
-        excess = torch.baddbmm(offset.flatten(0, 1)[None], contrast, sums, alpha=-2)  # [B, 18, M]
+        excess = torch.baddbmm(self.offset[None], self.contrast.expand(len(x), -1, -1), sums, alpha=-2)
         best = torch.stack([part.amin(-1) for part in excess.split(self._counts, dim=-1)], dim=-1)
         best = best.unflatten(1, (len(COLOURS), len(BACKGROUNDS))).transpose(2, 3) / (3 * x.shape[-1])
         return (empty[:, None, None] + best).clamp(min=0), empty
