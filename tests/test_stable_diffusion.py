@@ -144,9 +144,7 @@ def test_bf16_stores_latents_in_bf16_and_trains_float32(make_shapes):
 def test_lora_trains_only_its_adapters(make_shapes):
     model = make_shapes(lora_rank=2).model
     assert all("lora" in name for name in model.trainable())
-    assert sum(p.numel() for p in model.trainable().values()) < 0.1 * sum(
-        p.numel() for p in model.network.parameters()
-    )
+    assert sum(p.numel() for p in model.trainable().values()) < 0.1 * sum(p.numel() for p in model.network.parameters())
 
 
 def test_a_prompt_that_is_too_long_is_named_and_cut(make_shapes):

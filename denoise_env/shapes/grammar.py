@@ -58,8 +58,9 @@ def parse(text: str) -> Scene:
         if colour in COLOURS and shape in SHAPES and background in BACKGROUNDS:
             return Scene(colour, shape, background)
     raise ValueError(
-        f"{text!r} is not a caption of the shapes world. Write 'a <colour> <shape> on <background>' with a colour of "
-        f"{', '.join(COLOURS)}; a shape of {', '.join(SHAPES)}; a background of {', '.join(BACKGROUNDS)}."
+        f"{text!r} is not a caption of the shapes world. Write 'a <colour> <shape> on <background>' with "
+        f"a colour of {', '.join(COLOURS)}; a shape of {', '.join(SHAPES)}; "
+        f"a background of {', '.join(BACKGROUNDS)}."
     )
 
 

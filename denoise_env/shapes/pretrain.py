@@ -1,7 +1,10 @@
-"""Make the embedded world's Stable Diffusion from nothing: ``python -m denoise_env.shapes.pretrain --out DIR``."""
+"""Make the embedded world's Stable Diffusion from nothing.
+
+``python -m denoise_env.shapes.pretrain --out DIR``
+"""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +32,9 @@ class Config:
     """Directory to write the pipeline to, in the diffusers layout."""
     seed: int = 0
     """Seed of weights, pictures and noise."""
-    vae_steps: int = 800
-    """Optimiser steps of the autoencoder, 32 pictures each."""
-    steps: int = 3000
+    vae_steps: int = 1600
+    """Optimiser steps of the autoencoder, 16 pictures each."""
+    steps: int = 1680
     """Optimiser steps of the denoiser and its text encoder."""
     batch_size: int = 64
     """Latents per step of the denoiser."""
@@ -51,7 +54,7 @@ class Config:
 
 def build_vae() -> AutoencoderKL:
     """An autoencoder from 32 × 32 pictures to 8 × 8 × 4 latents."""
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 64),
@@ -59,6 +62,9 @@ def build_vae() -> AutoencoderKL:
         norm_num_groups=8,
         sample_size=BASE_SIZE,
     )
+    # The second half of the moments is a log-variance: at 0 its noise would drown the young latents.
+    nn.init.constant_(vae.quant_conv.bias[4:], -6.0)
+    return vae
 
 
 def build_unet(text_width: int) -> UNet2DConditionModel:
@@ -119,19 +125,19 @@ def draw(captions: Sequence[str], n: int, generator: torch.Generator) -> tuple[T
 def train_vae(vae: AutoencoderKL, steps: int, generator: torch.Generator) -> float:
     """Fit the autoencoder by squared error with a slight pull to a normal prior; returns the last error."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
-    schedule = OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    schedule = OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     error = torch.zeros(())
     for _ in (bar := tqdm(range(steps), desc="autoencoder")):
-        pictures, _ = draw(TRAIN, 32, generator)
+        pictures, _ = draw(TRAIN, 16, generator)
         posterior = vae.encode(pictures).latent_dist
         error = F.mse_loss(vae.decode(posterior.sample(generator)).sample, pictures)
-        loss = error + 1e-5 * posterior.kl().mean()
+        loss = error + 1e-6 * posterior.kl().mean()
         step(loss, optimizer, schedule, vae.parameters())
         bar.set_postfix_str(f"error {error.item():.4f}", refresh=False)
     return error.item()
 
 
-def step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: OneCycleLR, parameters: object) -> None:
+def step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: OneCycleLR, parameters: Iterable[Tensor]) -> None:
     """One clipped optimiser step."""
     optimizer.zero_grad()
     loss.backward()
@@ -221,7 +227,11 @@ def share_right(
     generator: torch.Generator,
     guidance: float = 1.0,
 ) -> dict[str, float]:
-    """Share of n samples, spread evenly over the captions, whose attributes are right; "score" is the mean score."""
+    """Share of n samples, spread evenly over the captions, whose attributes are right.
+
+    Returns:
+        The shares by the keys of `Verifier.correct`, and the mean score under "score".
+    """
     prompts = [captions[i % len(captions)] for i in range(n)]
     images, verifier = sample(pipe, prompts, generator, guidance), Verifier()
     shares = {name: hits.float().mean().item() for name, hits in verifier.correct(images, prompts).items()}
@@ -247,6 +257,7 @@ def pretrain(config: Config) -> StableDiffusionPipeline:
     )
     error = train_vae(pipe.vae, config.vae_steps, generator)
     pipe.vae.requires_grad_(False)
+    generator.manual_seed(config.seed + 1)
     loss = train_denoiser(pipe, config, generator)
     pipe.save_pretrained(config.out)
     tokenizer.backend_tokenizer.model.save(str(config.out / "tokenizer"))
@@ -256,7 +267,8 @@ def pretrain(config: Config) -> StableDiffusionPipeline:
     if config.evaluate:
         for name, captions in (("train", TRAIN), ("held out", HELD_OUT)):
             shares = share_right(pipe, captions, config.evaluate, generator)
-            print(f"{name}, {config.evaluate} samples: " + ", ".join(f"{k} {v:.3f}" for k, v in shares.items()))
+            report = ", ".join(f"{key} {share:.3f}" for key, share in shares.items())
+            print(f"{name}, {config.evaluate} samples: {report}")
     return pipe
 
 

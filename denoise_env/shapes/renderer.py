@@ -7,8 +7,8 @@ from torch import Tensor
 
 from denoise_env.shapes.grammar import BACKGROUNDS, COLOURS, SHAPES, parse
 
-RADII = (6.0, 10.0)
-"""Smallest and largest radius in pixels of a 32-pixel picture; an object lies in the box of side 2 · radius."""
+RADII = (7.0, 11.0)
+"""Smallest and largest radius in pixels of a 32-pixel picture; an object fits a box of 2 · radius."""
 MARGIN = 1.0
 """Pixels of a 32-pixel picture that stay free between that box and the edge."""
 BASE_SIZE = 32
@@ -42,7 +42,7 @@ def coverage(shape: Tensor, centre: Tensor, radius: Tensor, size: int = BASE_SIZ
     return (0.5 - distance).clamp(0, 1)
 
 
-def mask_grid(shape: str, spacing: float = 1.25, radius_step: float = 1.0) -> Tensor:
+def mask_grid(shape: str, spacing: float = 1.0, radius_step: float = 1.0) -> Tensor:
     """Coverage masks of one shape at every radius and place of a grid: ``[M, 32, 32]`` in [0, 1]."""
     low, high = RADII
     masks = []
@@ -70,7 +70,7 @@ def render(captions: Sequence[str], generator: torch.Generator | None = None, si
         ValueError: if a caption is not of the grammar or the size is below 8.
     """
     if size < 8:
-        raise ValueError(f"size must be at least 8 pixels, not {size}: smaller pictures cannot show their shapes.")
+        raise ValueError(f"size must be at least 8 pixels, not {size}: smaller ones cannot show shapes.")
     index = torch.tensor([parse(text).indices for text in captions], dtype=torch.long).reshape(-1, 3)
     scale = size / BASE_SIZE
     draws = torch.rand(len(index), 3, generator=generator)

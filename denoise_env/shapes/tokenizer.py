@@ -13,7 +13,7 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 def build_tokenizer(corpus: Iterable[str], max_length: int = MAX_LENGTH) -> CLIPTokenizer:
     """Learn byte-pair merges from a corpus, in CLIP's vocabulary layout.
 
-    The vocabulary is the 256 bytes, the same at the end of a word (``</w>``), one entry per merge, and the two special
+    The vocabulary is the 256 bytes, the same at a word's end (``</w>``), one entry per merge, and two special
     tokens, so that any prompt tokenizes and every word of a small corpus is one token.
 
     Args:

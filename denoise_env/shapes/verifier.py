@@ -42,10 +42,10 @@ class Reading:
 class Verifier(nn.Module):
     """A Bayesian reader of pictures; it has no learned weights.
 
-    A scene is a · colour + (1 − a) · background for a coverage mask a. For every scene the verifier takes the least
-    mean squared error over a grid of masks, and the posterior of a scene is proportional to exp(−error / temperature).
-    "None of these" competes as an empty background and as junk of a constant error, so blur, noise and empty pictures
-    drive every scene's probability to 0.
+    A scene is a · colour + (1 − a) · background for a coverage mask a. For every scene the verifier takes the
+    least mean squared error over a grid of masks, and its posterior goes as exp(−error / temperature).
+    "None of these" competes as an empty background and as junk of a constant error, so blur, noise and empty
+    pictures drive every scene's probability to 0.
 
     Args:
         temperature: mean squared error by which two scenes must differ for odds of e.
@@ -53,18 +53,25 @@ class Verifier(nn.Module):
     """
 
     masks: Tensor
-    colours: Tensor
     backgrounds: Tensor
+    contrast: Tensor
+    offset: Tensor
 
-    def __init__(self, temperature: float = 0.0015, none_error: float = 0.012) -> None:
+    def __init__(self, temperature: float = 0.002, none_error: float = 0.012) -> None:
         super().__init__()
         self.temperature = temperature
         self.none_error = none_error
         grids = [mask_grid(shape).flatten(1) for shape in SHAPES]
         self._counts = [len(grid) for grid in grids]
-        self.register_buffer("masks", torch.cat(grids).T.contiguous(), persistent=False)
-        self.register_buffer("colours", torch.tensor(list(COLOURS.values())), persistent=False)
-        self.register_buffer("backgrounds", torch.tensor(list(BACKGROUNDS.values())), persistent=False)
+        masks = torch.cat(grids).T.contiguous()  # [pixels, M]
+        backgrounds = torch.tensor(list(BACKGROUNDS.values()))
+        contrast = torch.tensor(list(COLOURS.values()))[:, None] - backgrounds  # [6, 3, rgb]
+        offset = 2 * (contrast * backgrounds).sum(-1)[..., None] * masks.sum(0)
+        offset += contrast.square().sum(-1)[..., None] * masks.square().sum(0)
+        self.register_buffer("masks", masks, persistent=False)
+        self.register_buffer("backgrounds", backgrounds, persistent=False)
+        self.register_buffer("contrast", contrast.flatten(0, 1), persistent=False)
+        self.register_buffer("offset", offset.flatten(0, 1), persistent=False)  # [18, M]
 
     def errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Least mean squared error of each scene over all places and sizes, and of each empty background.
@@ -88,15 +95,9 @@ class Verifier(nn.Module):
             x = F.interpolate(x, size=(BASE_SIZE, BASE_SIZE), mode="area")
         x = x.flatten(2)
         empty = (x[:, None] - self.backgrounds[:, :, None]).square().mean((2, 3))  # [B, 3]
-        contrast = self.colours[:, None] - self.backgrounds  # [6, 3, rgb]
-        area = self.masks.sum(0)
-        offset = 2 * (contrast * self.backgrounds).sum(-1)[..., None] * area
-        offset += contrast.square().sum(-1)[..., None] * self.masks.square().sum(0)  # [6, 3, M]
         sums = x @ self.masks  # [B, rgb, M]
-        excess = torch.baddbmm(
-            offset.flatten(0, 1)[None], contrast.flatten(0, 1).expand(len(x), -1, -1), sums, alpha=-2
-        )
-        best = torch.stack([part.amin(-1) for part in excess.split(self._counts, dim=-1)], dim=-1)  # [B, 18, 4]
+        excess = torch.baddbmm(self.offset[None], self.contrast.expand(len(x), -1, -1), sums, alpha=-2)
+        best = torch.stack([part.amin(-1) for part in excess.split(self._counts, dim=-1)], dim=-1)
         best = best.unflatten(1, (len(COLOURS), len(BACKGROUNDS))).transpose(2, 3) / (3 * x.shape[-1])
         return (empty[:, None, None] + best).clamp(min=0), empty
 
@@ -104,7 +105,8 @@ class Verifier(nn.Module):
         """Read pictures.
 
         Args:
-            images: ``[B, 3, H, W]`` in [0, 1], any floating dtype, any device; other sizes than 32 are averaged.
+            images: ``[B, 3, H, W]`` in [0, 1], any floating dtype and device; other sizes than 32 are
+                resampled by area.
 
         Returns:
             The posterior over scenes, float32, on the verifier's device.
@@ -130,8 +132,8 @@ class Verifier(nn.Module):
         """Which attributes are right.
 
         Returns:
-            ``[B]`` booleans under "colour", "shape", "background" (the likeliest word is the caption's) and "all"
-            (all three are, and no-scene is not the likeliest reading).
+            ``[B]`` booleans under "colour", "shape", "background" (the likeliest word is the caption's) and
+            "all" (all three are, and "none" is not the likeliest reading).
 
         Raises:
             ValueError: if a caption is not of the grammar, or the numbers of pictures and captions differ.
@@ -150,5 +152,6 @@ class Verifier(nn.Module):
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images need as many captions, not {len(captions)}.")
         device = self.masks.device
-        index = torch.tensor([parse(text).indices for text in captions], dtype=torch.long, device=device).reshape(-1, 3)
+        index = torch.tensor([parse(text).indices for text in captions], dtype=torch.long, device=device)
+        index = index.reshape(-1, 3)
         return torch.arange(len(index), device=device), (index[:, 0], index[:, 1], index[:, 2])

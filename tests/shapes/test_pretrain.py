@@ -51,9 +51,8 @@ def test_latents_are_standardised_and_decode_back(pipe, generator):
 
 
 def test_shipped_weights_leave_room_to_learn(pipe, generator):
-    # Measured with thousands of samples: see the README of the weights. 192 samples have a standard error of 0.035.
-    shares = share_right(pipe, HELD_OUT, 192, generator)
-    assert 0.5 < shares["all"] < 0.88
+    shares = share_right(pipe, HELD_OUT, 120, generator)
+    assert 0.5 < shares["all"] < 0.85
     assert 0.3 < shares["score"] < shares["all"]
 
 
@@ -63,12 +62,10 @@ def test_samples_of_one_prompt_differ(pipe, generator):
     assert torch.pdist(images.flatten(1)).min() > 1
 
 
-def test_the_caption_matters(pipe, generator):
+def test_the_caption_matters(pipe, verifier, generator):
     right = share_right(pipe, TRAIN, 60, generator)["colour"]
     empty = sample(pipe, [""] * 60, generator)
-    from denoise_env.shapes import Verifier
-
-    assert right > 0.7 > 0.4 > Verifier().correct(empty, TRAIN)["colour"].float().mean()
+    assert right > 0.7 > 0.4 > verifier.correct(empty, TRAIN)["colour"].float().mean()
 
 
 def test_a_tiny_run_writes_a_loadable_pipeline(tmp_path, capsys):
@@ -101,7 +98,9 @@ def test_runs_with_one_seed_agree(tmp_path):
     args = ["--vae-steps", "3", "--steps", "3", "--batch-size", "4", "--pictures", "20", "--evaluate", "0"]
     for name in ("first", "second"):
         main(["--out", str(tmp_path / name), *args])
-    files = sorted(path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*.safetensors"))
-    assert len(files) == 3
-    for file in files:
-        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    first, second = (
+        {file.relative_to(tmp_path / name): file.read_bytes() for file in (tmp_path / name).rglob("*.safetensors")}
+        for name in ("first", "second")
+    )
+    assert len(first) == 3
+    assert first == second
