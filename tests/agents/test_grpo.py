@@ -1,0 +1,184 @@
+"""GRPO's arithmetic against numbers computed by hand or by other means."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from agents.base import Batch
+from agents.grpo import GRPO, GRPOConfig, group_advantages
+from agents.policy import DenoisingPolicy
+from agents.rollout import collect
+from denoise_env.mdp import DenoisingMDP, Scores, row_generators
+
+
+def make(points, **changes):
+    policy = DenoisingPolicy(points)
+    return GRPO(policy, dataclasses.replace(GRPOConfig(group_size=4), **changes))
+
+
+def test_the_published_advantages():
+    """reference: r = (.25, .30, .28, .35) with the unbiased std."""
+    advantages = group_advantages(torch.tensor([0.25, 0.30, 0.28, 0.35]), torch.ones(4, dtype=torch.bool), 4)
+    expected = torch.tensor([-1.07061939, 0.11895771, -0.35687313, 1.30853481])
+    torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-6)
+
+
+def test_groups_are_apart_and_a_constant_group_is_exactly_zero():
+    values = torch.tensor([1.0, 3.0, 0.1, 0.1, 0.1, 0.1, 5.0, 9.0])[[0, 1, 2, 3]]
+    assert group_advantages(values, torch.ones(4, dtype=torch.bool), 2).tolist()[2:] == [0.0, 0.0]
+    constant = torch.full((12,), 0.1) * 3
+    assert group_advantages(constant, torch.ones(12, dtype=torch.bool), 12).abs().max() == 0
+
+
+def test_rows_without_a_score_take_no_part():
+    values = torch.tensor([0.25, torch.nan, 0.30, 0.28, 0.35, torch.nan, torch.nan, 1.0])
+    advantages = group_advantages(values, values.isfinite(), 4)
+    kept = torch.tensor([0.25, 0.30, 0.28], dtype=torch.float64)
+    expected = (kept - kept.mean()) / kept.std()
+    torch.testing.assert_close(advantages[[0, 2, 3]].double(), expected, rtol=0, atol=1e-5)
+    assert advantages[1] == 0
+    pair = group_advantages(values[4:], values[4:].isfinite(), 4)
+    torch.testing.assert_close(pair, torch.tensor([-1, 0, 0, 1]) * 2**-0.5, rtol=0, atol=1e-6)
+
+
+def test_rewards_are_normalised_one_by_one_and_then_weighted(points):
+    points.rewards = {"a": points.rewards["points"], "b": points.rewards["points"]}
+    points.reward_weights = {"a": 0.7, "b": 1.4}
+    agent = make(points)
+    a, b = torch.rand(8), 1000 * torch.rand(8)
+    scores = Scores({"a": a, "b": b}, 0.7 * a + 1.4 * b, torch.ones(8, dtype=torch.bool), {})
+    rollout = collect(points, agent.policy, row_generators(range(8)), group_size=4)
+    advantages = agent.advantages(dataclasses.replace(rollout, scores=scores))
+    valid = scores.valid
+    expected = 0.7 * group_advantages(a, valid, 4) + 1.4 * group_advantages(b, valid, 4)
+    torch.testing.assert_close(advantages, expected)
+    tight = make(points, advantage_clip=0.5).advantages(dataclasses.replace(rollout, scores=scores))
+    torch.testing.assert_close(tight, expected.clamp(-0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "loss", "slope"),
+    [
+        (0.0, 2.0, -2.0, -2.0),
+        (0.2, 2.0, -2.2, 0.0),  # better and already far: clipped, no gradient
+        (0.2, -2.0, 2.0 * 1.2214027581601699, 2.0 * 1.2214027581601699),  # worse and grown: full gradient
+        (-0.2, -2.0, 1.8, 0.0),
+        (-0.2, 2.0, -2.0 * 0.8187307530779818, -2.0 * 0.8187307530779818),
+    ],
+)
+def test_the_clipped_surrogate(points, log_ratio, advantage, loss, slope):
+    agent = make(points, clip_range=0.1)
+    log_prob = torch.tensor([log_ratio], dtype=torch.float64, requires_grad=True)
+    batch = Batch(None, log_prob, torch.zeros(1, dtype=torch.float64), torch.tensor([advantage]))
+    value, figures = agent.loss(batch)
+    value.sum().backward()
+    assert value.item() == pytest.approx(loss)
+    assert log_prob.grad.item() == pytest.approx(slope)
+    assert figures["clip_fraction"].item() == float(abs(log_ratio) > 0.1)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.5])
+def test_the_gradient_is_that_of_the_published_objective(kl_coef):
+    """Finite differences of L = mean(−A ρ) + β KL, written out in float64, over every trained pair."""
+    points = DenoisingMDP.make("points", num_steps=5)
+    points.model.network.double()
+    points.model.dtype = torch.float64
+    policy = DenoisingPolicy(points)
+    config = GRPOConfig(group_size=4, timestep_fraction=1.0, clip_range=10.0, kl_coef=kl_coef, max_grad_norm=1e9)
+    agent = GRPO(policy, config)
+    with torch.no_grad():  # away from the reference, so that its KL has a gradient
+        torch.manual_seed(0)
+        for p in agent.parameters:
+            p.add_(0.1 * torch.randn_like(p))
+    rollout = collect(points, policy, row_generators(range(8)), ["ring", "line"], group_size=4, shared_noise=True)
+    advantages, steps = agent.advantages(rollout).double(), agent.select_steps(8, 0)
+    parameter, place = agent.parameters[-2], (1, 3)
+
+    def objective():
+        total = 0.0
+        for i in range(8):
+            for k in steps[i].tolist():
+                x, action = rollout.steps["latents"][i, k][None], rollout.steps["action"][i, k][None]
+                conditioning = rollout.conditioning[rollout.row[i : i + 1]]
+                timestep = points.schedule.timesteps[k]
+                gaussian = policy.kernel.transition(x, points.model.predict(x, timestep, conditioning), k)
+                std = policy.kernel.stds[k]
+                new = torch.distributions.Normal(gaussian.mean, std).log_prob(action).mean()
+                total -= advantages[i] * (new - rollout.steps["action_log_prob"][i, k].double()).exp()
+                if kl_coef:
+                    with points.model.reference():
+                        base = policy.kernel.transition(x, points.model.predict(x, timestep, conditioning), k)
+                    total += kl_coef * ((gaussian.mean - base.mean) ** 2 / (2 * std**2)).mean()
+        return float(total / steps.numel())
+
+    with torch.no_grad():
+        values = []
+        for sign in (1, -1):
+            parameter[place] += sign * 1e-5
+            values.append(objective())
+            parameter[place] -= sign * 1e-5
+    gradient = {}
+    parameter.register_hook(lambda g: gradient.update(value=gradient.get("value", 0) + g[place].item()))
+    agent.update(rollout, 0)
+    assert gradient["value"] == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4)
+    assert abs(gradient["value"]) > 1e-4
+
+
+def test_steps_are_drawn_per_sample_or_per_group(points):
+    agent = make(points, timestep_fraction=0.6, drop_last=True)
+    steps = agent.select_steps(64, 3)
+    # ten steps; the last is deterministic on Points: nine trainable, less none dropped twice
+    assert agent.trainable_steps.tolist() == list(range(9))
+    assert steps.shape == (64, 6)
+    assert all(len(set(row)) == 6 for row in steps.tolist())
+    counts = torch.bincount(steps.flatten(), minlength=9)
+    assert counts.min() > 25
+    assert torch.equal(steps, agent.select_steps(64, 3))
+    assert not torch.equal(steps, agent.select_steps(64, 4))
+    grouped = make(points, timestep_selection="per_group").select_steps(64, 3).view(16, 4, -1)
+    assert (grouped == grouped[:, :1]).all()
+    assert not (grouped[0] == grouped[1]).all()
+
+
+def test_shared_noise_starts_a_group_at_one_point(points):
+    policy = DenoisingPolicy(points)
+    shared = collect(points, policy, row_generators(range(8)), group_size=4, shared_noise=True)
+    starts = shared.steps["latents"][:, 0].view(2, 4, 2)
+    assert (starts == starts[:, :1]).all()
+    assert not torch.equal(starts[0], starts[1])
+    assert not torch.equal(shared.final_latents[0], shared.final_latents[1])
+
+
+def test_two_updates_see_their_own_halves(points):
+    agent = make(points, updates_per_rollout=2, lr=1e-2)
+    rollout = collect(points, agent.policy, row_generators(range(8)), group_size=4)
+    figures = agent.update(rollout, 0)
+    assert figures["ratio_deviation"] > 0  # the second half was rolled out by the policy before the first update
+    with pytest.raises(ValueError, match="updates_per_rollout=2"):
+        agent.check_rows(12)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(points):
+    agent = make(points)
+    rollout = collect(points, agent.policy, row_generators(range(4)), group_size=4)
+    rollout.steps["action_log_prob"][:] = -torch.inf
+    before = [p.detach().clone() for p in agent.parameters]
+    with pytest.raises(FloatingPointError, match="gradient is not finite"):
+        agent.update(rollout, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, agent.parameters, strict=True))
+    assert all(p.grad is None for p in agent.parameters)
+
+
+def test_averaged_weights_follow_and_are_swapped_in(points):
+    agent = make(points, ema_decay=0.5, lr=1e-2)
+    parameter = agent.parameters[-1]
+    average = parameter.detach().clone()
+    for iteration in range(3):
+        agent.update(collect(points, agent.policy, row_generators(range(8)), group_size=4), iteration)
+        average = 0.5 * average + 0.5 * parameter.detach()
+    trained = parameter.detach().clone()
+    with agent.evaluation_weights():
+        torch.testing.assert_close(parameter.detach(), average)
+    assert torch.equal(parameter, trained)
+    assert not torch.equal(trained, average)
