@@ -12,6 +12,7 @@ No value function, no discount. The reduction of ℓ over latent dimensions is t
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,17 +32,23 @@ class GRPOConfig(AgentConfig):
     """A group starts from the same initial noise (DanceGRPO)."""
     clip_range: float = 1e-4
     """ε of the clipped ratio; for the mean log-prob, whose ratio is (true ratio)^(1/D)."""
+    advantage_std: Literal["group", "batch"] = "group"
+    """Divide by the std of the group (DanceGRPO), or by that of all the rollout's gaps to their group's mean, so
+    that groups with little left to tell weigh little (Flow-GRPO's global std)."""
     advantage_clip: float = 5.0
     """Advantages are cut at ± this."""
 
 
-def group_advantages(values: Tensor, valid: Tensor, group_size: int) -> Tensor:
-    """(r − mean) / (std + 1e-8) within groups, with the unbiased std.
+def group_advantages(
+    values: Tensor, valid: Tensor, group_size: int, over: Literal["group", "batch"] = "group"
+) -> Tensor:
+    """(r − mean of its group) / (std + 1e-8), with the unbiased std.
 
     Args:
         values: ``[B]`` rewards; neighbouring rows form groups.
         valid: ``[B]`` bool; the others take no part and get 0.
         group_size: G.
+        over: whose std, the group's or that of all gaps to their groups' means.
 
     Returns:
         ``[B]`` float32. A group whose valid rewards are all equal, or that has fewer than two, gets exactly 0.
@@ -50,7 +57,10 @@ def group_advantages(values: Tensor, valid: Tensor, group_size: int) -> Tensor:
     r = values.double().view(-1, group_size).where(mask, 0.0)
     count = mask.sum(1, keepdim=True)
     gap = (r - r.sum(1, keepdim=True) / count.clamp(min=1)).where(mask, 0.0)
-    std = (gap.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    squares, freedom = gap.square().sum(1, keepdim=True), (count - 1).clamp(min=0)
+    if over == "batch":
+        squares, freedom = squares.sum(), freedom.sum()
+    std = (squares / freedom.clamp(min=1)).sqrt()
     high = r.where(mask, -torch.inf).amax(1, keepdim=True)
     low = r.where(mask, torch.inf).amin(1, keepdim=True)
     return (gap / (std + 1e-8)).where((high > low) & mask, 0.0).flatten().float()
@@ -87,7 +97,7 @@ class GRPO(Agent):
         weights, scores = self.policy.mdp.reward_weights, rollout.scores
         total = torch.zeros_like(scores.total)
         for name, values in scores.values.items():
-            total += weights[name] * group_advantages(values, scores.valid, self.group_size)
+            total += weights[name] * group_advantages(values, scores.valid, self.group_size, self.config.advantage_std)
         return total.clamp(-self.config.advantage_clip, self.config.advantage_clip)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -54,10 +54,7 @@ while not finished:
         output = mdp.model.predict(latents, mdp.schedule.timesteps[k], conditioning)
     transition = kernel.transition(latents, output, k)  # N(mean, std² I)
     action = transition.sample(torch.randn(latents.shape, generator=generator))
-    if transition.stochastic:
-        log_prob = f"{transition.log_prob(action, 'sum').mean():9.1f}"
-    else:
-        log_prob = "no density"
+    log_prob = f"{transition.log_prob(action, 'sum').mean():9.1f}" if transition.stochastic else "no density"
     observation, reward, terminated, truncated, infos = env.step(action)
     film.append(torch.stack([torch.from_numpy(frame) for frame in env.render()]))
     finished = bool(terminated.all())

@@ -14,6 +14,7 @@ from denoise_env.kernels import DDIM, ODE
 from denoise_env.mdp import DenoisingMDP, row_generators
 from denoise_env.models.stable_diffusion import StableDiffusion
 from denoise_env.shapes import WEIGHTS
+from denoise_env.shapes.grammar import HELD_OUT
 
 PROMPTS = ["a red circle on gray", "a blue square on black", "a green cross on white"]
 
@@ -196,3 +197,28 @@ def test_the_stable_diffusion_1_unet_has_its_latents_and_conditioning():
         output = unet(torch.empty(2, 4, 64, 64), torch.empty(2), torch.empty(2, 77, 768)).sample
     assert output.shape == (2, 4, 64, 64)
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+
+
+@pytest.mark.slow
+def test_plain_diffusers_gives_images_the_verifier_scores_as_ours(make_shapes):
+    """192 images each from the shipped weights, own noise: the mean scores differ by less than 4 standard errors."""
+    mdp = make_shapes(num_steps=10)
+    policy, prompts = DenoisingPolicy(mdp), list(HELD_OUT) * 16
+    latents, index = begin(mdp, row_generators(range(192)), prompts)
+    denoise(mdp, policy, latents, index, 64)
+    ours = mdp.score(latents[:, -1], index).total
+    pipeline, generator, theirs = plain_pipeline(), torch.Generator().manual_seed(7), []
+    for _ in range(4):
+        images = pipeline(
+            list(HELD_OUT) * 4,
+            guidance_scale=1.0,
+            num_inference_steps=10,
+            eta=1.0,
+            generator=generator,
+            output_type="pt",
+        ).images
+        theirs.append(mdp.rewards["shapes"](images, list(HELD_OUT) * 4, [{}] * 48))
+    theirs = torch.cat(theirs)
+    error = (ours.var() / len(ours) + theirs.var() / len(theirs)).sqrt()
+    assert abs(ours.mean() - theirs.mean()) < 4 * error
+    assert ours.mean() > 0.3

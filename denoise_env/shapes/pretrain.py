@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from denoise_env.shapes.grammar import ALL, HELD_OUT, TRAIN
+from denoise_env.shapes.grammar import ALL, HELD_OUT, TRAIN, parse
 from denoise_env.shapes.renderer import BASE_SIZE, render
 from denoise_env.shapes.tokenizer import build_tokenizer
 from denoise_env.shapes.verifier import Verifier
@@ -44,6 +44,9 @@ class Config:
     """Rendered pictures the denoiser is trained on."""
     drop: float = 0.1
     """Share of captions replaced by the empty prompt, for classifier-free guidance."""
+    drop_words: float = 0.25
+    """Share of captions that lose their colour, and of those that lose their background: otherwise a pair of the
+    two foretells the shapes it was seen with, and held-out captions get one of those."""
     ema: float = 0.995
     """Decay of the averaged weights, which are the ones saved."""
     evaluate: int = 1008
@@ -163,6 +166,13 @@ def encode_pictures(vae: AutoencoderKL, n: int, generator: torch.Generator) -> t
     return stacked * vae.config.scaling_factor, torch.cat(places)
 
 
+def shorter(caption: str) -> list[str]:
+    """The caption, without its background, without its colour, and with its shape alone."""
+    scene = parse(caption)
+    objects = (f"a {scene.colour} {scene.shape}", f"a {scene.shape}")
+    return [text for thing in objects for text in (f"{thing} on {scene.background}", thing)]
+
+
 def train_denoiser(pipe: StableDiffusionPipeline, config: Config, generator: torch.Generator) -> float:
     """Fit denoiser and text encoder to predict the noise, and leave their averages in the pipeline.
 
@@ -170,7 +180,8 @@ def train_denoiser(pipe: StableDiffusionPipeline, config: Config, generator: tor
         The mean loss of the last hundred steps.
     """
     latents, places = encode_pictures(pipe.vae, config.pictures, generator)
-    tokens = pipe.tokenizer([*TRAIN, ""], padding="max_length", return_tensors="pt").input_ids
+    captions = [*(text for caption in TRAIN for text in shorter(caption)), ""]
+    tokens = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
     parameters = [*pipe.unet.parameters(), *pipe.text_encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=1e-3)
     schedule = OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.1)
@@ -178,12 +189,14 @@ def train_denoiser(pipe: StableDiffusionPipeline, config: Config, generator: tor
     losses: list[float] = []
     for _ in (bar := tqdm(range(config.steps), desc="denoiser")):
         rows = torch.randint(len(latents), (config.batch_size,), generator=generator)
-        dropped = torch.rand(config.batch_size, generator=generator) < config.drop
-        prompts = places[rows].masked_fill(dropped, len(TRAIN))
+        draws = torch.rand(3, config.batch_size, generator=generator)
+        lost = (draws[:2] < config.drop_words).long()
+        prompts = 4 * places[rows] + 2 * lost[0] + lost[1]
+        prompts = prompts.masked_fill(draws[2] < config.drop, len(captions) - 1)
         noise = torch.randn(config.batch_size, *latents.shape[1:], generator=generator)
         timesteps = torch.randint(1000, (config.batch_size,), generator=generator)
         noisy = pipe.scheduler.add_noise(latents[rows], noise, timesteps)
-        hidden = pipe.text_encoder(tokens).last_hidden_state[prompts]
+        hidden = pipe.text_encoder(tokens[prompts]).last_hidden_state
         loss = F.mse_loss(pipe.unet(noisy, timesteps, hidden).sample, noise)
         step(loss, optimizer, schedule, parameters)
         ema.step(parameters)

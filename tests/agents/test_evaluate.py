@@ -1,0 +1,84 @@
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from agents.evaluate import bootstrap, evaluate, grid, sample
+from agents.policy import DenoisingPolicy
+from agents.report import headline
+from agents.seeding import epoch_order, row_seeds
+
+
+def test_the_interval_covers_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(200):
+        table = rng.normal(np.array([[0.0], [5.0], [-5.0]]), 1.0, (3, 40))  # the prompts differ, and are fixed
+        low, high = bootstrap(table, trial, draws=400)
+        hits += low <= 0 <= high
+    assert 0.89 <= hits / 200 <= 0.99
+    assert high - low < 1  # the spread between prompts is no uncertainty
+
+
+def test_the_interval_leaves_unscored_images_out():
+    table = np.array([[1.0, np.nan, 1.0], [1.0, 1.0, np.nan]])
+    assert bootstrap(table, 0) == (1.0, 1.0)
+    assert np.isnan(bootstrap(table * np.nan, 0)).all()
+
+
+def test_evaluation_is_the_same_for_the_same_seed_and_any_microbatch(points):
+    policy = DenoisingPolicy(points)
+    prompts = points.prompts.texts
+    one = evaluate(points, policy, prompts, 16, seed=5)
+    assert one == evaluate(points, policy, prompts, 16, seed=5)
+    assert one.images == 96
+    assert one.means != evaluate(points, policy, prompts, 16, seed=6).means
+    other = evaluate(points, policy, prompts, 16, seed=5, microbatch=256)
+    assert other.means["points"] == pytest.approx(one.means["points"], abs=1e-5)
+    low, high = one.intervals["points"]
+    assert low < one.means["points"] < high
+
+
+def test_a_row_is_sampled_from_its_own_seed(points):
+    policy = DenoisingPolicy(points)
+    few, _ = sample(points, policy, ["ring"], 4, seed=1)
+    more, _ = sample(points, policy, ["ring", "line"], 4, seed=1)
+    torch.testing.assert_close(few, more[:4], rtol=0, atol=1e-5)
+
+
+def test_a_grid_has_its_pictures_in_order(tmp_path):
+    images = torch.zeros(4, 2, 3, 3, dtype=torch.uint8)
+    images[:, :, :, 0] = torch.tensor([10, 20, 30, 40])[:, None, None]
+    grid(images, 2, tmp_path / "grid.png", scale=1)
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert sheet.shape == (5, 7, 3)
+    assert [sheet[0, 0, 0], sheet[0, 4, 0], sheet[3, 0, 0], sheet[3, 4, 0]] == [10, 20, 30, 40]
+
+
+def test_every_prompt_comes_once_an_epoch_whatever_the_reading():
+    items = [f"prompt {i}" for i in range(10)]
+    whole = epoch_order(items, 0, 0, 30)
+    assert sorted(whole[:10]) == sorted(whole[10:20]) == items
+    assert whole[:10] != whole[10:20]
+    pieces = [prompt for start in range(0, 30, 4) for prompt in epoch_order(items, 0, start, 4)]
+    assert pieces[:30] == whole
+    assert epoch_order(items, 1, 0, 10) != whole[:10]
+
+
+def test_seeds_differ_by_purpose_iteration_and_row():
+    draws = [tuple(row_seeds(s, p, i, 3)) for s in (0, 1) for p in ("rollout", "evaluation") for i in (0, 1)]
+    assert len({seed for draw in draws for seed in draw}) == 24
+    assert row_seeds(0, "rollout", 0, 2) == row_seeds(0, "rollout", 0, 5)[:2]
+
+
+def test_the_headline_is_the_first_and_the_last_evaluation(tmp_path):
+    rows = [
+        {"iteration": i, "a": i / 10, "a_low": 0.0, "a_high": 1.0, "images": 4.0, "unscored": 0.0} for i in (0, 5, 9)
+    ]
+    with (tmp_path / "eval.csv").open("w") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert headline(rows) == [("a", rows[0], rows[2])]
