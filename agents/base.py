@@ -34,6 +34,9 @@ class AgentConfig:
     """Share of the trainable steps that each update recomputes: ceil(fraction · steps)."""
     timestep_selection: Literal["per_sample", "per_group"] = "per_sample"
     """Draw the random subset of steps for every sample (DanceGRPO's code) or once per group (its paper)."""
+    step_weighting: Literal["uniform", "std"] = "uniform"
+    """Weigh every step's policy loss alike (DDPO, DanceGRPO), or by its std over the trainable steps' mean
+    (TempFlow-GRPO, and in effect GRPO-Guard): a log-prob's gradient grows as 1/std, and the last steps drown the rest."""
     drop_last: bool = True
     """Never train the last denoising step, as DanceGRPO and Flow-GRPO do."""
     kl_coef: float = 0.0
@@ -90,6 +93,9 @@ class Agent(ABC):
             trainable[-1] = False
         self.trainable_steps = trainable.nonzero().flatten()
         self._validate()
+        stds = policy.kernel.stds.float()
+        weights = stds / stds[self.trainable_steps].mean() if config.step_weighting == "std" else torch.ones_like(stds)
+        self.step_weights = weights.to(policy.model.device)
         fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
         self.optimizer = torch.optim.AdamW(
             self.parameters, config.lr, config.betas, weight_decay=config.weight_decay, fused=fused
@@ -206,6 +212,7 @@ class Agent(ABC):
         transition = self.policy.transition(latents, steps, conditioning)
         log_prob = self.policy.log_prob(transition, action)
         loss, figures = self.loss(Batch(transition, log_prob, old, advantages[rows]))
+        loss = loss * self.step_weights[steps.to(loss.device)]
         # Var[log-ratio] = 2 KL for the joint log-ratio, D times the averaged one
         scale = latents[0].numel() if self.policy.reduction == "mean" else 1
         difference = (log_prob - old).detach()

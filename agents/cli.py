@@ -154,9 +154,8 @@ def _train(arguments: Sequence[str]) -> int:
     from agents.train import train
 
     train(config, directory, resume=bool(chosen.resume), command=["denoise-env", "train", *arguments])
-    print(
-        f"\nreport   {directory / 'report.html'}\nsamples  {directory / 'samples'}\nmodel    {directory / 'export'}\n"
-    )
+    for what, name in (("report", "report.html"), ("picture", "before_after.png"), ("model", "export")):
+        print(f"{what:<8} {directory / name}")
     kind = "held-out prompts" if config.model == "shapes" and not config.eval_prompts else "evaluation prompts"
     for name, before, after in headline(read_csv(directory / "eval.csv")):
         what = "share with all attributes right" if name == "shapes-correct" else f"mean reward {name!r}"

@@ -84,7 +84,12 @@ class TrainConfig:
 
 def shapes() -> TrainConfig:
     """GRPO on the shipped tiny Stable Diffusion: minutes on a laptop. The default."""
-    return TrainConfig(eval_rewards=("shapes-correct",), eval_images_per_prompt=64)
+    return TrainConfig(
+        agent=GRPOConfig(step_weighting="std", ema_decay=0.95),
+        iterations=120,
+        eval_rewards=("shapes-correct",),
+        eval_images_per_prompt=64,
+    )
 
 
 def points() -> TrainConfig:

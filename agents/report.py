@@ -15,8 +15,7 @@ code,pre{font:14px ui-monospace,monospace;background:#f3f4f6;border-radius:4px}
 code{padding:.1rem .3rem} pre{padding:.7rem;overflow-x:auto;white-space:pre-wrap}
 .cards{display:flex;gap:1rem;flex-wrap:wrap}.card{border:1px solid #dfe3e8;border-radius:8px;padding:.8rem 1.1rem}
 .card b{display:block;font-size:1.5rem}.card small{color:#5b6570}
-.pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}figure{margin:0}figcaption{color:#5b6570}
-img{max-width:100%;image-rendering:pixelated}svg{max-width:100%;height:auto}
+img,svg{max-width:100%;height:auto}
 table{border-collapse:collapse}td,th{padding:.15rem .8rem .15rem 0;text-align:left;font-size:14px}
 details{margin-top:1rem}
 """
@@ -39,7 +38,7 @@ def headline(evals: list[dict[str, float]]) -> list[tuple[str, dict[str, float],
 
 
 def write_report(directory: Path) -> Path:
-    """Write ``report.html`` from a run's own files.
+    """Write ``report.html`` and ``before_after.png`` from a run's own files.
 
     Args:
         directory: of a run.
@@ -54,6 +53,7 @@ def write_report(directory: Path) -> Path:
     about = json.loads((directory / "versions.json").read_text())
     cards = "".join(_card(name, before, after) for name, before, after in headline(evals))
     seconds = sum(row["seconds"] for row in metrics)
+    picture = base64.b64encode(write_comparison(directory).read_bytes()).decode()
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>{html.escape(directory.name)}</title>
 <style>{_STYLE}</style>
@@ -62,7 +62,8 @@ def write_report(directory: Path) -> Path:
 {len(metrics)} of {config["iterations"]} iterations, {_images(config)} images each, {seconds:.0f} s of training.</p>
 <p>The command: <code>{html.escape(about["command"] or "(started from Python)")}</code></p>
 <h2>Evaluation on fixed prompts and seeds</h2><div class="cards">{cards}</div>
-<h2>Same seeds, before and after</h2><div class="pair">{_pictures(directory)}</div>
+<h2>Same prompts and seeds, before and after</h2>
+<img alt="samples before and after" src="data:image/png;base64,{picture}">
 <h2>Curves</h2>{_curves(metrics, evals)}
 <details><summary>Configuration</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre></details>
 <details><summary>Versions</summary><pre>{html.escape(json.dumps(about, indent=1))}</pre></details>
@@ -88,23 +89,48 @@ def _card(name: str, before: dict[str, float], after: dict[str, float]) -> str:
     )
 
 
-def _pictures(directory: Path) -> str:
+def write_comparison(directory: Path) -> Path:
+    """Write ``before_after.png``: a run's first and last grid of samples, from the same seeds, with their prompts.
+
+    Args:
+        directory: of a run.
+
+    Returns:
+        The picture's path.
+    """
+    from PIL import Image
+
+    plt = _pyplot()
+    prompts = (directory / "samples" / "prompts.txt").read_text().splitlines()
     grids = sorted((directory / "samples").glob("*.png"))
-    ends = [grids[0], grids[-1]] if len(grids) > 1 else grids
-    return "".join(
-        f'<figure><img alt="samples at iteration {int(path.stem)}" '
-        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-        f"<figcaption>iteration {int(path.stem)}; a row is a prompt</figcaption></figure>"
-        for path in ends
-    )
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+    for axis, path, when in zip(axes, (grids[0], grids[-1]), ("before", "after"), strict=True):
+        picture = Image.open(path)
+        axis.imshow(picture)
+        axis.set_title(f"{when} (iteration {int(path.stem)})")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    height = picture.height / len(prompts)
+    axes[0].set_yticks([(i + 0.5) * height for i in range(len(prompts))], prompts)
+    axes[0].tick_params(length=0)
+    path = directory / "before_after.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
 
 
-def _curves(metrics: list[dict[str, float]], evals: list[dict[str, float]]) -> str:
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
+    return pyplot
+
+
+def _curves(metrics: list[dict[str, float]], evals: list[dict[str, float]]) -> str:
+    plt = _pyplot()
     panels = [
         name
         for name in ("grad_norm", "clip_fraction", "kl_reference", "ratio_deviation")

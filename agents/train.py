@@ -225,6 +225,8 @@ def _look(
             prompts = experiment.eval_prompts[:GRID_PROMPTS]
             latents, _ = sample(experiment.eval_mdp, policy, prompts, GRID_COLUMNS, config.eval_seed, config.microbatch)
             path = directory / "samples" / f"{iteration:06d}.png"
+            path.parent.mkdir(exist_ok=True)
+            checkpoint.write_atomically(path.with_name("prompts.txt"), "\n".join(prompts))
             grid(experiment.mdp.model.render(latents), GRID_COLUMNS, path)
             logger.image(iteration, path)
 

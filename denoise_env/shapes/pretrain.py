@@ -34,7 +34,7 @@ class Config:
     """Seed of weights, pictures and noise."""
     vae_steps: int = 1600
     """Optimiser steps of the autoencoder, 16 pictures each."""
-    steps: int = 1680
+    steps: int = 1500
     """Optimiser steps of the denoiser and its text encoder."""
     batch_size: int = 64
     """Latents per step of the denoiser."""

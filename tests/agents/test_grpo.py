@@ -182,3 +182,26 @@ def test_averaged_weights_follow_and_are_swapped_in(points):
         torch.testing.assert_close(parameter.detach(), average)
     assert torch.equal(parameter, trained)
     assert not torch.equal(trained, average)
+
+
+def test_steps_weigh_as_their_std(points):
+    uniform, weighted = make(points), make(points, step_weighting="std")
+    assert uniform.step_weights.tolist() == [1.0] * 10
+    stds = uniform.policy.kernel.stds[:9]
+    torch.testing.assert_close(weighted.step_weights[:9].double(), stds / stds.mean(), rtol=1e-6, atol=0)
+    rollout = collect(points, uniform.policy, row_generators(range(8)), group_size=4)
+    advantages, row = torch.ones(8), torch.arange(8)
+    conditioning = rollout.conditioning[rollout.row]
+    for k in (0, 8):
+        step = torch.full((8,), k)
+        plain, _ = uniform._evaluate(rollout, advantages, row, step, conditioning)
+        scaled, _ = weighted._evaluate(rollout, advantages, row, step, conditioning)
+        torch.testing.assert_close(scaled, plain * (stds[k] / stds.mean()).float())
+
+
+def test_the_batchs_std_is_that_of_all_gaps():
+    values = torch.tensor([0.0, 2.0, 0.5, 0.5, 5.0, 5.2])
+    valid = torch.ones(6, dtype=torch.bool)
+    gaps = torch.tensor([-1, 1, 0, 0, -0.1, 0.1], dtype=torch.float64)
+    expected = gaps / (gaps.square().sum() / 3).sqrt()
+    torch.testing.assert_close(group_advantages(values, valid, 2, "batch").double(), expected, rtol=1e-5, atol=1e-7)
