@@ -36,7 +36,7 @@ class AgentConfig:
     """Draw the random subset of steps for every sample (DanceGRPO's code) or once per group (its paper)."""
     step_weighting: Literal["uniform", "std"] = "uniform"
     """Weigh every step's policy loss alike (DDPO, DanceGRPO), or by its std over the trainable steps' mean
-    (TempFlow-GRPO, and in effect GRPO-Guard): a log-prob's gradient grows as 1/std, and the last steps drown the rest."""
+    (TempFlow-GRPO, in effect GRPO-Guard): a log-prob's gradient grows as 1/std, and the last steps drown the rest."""
     drop_last: bool = True
     """Never train the last denoising step, as DanceGRPO and Flow-GRPO do."""
     kl_coef: float = 0.0

@@ -85,8 +85,8 @@ class TrainConfig:
 def shapes() -> TrainConfig:
     """GRPO on the shipped tiny Stable Diffusion: minutes on a laptop. The default."""
     return TrainConfig(
-        agent=GRPOConfig(step_weighting="std", ema_decay=0.95),
-        iterations=120,
+        agent=GRPOConfig(step_weighting="std", ema_decay=0.97),
+        iterations=130,
         eval_rewards=("shapes-correct",),
         eval_images_per_prompt=64,
     )

@@ -150,10 +150,11 @@ def points_figures(repeats: int) -> dict[str, float]:
 def compare(
     one: Callable[[], object], other: Callable[[], object], repeats: int, device: torch.device
 ) -> tuple[list[float], list[float]]:
-    """Seconds of each, in turn, after a warm-up."""
+    """Seconds of each after a warm-up, alternating which goes first."""
     times: tuple[list[float], list[float]] = ([], [])
+    turns = [(one, times[0]), (other, times[1])]
     for repeat in range(repeats + 1):
-        for function, found in zip((one, other), times, strict=True):
+        for function, found in turns if repeat % 2 else turns[::-1]:
             synchronize(device)
             started = time.perf_counter()
             function()
