@@ -65,14 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(typed)
     if rest and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("TRANSFORMERS_VERBOSITY", "error")):
+        os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    sys.path.insert(0, os.getcwd())  # where "module:name" rewards of one's own usually are
     try:
         return options.run(rest if options.command == "train" else options)
     except (ValueError, FileExistsError) as error:
         print(f"denoise-env: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, FloatingPointError) as error:
+    except (RuntimeError, FloatingPointError, OSError) as error:
         print(f"denoise-env: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ import csv
 import html
 import io
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +104,16 @@ def write_comparison(directory: Path) -> Path:
     plt = _pyplot()
     prompts = (directory / "samples" / "prompts.txt").read_text().splitlines()
     grids = sorted((directory / "samples").glob("*.png"))
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+    width, height = Image.open(grids[0]).size
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5 * height / width + 0.4), layout="constrained")
     for axis, path, when in zip(axes, (grids[0], grids[-1]), ("before", "after"), strict=True):
-        picture = Image.open(path)
-        axis.imshow(picture)
+        axis.imshow(Image.open(path))
         axis.set_title(f"{when} (iteration {int(path.stem)})")
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
-    height = picture.height / len(prompts)
-    axes[0].set_yticks([(i + 0.5) * height for i in range(len(prompts))], prompts)
+    labels = ["\n".join(textwrap.wrap(prompt, 28)[:3]) for prompt in prompts]
+    axes[0].set_yticks([(i + 0.5) * height / len(prompts) for i in range(len(prompts))], labels)
     axes[0].tick_params(length=0)
     path = directory / "before_after.png"
     figure.savefig(path, dpi=110)

@@ -176,7 +176,8 @@ class StableDiffusion(DenoisingModel):
     def export(self, directory: Path) -> None:
         """A whole pipeline, or ``pytorch_lora_weights.safetensors`` for ``load_lora_weights``."""
         if not self.lora_rank:
-            self.pipeline.save_pretrained(directory)
+            with _quiet():
+                self.pipeline.save_pretrained(directory)
             return
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft import get_peft_model_state_dict

@@ -108,3 +108,29 @@ def test_help_teaches(capsys):
     assert "--preset NAME" in printed
     assert "Samples per prompt, G." in printed
     assert "dancegrpo: DanceGRPO's Stable Diffusion 1.4 setting" in printed
+
+
+def test_a_reward_of_ones_own_is_found_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    (tmp_path / "own_rewards.py").write_text("def left(images, prompts, metadata):\n    return -images[:, 0]\n")
+    assert cli.main(["train", *FAST, "--rewards", "own_rewards:left", "1.0", "--output-dir", "run"]) == 0
+    assert "reward/own_rewards:left" in (tmp_path / "run" / "metrics.csv").read_text()
+
+
+def test_tensorboard_gets_figures_and_pictures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    directory = tmp_path / "run"
+    assert cli.main(["train", *FAST, "--tensorboard", "--output-dir", str(directory)]) == 0
+    events = EventAccumulator(str(directory / "tensorboard")).Reload()
+    assert len(events.Scalars("reward")) == 2
+    assert len(events.Scalars("eval/points")) == 2
+    assert len(events.Images("samples")) == 2
+
+
+def test_a_logger_that_is_not_installed_is_named_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    assert cli.main(["train", *FAST, "--wandb", "--output-dir", str(tmp_path / "run")]) == 2
+    assert "pip install 'denoise-env[wandb]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
