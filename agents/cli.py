@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agents.config import AGENTS, PRESETS, TrainConfig
+from denoise_env.models import NAMES
 
 _RESUMABLE = {
     "iterations",
@@ -71,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path.insert(0, os.getcwd())  # where "module:name" rewards of one's own usually are
     try:
         return options.run(rest if options.command == "train" else options)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
     except (ValueError, FileExistsError) as error:
         print(f"denoise-env: {error}", file=sys.stderr)
         return 2
@@ -128,7 +132,7 @@ def parse_config(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
         description=(
             "Train an agent. Without flags: the five-minute demo on the tiny Stable Diffusion.\n\n"
             "First the preset, then the file, then the flags:\n"
-            "  --preset NAME   where the defaults below come from\n"
+            "  --preset NAME   where the defaults below come from; by default what goes with --model\n"
             "  --config FILE   TOML or JSON with any of the settings below\n"
             "  --resume DIR    continue the run in DIR from its newest checkpoint\n\n"
             f"Presets:\n{presets}"
@@ -138,17 +142,18 @@ def parse_config(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
 
 def _train(arguments: Sequence[str]) -> int:
     first = argparse.ArgumentParser(prog="denoise-env train", add_help=False)
-    first.add_argument("--preset", default="shapes")
+    first.add_argument("--preset")
     first.add_argument("--config")
     first.add_argument("--resume", metavar="DIR")
     chosen, rest = first.parse_known_args(arguments)
-    if chosen.preset not in PRESETS:
-        raise ValueError(f"unknown preset {chosen.preset!r}; {_nearest(chosen.preset, PRESETS)}")
     if chosen.resume:
         config, directory = _resumed(Path(chosen.resume), rest)
     else:
-        file = read_config(chosen.config) if chosen.config else []
-        config = parse_config([*file, *rest], PRESETS[chosen.preset]())
+        rest = [*(read_config(chosen.config) if chosen.config else []), *rest]
+        chosen.preset = chosen.preset or _preset_of(rest)
+        if chosen.preset not in PRESETS:
+            raise ValueError(f"unknown preset {chosen.preset!r}; {_nearest(chosen.preset, PRESETS)}")
+        config = parse_config(rest, PRESETS[chosen.preset]())
         directory = (
             Path(config.output_dir) if config.output_dir else _free(Path(f"runs/{chosen.preset}-seed{config.seed}"))
         )
@@ -164,6 +169,14 @@ def _train(arguments: Sequence[str]) -> int:
         figures = f"{_figure(name, before)} before, {_figure(name, after)} after"
         print(f"{kind}, {what} ({after['images']:.0f} images each): {figures}")
     return 0
+
+
+def _preset_of(arguments: Sequence[str]) -> str:
+    """The preset that goes with the model, where none was named."""
+    find = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    find.add_argument("--model", default="shapes")
+    model = find.parse_known_args(arguments)[0].model
+    return model.split("-")[0] if model in NAMES else "dancegrpo"
 
 
 def _free(path: Path) -> Path:
@@ -201,7 +214,6 @@ def run_config(directory: Path) -> TrainConfig:
 
 def _experiment(target: str, options: argparse.Namespace) -> Any:
     from agents.train import build, load_run
-    from denoise_env.models import NAMES
 
     path = Path(target)
     is_run = (path / "config.json").is_file() and (path / "metrics.csv").exists()

@@ -110,6 +110,14 @@ def test_help_teaches(capsys):
     assert "dancegrpo: DanceGRPO's Stable Diffusion 1.4 setting" in printed
 
 
+def test_the_preset_goes_with_the_model(tmp_path):
+    directory = tmp_path / "run"
+    assert cli.main(["train", "--model", "points-flow", *FAST[2:], "--output-dir", str(directory)]) == 0
+    config = json.loads((directory / "config.json").read_text())
+    assert config["model"] == "points-flow"
+    assert config["eval_rewards"] == []
+
+
 def test_a_reward_of_ones_own_is_found_in_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(__import__("sys").path))

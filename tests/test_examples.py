@@ -1,0 +1,36 @@
+"""The examples run as they are, made short."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(monkeypatch, name, *arguments):
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    return runpy.run_path(str(EXAMPLES / name))
+
+
+@pytest.mark.parametrize("env", ["Points-v0", "Shapes-v0"])
+def test_stepping_by_hand(monkeypatch, capsys, tmp_path, env):
+    picture = tmp_path / "film.png"
+    found = run(
+        monkeypatch, "step_by_hand.py", "--env", env, "--rows", "2", "--num-steps", "3", "--output", str(picture)
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "step 2: " in capsys.readouterr().out
+    # the TorchRL half has the same seeds and the same noise as the Gymnasium half
+    rollout = found["rollout"]
+    assert float(rollout["next", "reward"][:, -1].mean()) == pytest.approx(float(found["reward"].mean()), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_training_in_forty_lines(monkeypatch, capsys):
+    run(monkeypatch, "train_grpo.py", "--iterations", "1")
+    printed = capsys.readouterr().out
+    assert printed.startswith("before {'shapes': 0.")
+    assert "after  {'shapes': 0." in printed
+    assert len((EXAMPLES / "train_grpo.py").read_text().splitlines()) < 40
