@@ -105,8 +105,9 @@ def bootstrap(table: np.ndarray, seed: int, draws: int = 1000) -> tuple[float, f
         return math.nan, math.nan
     rng = np.random.default_rng(seed)
     picks = rng.integers(0, table.shape[1], (draws, *table.shape))
-    means = np.nanmean(np.take_along_axis(table[None], picks, 2).reshape(draws, -1), 1)
-    low, high = np.nanpercentile(means, [2.5, 97.5])
+    resampled = np.take_along_axis(table[None], picks, 2).reshape(draws, -1)
+    resampled = resampled[~np.isnan(resampled).all(1)]
+    low, high = np.percentile(np.nanmean(resampled, 1), [2.5, 97.5])
     return float(low), float(high)
 
 
