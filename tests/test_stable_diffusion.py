@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 
 from agents.grpo import GRPO, GRPOConfig
 from agents.policy import DenoisingPolicy
@@ -97,6 +98,10 @@ def test_what_training_exports_loads_in_plain_diffusers(make_shapes, latents, tm
     assert (after - before).abs().max() > 0.01
     mdp.model.export(tmp_path)
     assert not list(tmp_path.rglob("*.bin"))
+    if not lora_rank:  # the names of hub checkpoints, which old releases of transformers need
+        names = load_file(tmp_path / "text_encoder" / "model.safetensors")
+        assert all(name.startswith("text_model.") for name in names)
+        assert names.keys() == load_file(WEIGHTS / "text_encoder" / "model.safetensors").keys()
     plain = plain_pipeline(lora=tmp_path) if lora_rank else plain_pipeline(tmp_path)
     torch.testing.assert_close(plain_sample(plain, latents), after, rtol=0, atol=2e-4)
 

@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from denoise_env.kernels import PredictionType, Schedule, check_num_steps
+from denoise_env.layout import save_pipeline
 from denoise_env.models.base import DenoisingModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -177,7 +178,7 @@ class StableDiffusion(DenoisingModel):
         """A whole pipeline, or ``pytorch_lora_weights.safetensors`` for ``load_lora_weights``."""
         if not self.lora_rank:
             with _quiet():
-                self.pipeline.save_pretrained(directory)
+                save_pipeline(self.pipeline, directory)
             return
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft import get_peft_model_state_dict

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from denoise_env.layout import save_pipeline
 from denoise_env.shapes.grammar import ALL, HELD_OUT, TRAIN, parse
 from denoise_env.shapes.renderer import BASE_SIZE, render
 from denoise_env.shapes.tokenizer import build_tokenizer
@@ -272,7 +273,7 @@ def pretrain(config: Config) -> StableDiffusionPipeline:
     pipe.vae.requires_grad_(False)
     generator.manual_seed(config.seed + 1)
     loss = train_denoiser(pipe, config, generator)
-    pipe.save_pretrained(config.out)
+    save_pipeline(pipe, config.out)
     tokenizer.backend_tokenizer.model.save(str(config.out / "tokenizer"))
     size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
     print(f"autoencoder error {error:.5f}, denoiser loss {loss:.4f}, {size / 1e6:.2f} MB")
