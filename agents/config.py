@@ -51,7 +51,7 @@ class TrainConfig:
     prompts_per_iteration: int = 8
     """Prompts per rollout; times group_size is the number of images (8 · 16 = 128)."""
     microbatch: int | None = 128
-    """Images per network call; bounds the memory and does not change the result."""
+    """Images per network call, at most; bounds the memory and does not change the result."""
     seed: int = 0
     """Seeds every random draw of the run."""
     max_unscored: float = 0.5

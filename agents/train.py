@@ -53,6 +53,17 @@ def build(config: TrainConfig) -> Experiment:
     Raises:
         ValueError: whatever does not fit together, before any work is done.
     """
+    for name in (
+        "iterations",
+        "prompts_per_iteration",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "eval_images_per_prompt",
+    ):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+    if config.microbatch is not None and config.microbatch < 1:
+        raise ValueError(f"microbatch must be at least 1, not {config.microbatch}")
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,6 +78,8 @@ def build(config: TrainConfig) -> Experiment:
         "guidance_scale",
     )
     chosen = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)}
+    rows = config.prompts_per_iteration * config.agent.group_size
+    microbatch = min(config.microbatch or rows, rows)
     mdp = DenoisingMDP.make(
         config.model,
         config.rewards or None,
@@ -86,13 +99,8 @@ def build(config: TrainConfig) -> Experiment:
         microbatch=config.microbatch,
     )
     policy = DenoisingPolicy(mdp, config.kernel, config.eta, reduction=config.reduction)
-    agent = GRPO(policy, config.agent, config.seed, config.microbatch)
-    rows = config.prompts_per_iteration * agent.group_size
+    agent = GRPO(policy, config.agent, config.seed, microbatch)
     agent.check_rows(rows)
-    if config.iterations < 1 or config.prompts_per_iteration < 1 or config.checkpoint_every < 1:
-        raise ValueError("iterations, prompts_per_iteration and checkpoint_every must be at least 1")
-    if config.keep_checkpoints < 1:
-        raise ValueError("keep_checkpoints must be at least 1")
     return Experiment(config, mdp, eval_mdp, policy, agent)
 
 
@@ -166,7 +174,7 @@ def _iterate(experiment: Experiment, iteration: int) -> dict[str, float]:
         prompts,
         group_size=agent.group_size,
         shared_noise=agent.shared_noise,
-        microbatch=config.microbatch,
+        microbatch=agent.microbatch,
     )
     row = {"iteration": iteration, **_reward_figures(rollout)}
     if row["unscored"] > config.max_unscored * len(rollout):

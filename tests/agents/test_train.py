@@ -310,5 +310,9 @@ def test_the_dancegrpo_preset_is_danceGRPOs_setting():
     assert not torch.equal(steps[0], steps[1])
 
 
+def test_a_microbatch_larger_than_the_rollout_is_the_rollout():
+    assert build(small(microbatch=1000)).agent.microbatch == 8
+
+
 def test_points_preset_builds():
     assert build(points()).agent.group_size == 16
