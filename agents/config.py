@@ -60,7 +60,7 @@ class TrainConfig:
     eval_every: int = 50
     """Iterations between evaluations; there is always one before and one after. 0: only those."""
     eval_prompts: str | None = None
-    """Likewise, "shapes-held-out" too; default: that for shapes, else the training prompts."""
+    """Likewise, "shapes-held-out" too; default: that for shapes, else the first 32 training prompts."""
     eval_rewards: tuple[str, ...] = ()
     """Rewards measured in evaluation beside the trained ones."""
     eval_images_per_prompt: int = 8

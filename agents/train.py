@@ -29,6 +29,7 @@ from denoise_env.mdp import DenoisingMDP, load_prompts, row_generators
 from denoise_env.rewards import load_reward
 
 GRID_PROMPTS, GRID_COLUMNS = 6, 8
+EVAL_PROMPTS = 32  # of the training prompts, where no others were named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +54,8 @@ def build(config: TrainConfig) -> Experiment:
     Raises:
         ValueError: whatever does not fit together, before any work is done.
     """
-    for name in (
-        "iterations",
-        "prompts_per_iteration",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "eval_images_per_prompt",
-    ):
+    counts = ("iterations", "prompts_per_iteration", "checkpoint_every", "keep_checkpoints", "eval_images_per_prompt")
+    for name in counts:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
     if config.microbatch is not None and config.microbatch < 1:
@@ -68,15 +64,7 @@ def build(config: TrainConfig) -> Experiment:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     defaults = TrainConfig()
-    names = (
-        "height",
-        "width",
-        "dtype",
-        "lora_rank",
-        "lora_alpha",
-        "gradient_checkpointing",
-        "guidance_scale",
-    )
+    names = ("height", "width", "dtype", "lora_rank", "lora_alpha", "gradient_checkpointing", "guidance_scale")
     chosen = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)}
     rows = config.prompts_per_iteration * config.agent.group_size
     microbatch = min(config.microbatch or rows, rows)
@@ -94,7 +82,7 @@ def build(config: TrainConfig) -> Experiment:
     eval_mdp = DenoisingMDP(
         mdp.model,
         {**mdp.rewards, **extra},
-        load_prompts(held_out) if held_out else mdp.prompts.texts,
+        load_prompts(held_out) if held_out else mdp.prompts.texts[:EVAL_PROMPTS],
         config.num_steps,
         microbatch=config.microbatch,
     )
@@ -144,7 +132,7 @@ def train(config: TrainConfig, directory: Path, *, resume: bool = False, command
             row = _iterate(experiment, iteration)
             metrics.append(row)
             logger.log(iteration, row)
-            bar.set_postfix({name: f"{row[name]:.3g}" for name in _SHOWN if name in row})
+            bar.set_postfix({name: f"{row[name]:.3g}" for name in _SHOWN if name in row}, refresh=False)
             last = iteration == config.iterations
             _look(experiment, directory, iteration, evals, logger, last)
             if last or iteration % config.checkpoint_every == 0:

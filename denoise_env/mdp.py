@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from tqdm import tqdm
 
 from denoise_env.models import DenoisingModel, check_name, load_model
 from denoise_env.rewards import Reward, load_reward
@@ -87,7 +88,8 @@ class PromptTable:
         extra = dict(zip(prompts, metadata or [{}] * len(prompts), strict=True))
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._index]
         if new:
-            rows = torch.cat([self._model.encode(new[i : i + 64]) for i in range(0, len(new), 64)])
+            batches = tqdm(range(0, len(new), 64), desc="encode prompts", disable=len(new) < 1024)
+            rows = torch.cat([self._model.encode(new[i : i + 64]) for i in batches])
             self.conditioning = torch.cat([self.conditioning, rows]) if self.texts else rows
             self._index.update({prompt: len(self.texts) + i for i, prompt in enumerate(new)})
             self.texts += new

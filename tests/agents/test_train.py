@@ -16,6 +16,7 @@ from agents.config import TrainConfig, points
 from agents.grpo import GRPOConfig
 from agents.train import Table, build
 from agents.train import train as run
+from denoise_env.shapes import WEIGHTS
 
 TIMING = {"seconds", "images_per_second"}
 
@@ -312,6 +313,16 @@ def test_the_dancegrpo_preset_is_danceGRPOs_setting():
 
 def test_a_microbatch_larger_than_the_rollout_is_the_rollout():
     assert build(small(microbatch=1000)).agent.microbatch == 8
+
+
+def test_a_long_prompt_file_is_not_evaluated_whole(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(f"a red circle on gray {i}" for i in range(100)))
+    experiment = build(TrainConfig(prompts=str(file), eval_prompts=None, model="shapes", eval_rewards=()))
+    assert len(experiment.mdp.prompts.texts) == 100
+    assert len(experiment.eval_prompts) == 12  # shapes has held-out prompts of its own
+    options = {"model": str(WEIGHTS), "rewards": {"shapes": 1.0}, "prompts": str(file)}
+    assert build(TrainConfig(**options)).eval_prompts == experiment.mdp.prompts.texts[:32]
 
 
 def test_points_preset_builds():
