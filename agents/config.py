@@ -94,7 +94,7 @@ def shapes() -> TrainConfig:
 
 def points() -> TrainConfig:
     """GRPO on 2-D Gaussian mixtures: seconds."""
-    agent = GRPOConfig(lr=1e-3, clip_range=0.2, updates_per_rollout=1)
+    agent = GRPOConfig(lr=3e-3, step_weighting="std", ema_decay=0.9)
     return TrainConfig(
         model="points",
         agent=agent,

@@ -245,7 +245,8 @@ def test_render_draws_a_dot_where_the_point_is() -> None:
     assert (picture.shape, picture.dtype) == ((1, 64, 64, 3), torch.uint8)
     row, col = divmod(int(picture[0].sum(-1).argmin()), 64)
     assert (row, col) == pytest.approx((63 * 0.75, 63 * 0.75), abs=1)  # x to the right, y up
-    assert picture[0, 0, 0].tolist() == [255, 255, 255]
+    assert picture[0, 0, 0].tolist() == [243, 243, 243]
+    assert picture[0, 31, 0].tolist() == picture[0, 0, 32].tolist() == [226, 226, 226]  # the axes
 
 
 def test_load_model_knows_both_paths_and_refuses_other_options() -> None:

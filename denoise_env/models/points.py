@@ -145,12 +145,13 @@ class Points(DenoisingModel):
         return latents
 
     def render(self, latents: Tensor) -> Tensor:
-        """Each point as a dot on a 64×64 picture of the square [−2, 2]²."""
+        """Each point as a dot on a 64×64 picture of the square [−2, 2]² with its axes."""
         side = torch.linspace(-2, 2, 64)
         x, y = latents.float().cpu().clamp(-2, 2)[:, :, None, None].unbind(1)
-        dot = (-((side[None, None] - x) ** 2 + (-side[None, :, None] - y) ** 2) / 0.01).exp()[..., None]
-        ink = torch.tensor([30.0, 90.0, 200.0])
-        return (255 + dot * (ink - 255)).round().to(torch.uint8)
+        dot = (-((side[None, None] - x) ** 2 + (-side[None, :, None] - y) ** 2) / 0.03).exp()[..., None]
+        paper = torch.full((64, 64, 3), 243.0)
+        paper[31:33] = paper[:, 31:33] = 226.0
+        return (paper + dot * (torch.tensor([30.0, 90.0, 200.0]) - paper)).round().to(torch.uint8)
 
     def export(self, directory: Path) -> None:
         """``model.safetensors`` and ``config.json``."""
