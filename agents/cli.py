@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from agents.config import AGENTS, PRESETS, TrainConfig
-from denoise_env.models import NAMES
+from denoise_env.models import world
+from denoise_env.naming import suggest
 
 _RESUMABLE = {
     "iterations",
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("TRANSFORMERS_VERBOSITY", "error")):
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    sys.path.insert(0, os.getcwd())  # where "module:name" rewards of one's own usually are
+    sys.path.append(os.getcwd())  # where "module:name" rewards of one's own usually are
     try:
         return options.run(rest if options.command == "train" else options)
     except BrokenPipeError:
@@ -141,7 +142,7 @@ def parse_config(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    first = argparse.ArgumentParser(prog="denoise-env train", add_help=False)
+    first = argparse.ArgumentParser(prog="denoise-env train", add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     first.add_argument("--config")
     first.add_argument("--resume", metavar="DIR")
@@ -152,7 +153,7 @@ def _train(arguments: Sequence[str]) -> int:
         rest = [*(read_config(chosen.config) if chosen.config else []), *rest]
         chosen.preset = chosen.preset or _preset_of(rest)
         if chosen.preset not in PRESETS:
-            raise ValueError(f"unknown preset {chosen.preset!r}; {_nearest(chosen.preset, PRESETS)}")
+            raise ValueError(f"unknown preset {chosen.preset!r}; {suggest(chosen.preset, PRESETS)}")
         config = parse_config(rest, PRESETS[chosen.preset]())
         directory = (
             Path(config.output_dir) if config.output_dir else _free(Path(f"runs/{chosen.preset}-seed{config.seed}"))
@@ -176,7 +177,7 @@ def _preset_of(arguments: Sequence[str]) -> str:
     find = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     find.add_argument("--model", default="shapes")
     model = find.parse_known_args(arguments)[0].model
-    return model.split("-")[0] if model in NAMES else "dancegrpo"
+    return world(model) or "dancegrpo"
 
 
 def _free(path: Path) -> Path:
@@ -227,7 +228,7 @@ def _experiment(target: str, options: argparse.Namespace) -> Any:
     named = tuple(getattr(options, "rewards", None) or ())
     if options.prompts:
         config.eval_prompts = options.prompts
-    if not is_run and target not in NAMES:
+    if not is_run and world(target) is None:
         config.prompts = options.prompts
         # sampling calls no reward, but an environment has one
         config.rewards = dict.fromkeys(named if options.command == "eval" else ("shapes",), 1.0)
@@ -307,13 +308,6 @@ def _list(options: argparse.Namespace) -> int:
         for name, text in rows.items():
             print(f"  {name:<24} {text}".rstrip())
     return 0
-
-
-def _nearest(name: str, names: Any) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, names, 1)
-    return f"did you mean {near[0]!r}?" if near else f"there are {list(names)}"
 
 
 if __name__ == "__main__":

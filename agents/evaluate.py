@@ -46,14 +46,15 @@ def sample(
     images_per_prompt: int,
     seed: int,
     microbatch: int | None = None,
+    first: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Finished latents ``[N, *latent]`` and their prompt indices ``[N]``, ``images_per_prompt`` rows a prompt.
 
-    Row i's noise follows from (seed, i) alone.
+    Row i's noise follows from (seed, first + i) alone.
     """
     rows = len(prompts) * images_per_prompt
     size = next(n for n in range(min(microbatch or rows, rows), 0, -1) if rows % n == 0)
-    generators = row_generators(row_seeds(seed, "evaluation", 0, rows))
+    generators = row_generators(row_seeds(seed, "evaluation", 0, first + rows)[first:])
     latents, prompt_index = begin(mdp, generators, prompts, group_size=images_per_prompt)
     denoise(mdp, policy, latents, prompt_index, size)
     return latents[:, -1], prompt_index
@@ -76,7 +77,7 @@ def evaluate(
         prompts: evaluated one after another; ``progress`` is called with the rows done.
         images_per_prompt: at least 1.
         seed: of the noise; not the training run's.
-        microbatch: rows per network call.
+        microbatch: rows per network call; it does not change the noise.
         progress: for a progress bar.
     """
     if images_per_prompt < 1:
@@ -85,7 +86,8 @@ def evaluate(
     values: dict[str, list[torch.Tensor]] = {name: [] for name in mdp.rewards}
     for first in range(0, len(prompts), rows):
         chunk = prompts[first : first + rows]
-        scores = mdp.score(*sample(mdp, policy, chunk, images_per_prompt, seed + first, microbatch))
+        latents, index = sample(mdp, policy, chunk, images_per_prompt, seed, microbatch, first * images_per_prompt)
+        scores = mdp.score(latents, index)
         for name, found in scores.values.items():
             values[name].append(found.cpu().view(len(chunk), images_per_prompt))
         progress(len(scores.total))

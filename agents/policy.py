@@ -9,6 +9,7 @@ from torch import Tensor
 
 from denoise_env.kernels import KERNELS, Kernel, Reduction, Transition
 from denoise_env.mdp import DenoisingMDP
+from denoise_env.naming import suggest
 
 
 class DenoisingPolicy(TensorDictModuleBase):
@@ -44,7 +45,7 @@ class DenoisingPolicy(TensorDictModuleBase):
         super().__init__()
         kernel = kernel or ("ddim" if mdp.schedule.path == "diffusion" else "dance_sde")
         if kernel not in KERNELS:
-            raise ValueError(f"unknown kernel {kernel!r}; there are {list(KERNELS)}")
+            raise ValueError(f"unknown kernel {kernel!r}; {suggest(kernel, KERNELS)}")
         self.mdp = mdp
         self.model = mdp.model
         self.network = mdp.model.network

@@ -1,6 +1,5 @@
 """What the Gymnasium and the TorchRL face share: their MDP, reset options, the rows' random streams."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from denoise_env.mdp import DenoisingMDP, State, row_generators
+from denoise_env.naming import suggest
 
 RESET_OPTIONS = ("prompts", "group_size", "shared_noise", "reset_mask")
 
@@ -66,9 +66,7 @@ class ResetRequest:
         options = options or {}
         for name in options:
             if name not in RESET_OPTIONS:
-                near = difflib.get_close_matches(str(name), RESET_OPTIONS, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {list(RESET_OPTIONS)}"
-                raise ValueError(f"unknown reset option {name!r}; {hint}")
+                raise ValueError(f"unknown reset option {name!r}; {suggest(str(name), RESET_OPTIONS)}")
         size = options.get("group_size", group_size)
         if not isinstance(size, int) or size < 1 or num_envs % size:
             raise ValueError(f"group_size must divide num_envs: {num_envs} rows do not make groups of {size}")

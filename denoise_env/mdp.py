@@ -23,7 +23,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
 
-from denoise_env.models import DenoisingModel, check_name, load_model
+from denoise_env.models import DenoisingModel, check_name, load_model, world
 from denoise_env.rewards import Reward, load_reward
 
 
@@ -196,12 +196,12 @@ class DenoisingMDP:
             model_options: passed to the model family.
         """
         check_name(model)
-        world = model.split("-")[0] if model in ("shapes", "points", "points-flow") else None
+        home = world(model)
         if rewards is None or prompts is None:
-            if world is None:
+            if home is None:
                 raise ValueError(f"{model!r} has no prompts and rewards of its own: name both")
-            rewards = world if rewards is None else rewards
-            prompts = world if prompts is None else prompts
+            rewards = home if rewards is None else rewards
+            prompts = home if prompts is None else prompts
         if isinstance(prompts, str):
             prompts = load_prompts(prompts)
         weights = {rewards: 1.0} if isinstance(rewards, str) else dict(rewards)

@@ -1,10 +1,10 @@
 """Model families: one file each; `base.py` holds their interface, `load_model` finds one by name."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from denoise_env.models.base import DenoisingModel
+from denoise_env.naming import suggest
 
 NAMES = {
     "points": "2-D Gaussian mixtures with an exact denoiser, as a diffusion",
@@ -18,9 +18,13 @@ def check_name(name: str) -> None:
     """Refuse what is neither a name, nor a directory, nor of a hub id's form with a ``ValueError``."""
     if name in NAMES or Path(name).is_dir() or (name.count("/") == 1 and not name.startswith((".", "/"))):
         return
-    near = difflib.get_close_matches(name, NAMES, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {list(NAMES)}"
+    hint = suggest(name, NAMES)
     raise ValueError(f"unknown model {name!r}; {hint} Or give the directory or hub id of a checkpoint.")
+
+
+def world(name: str) -> str | None:
+    """The embedded world a model belongs to, whose name its prompts, reward and preset have; ``None`` for others."""
+    return name.split("-")[0] if name in NAMES else None
 
 
 def load_model(name: str, **options: Any) -> DenoisingModel:

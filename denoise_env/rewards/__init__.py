@@ -1,8 +1,8 @@
 """Rewards: one file each; `base.py` holds what a reward is, `load_reward` finds one by name."""
 
-import difflib
 import importlib
 
+from denoise_env.naming import suggest
 from denoise_env.rewards.base import Reward
 
 NAMES = {
@@ -21,9 +21,7 @@ def load_reward(name: str) -> Reward:
     """
     target = NAMES.get(name, name)
     if ":" not in target:
-        near = difflib.get_close_matches(name, NAMES, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {list(NAMES)}"
-        raise ValueError(f"unknown reward {name!r}; {hint} Or name your own as 'module:attribute'.")
+        raise ValueError(f"unknown reward {name!r}; {suggest(name, NAMES)} Or name your own as 'module:attribute'.")
     module, attribute = target.split(":", 1)
     try:
         found = getattr(importlib.import_module(module), attribute)

@@ -35,8 +35,9 @@ def test_evaluation_is_the_same_for_the_same_seed_and_any_microbatch(points):
     assert one == evaluate(points, policy, prompts, 16, seed=5)
     assert one.images == 96
     assert one.means != evaluate(points, policy, prompts, 16, seed=6).means
-    other = evaluate(points, policy, prompts, 16, seed=5, microbatch=256)
-    assert other.means["points"] == pytest.approx(one.means["points"], abs=1e-5)
+    for microbatch in (256, 32, 16, 5):
+        other = evaluate(points, policy, prompts, 16, seed=5, microbatch=microbatch)
+        assert other.means["points"] == pytest.approx(one.means["points"], abs=1e-5)
     low, high = one.intervals["points"]
     assert low < one.means["points"] < high
 
