@@ -49,6 +49,9 @@ class Echo(DenoisingModel):
         self.encoded += prompts
         return TensorDict({"length": torch.tensor([len(p) for p in prompts])}, batch_size=len(prompts))
 
+    def pool(self, conditioning):
+        return conditioning["length"].float()[:, None]
+
     def predict(self, latents, timestep, conditioning):
         raise AssertionError("the environment never calls the network")
 

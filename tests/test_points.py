@@ -254,3 +254,9 @@ def test_load_model_knows_both_paths_and_refuses_other_options() -> None:
     assert load_model("points-flow", seed=2).prediction_type == "flow_prediction"
     with pytest.raises(ValueError, match="no option 'guidance_scale'; it has device and seed"):
         load_model("points", guidance_scale=2)
+
+
+def test_pooled_conditioning_is_the_prompt_one_hot():
+    model = Points()
+    pooled = model.pool(model.encode(["line", "ring"]))
+    assert pooled.tolist() == [[0, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]

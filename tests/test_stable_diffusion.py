@@ -227,3 +227,10 @@ def test_plain_diffusers_gives_images_the_verifier_scores_as_ours(make_shapes):
     error = (ours.var() / len(ours) + theirs.var() / len(theirs)).sqrt()
     assert abs(ours.mean() - theirs.mean()) < 4 * error
     assert ours.mean() > 0.3
+
+
+def test_pooled_conditioning_tells_prompts_apart(make_shapes):
+    conditioning = make_shapes().prompts.conditioning
+    pooled = make_shapes().model.pool(conditioning)
+    assert pooled.shape == (len(conditioning), conditioning["prompt_embeds"].shape[-1])
+    assert torch.pdist(pooled).min() > 0

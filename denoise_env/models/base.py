@@ -55,6 +55,10 @@ class DenoisingModel(ABC):
         """
 
     @abstractmethod
+    def pool(self, conditioning: TensorDict) -> Tensor:
+        """One float32 vector per row ``[B, E]``, for critics and for agents that cannot read all of it."""
+
+    @abstractmethod
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: TensorDict) -> Tensor:
         """The network's output ``[B, *latent_shape]``, guidance applied: one network call.
 

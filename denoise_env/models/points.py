@@ -136,6 +136,10 @@ class Points(DenoisingModel):
             ids.append(self.vocabulary.index(prompt))
         return TensorDict({"prompt_id": torch.tensor(ids)}, batch_size=len(ids)).to(self.device)
 
+    def pool(self, conditioning: TensorDict) -> Tensor:
+        """The mixture's index, one-hot ``[B, 6]``."""
+        return nn.functional.one_hot(conditioning["prompt_id"], len(MIXTURES)).float()
+
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: TensorDict) -> Tensor:
         """As in `DenoisingModel.predict`."""
         return self.network(latents, timestep, conditioning["prompt_id"])

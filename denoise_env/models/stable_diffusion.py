@@ -150,6 +150,10 @@ class StableDiffusion(DenoisingModel):
             embeds = self._embed(prompts)
         return TensorDict({"prompt_embeds": embeds}, batch_size=len(prompts))
 
+    def pool(self, conditioning: TensorDict) -> Tensor:
+        """The mean of the text encoder's token features ``[B, features]``."""
+        return conditioning["prompt_embeds"].float().mean(1)
+
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
