@@ -1,25 +1,32 @@
-"""The update loop that policy-gradient agents share; an algorithm adds its advantages and its loss."""
+"""What an agent is, and the update that all agents share; an algorithm adds what it learns from and its loss."""
 
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from tensordict import TensorDict
+from torch import Tensor, nn
 
 from agents.policy import DenoisingPolicy
 from agents.rollout import Rollout
-from agents.seeding import generator
-from denoise_env.kernels import Transition
+from denoise_env.kernels import Kernel
 
 
 @dataclass
 class AgentConfig:
-    """What every policy-gradient agent needs."""
+    """What every agent needs."""
 
+    group_size: int = 16
+    """Neighbouring samples of one prompt, G."""
+    shared_noise: bool = False
+    """A group starts from the same initial noise."""
+    share_prefix: bool = False
+    """Make the network calls that a group with shared noise has in common once. The results stay the same but for
+    rounding, so that the first ratio is 1 only to about 1e-6; keep it off in bf16."""
     lr: float = 1e-4
     """AdamW's learning rate, constant."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -29,37 +36,11 @@ class AgentConfig:
     max_grad_norm: float = 1.0
     """The gradient is scaled down to at most this norm."""
     updates_per_rollout: int = 1
-    """Optimizer steps per rollout, each on its own equal part of the episodes (and whole groups)."""
-    timestep_fraction: float = 0.6
-    """Share of the trainable steps that each update recomputes: ceil(fraction · steps)."""
-    timestep_selection: Literal["per_sample", "per_group"] = "per_sample"
-    """Draw the random subset of steps for every sample (DanceGRPO's code) or once per group (its paper)."""
-    step_weighting: Literal["uniform", "std"] = "uniform"
-    """Weigh every step's policy loss alike (DDPO, DanceGRPO), or by its std over the trainable steps' mean
-    (TempFlow-GRPO, in effect GRPO-Guard): a log-prob's gradient grows as 1/std, and the last steps drown the rest."""
-    drop_last: bool = True
-    """Never train the last denoising step, as DanceGRPO and Flow-GRPO do."""
-    kl_coef: float = 0.0
-    """Weight β of the KL to the model before training, in the log-prob's reduction; 0 spares the reference."""
+    """Optimizer steps per pass over a rollout, each on its own equal part of the episodes (and whole groups)."""
+    epochs: int = 1
+    """Passes over a rollout."""
     ema_decay: float = 0.0
     """Evaluate, sample and export an exponential moving average of the weights; 0 is off."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One microbatch of (episode, step) pairs, recomputed with gradient.
-
-    Attributes:
-        transition: the present policy's Gaussian.
-        log_prob: ``[N]`` under the present policy, with gradient.
-        old_log_prob: ``[N]`` as recorded in the rollout.
-        advantage: ``[N]``.
-    """
-
-    transition: Transition
-    log_prob: Tensor
-    old_log_prob: Tensor
-    advantage: Tensor
 
 
 class Agent(ABC):
@@ -67,62 +48,89 @@ class Agent(ABC):
 
     Args:
         policy: acts and is trained.
-        config: the algorithm's.
+        config: the algorithm's; default: its published settings.
         seed: of the agent's own draws.
-        microbatch: (episode, step) pairs per network call; use the rollout's. It bounds the memory and does
-            not change the result.
+        microbatch: rows per network call of an update; use the rollout's. It bounds the memory and does not
+            change the result.
+
+    Class attributes declare what the algorithm needs: ``smallest_group``, ``needs_density`` (a stochastic kernel),
+    ``needs_means`` (of the rollout's Gaussians), ``needs_reference`` (the model before training), ``on_policy`` (one
+    optimizer step per rollout), and ``rows_per_example``, episodes that one example compares.
+
+    Attributes:
+        modules: what the agent trains or remembers beside the policy (a critic, say); checkpoints hold it.
+        kept: lists of tensors that checkpoints hold too, by name.
 
     Raises:
         ValueError: the policy lacks what the algorithm needs.
     """
 
     name: ClassVar[str]
-    group_size: int = 1
-    shared_noise: bool = False
+    config_type: ClassVar[type[AgentConfig]] = AgentConfig
+    smallest_group: ClassVar[int] = 1
+    needs_density: ClassVar[bool] = True
+    needs_means: bool = False
+    needs_reference: bool = False
+    on_policy: ClassVar[bool] = False
+    rows_per_example: ClassVar[int] = 1
+    best_of: int = 1
+    config: Any
 
     def __init__(
-        self, policy: DenoisingPolicy, config: AgentConfig, seed: int = 0, microbatch: int | None = None
+        self,
+        policy: DenoisingPolicy,
+        config: Any = None,
+        seed: int = 0,
+        microbatch: int | None = None,
     ) -> None:
+        self.config = config or self.config_type()
         self.policy = policy
-        self.config = config
         self.seed = seed
         self.microbatch = microbatch
+        self.group_size: int = self.config.group_size
         self.parameters = list(policy.model.trainable().values())
-        trainable = policy.kernel.stochastic.clone()
-        if config.drop_last:
-            trainable[-1] = False
-        self.trainable_steps = trainable.nonzero().flatten()
         self._validate()
-        stds = policy.kernel.stds.float()
-        weights = stds / stds[self.trainable_steps].mean() if config.step_weighting == "std" else torch.ones_like(stds)
-        self.step_weights = weights.to(policy.model.device)
+        self.modules = nn.ModuleDict(self.make_modules()).to(policy.model.device)
+        if self.needs_reference:
+            policy.model.keep_reference()
         fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
+        config = self.config
         self.optimizer = torch.optim.AdamW(
-            self.parameters, config.lr, config.betas, weight_decay=config.weight_decay, fused=fused
+            self.parameter_groups(), config.lr, config.betas, weight_decay=config.weight_decay, fused=fused
         )
         self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay else []
-        if config.kl_coef:
-            policy.model.keep_reference()
+        self.kept: dict[str, list[Tensor]] = {"average": self.average}
 
     def _validate(self) -> None:
         config, kernel = self.config, self.policy.kernel
-        if not kernel.stochastic.any():
+        if self.needs_density and not kernel.stochastic.any():
             raise ValueError(
                 f"{self.name} needs log-probs, and the kernel {kernel!r} is deterministic: use a stochastic one "
-                'with eta > 0 ("ddim" on a diffusion; "dance_sde", "flow_sde" or "cps" on a flow)'
+                'with eta > 0 ("ddim" on a diffusion; "dance_sde", "flow_sde" or "cps" on a flow), or an agent that '
+                "learns from final samples (nft, awm, rwr, dpo)"
             )
-        if not len(self.trainable_steps):
-            raise ValueError(f"no step of {kernel!r} is left to train: use more num_steps, or drop_last=False")
-        if not 0 < config.timestep_fraction <= 1:
-            raise ValueError(f"timestep_fraction must lie in (0, 1], not {config.timestep_fraction}")
+        if self.group_size < self.smallest_group:
+            raise ValueError(
+                f"{self.name} compares samples of one prompt: group_size must be at least {self.smallest_group}, "
+                f"not {self.group_size}"
+            )
         if not 0 <= config.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), not {config.ema_decay}")
-        for name in ("lr", "weight_decay", "kl_coef"):
-            if not (math.isfinite(getattr(config, name)) and getattr(config, name) >= 0):
-                raise ValueError(f"{name} must be a finite number ≥ 0, not {getattr(config, name)}")
-        for name in ("max_grad_norm", "updates_per_rollout"):
-            if not getattr(config, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
+        for name, value in vars(config).items():
+            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number ≥ 0, not {value}")
+        if self.on_policy and config.updates_per_rollout * config.epochs > 1:
+            raise ValueError(
+                f"{self.name} is on-policy, one optimizer step per rollout: updates_per_rollout and epochs must be 1 "
+                "(agents with a ratio take more: grpo, ppo, ddpo-is)"
+            )
+        self.require_positive("max_grad_norm", "updates_per_rollout", "epochs", "group_size")
+
+    def require_positive(self, *names: str) -> None:
+        """Refuse settings that are not above 0 with a ``ValueError``."""
+        for name in names:
+            if not getattr(self.config, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self.config, name)}")
 
     def check_rows(self, rows: int) -> None:
         """Refuse a rollout size that groups, updates or microbatches do not divide with a ``ValueError``."""
@@ -137,21 +145,54 @@ class Agent(ABC):
                 f"the {rows // updates} episodes of one update cannot be divided into microbatches of {self.microbatch}"
             )
 
-    @abstractmethod
-    def advantages(self, rollout: Rollout) -> Tensor:
-        """``[B]`` float32, one per episode; 0 for episodes that could not be scored."""
+    # --- What an algorithm may say about its rollouts ---
+
+    def kernel(self, iteration: int) -> Kernel:
+        """The kernel of an iteration's rollout."""
+        return self.policy.kernel
+
+    def rollout_options(self, iteration: int) -> dict[str, Any]:
+        """What `agents.rollout.collect` is to be called with."""
+        return {
+            "group_size": self.group_size,
+            "shared_noise": self.config.shared_noise,
+            "share_prefix": self.config.share_prefix,
+            "keep_means": self.needs_means,
+            "kernel": self.kernel(iteration),
+            "microbatch": self.microbatch,
+        }
+
+    def rollout_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the policy has the weights that are to roll out."""
+        return contextlib.nullcontext()
+
+    # --- What an algorithm must say about its updates ---
+
+    def make_modules(self) -> dict[str, nn.Module]:
+        """The algorithm's ``modules``."""
+        return {}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer trains."""
+        return [{"params": self.parameters}]
 
     @abstractmethod
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The policy loss ``[N]`` of a microbatch and figures ``[N]`` to log."""
+    def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
+        """What an update learns from, ``[N, T]``: T forward passes for each of N examples.
 
-    def select_steps(self, rows: int, iteration: int) -> Tensor:
-        """The steps to train ``[B, T]``, a random subset per row, T = ceil(fraction · trainable steps)."""
-        available = len(self.trainable_steps)
-        count = math.ceil(self.config.timestep_fraction * available - 1e-9)
-        draws = self.group_size if self.config.timestep_selection == "per_group" else 1
-        order = torch.rand(rows // draws, available, generator=generator(self.seed, "steps", iteration))
-        return self.trainable_steps[order.argsort(1)[:, :count]].repeat_interleave(draws, 0)
+        ``row [N, T]`` is the example's episode; an algorithm adds what it needs. Examples are in the order of
+        their episodes, so that the equal parts of an update hold whole groups.
+        """
+
+    @abstractmethod
+    def evaluate(
+        self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss ``[n]`` of a microbatch of examples ``[n]``, with gradient, and figures ``[n]`` to log."""
+
+    def conditioning(self, rollout: Rollout, examples: TensorDict) -> TensorDict:
+        """The conditioning of a microbatch of examples ``[n, T]``."""
+        return rollout.conditioning[rollout.row[examples["row"][:, 0]]]
 
     def update(self, rollout: Rollout, iteration: int) -> dict[str, float]:
         """Train on a rollout.
@@ -166,28 +207,30 @@ class Agent(ABC):
         Raises:
             FloatingPointError: the gradient is not finite; the weights are as before that step.
         """
-        rows, updates = len(rollout), self.config.updates_per_rollout
-        self.check_rows(rows)
-        advantages = self.advantages(rollout)
-        steps = self.select_steps(rows, iteration)
-        part = rows // updates
-        results = [self._optimize(rollout, advantages, steps, start, start + part) for start in range(0, rows, part)]
-        figures = {name: sum(result[name] for result in results) / updates for name in results[0]}
-        return {**figures, "ratio_deviation": max(result["ratio_deviation"] for result in results)}
+        self.check_rows(len(rollout))
+        examples = self.examples(rollout, iteration)
+        part = len(examples) // self.config.updates_per_rollout
+        parts = [examples[start : start + part] for start in range(0, len(examples), part)] * self.config.epochs
+        results = [self._optimize(rollout, examples) for examples in parts]
+        figures = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
+        if "ratio" in figures:
+            figures["ratio_deviation"] = max(result["ratio_deviation"] for result in results)
+        return figures
 
-    def _optimize(self, rollout: Rollout, advantages: Tensor, steps: Tensor, start: int, end: int) -> dict[str, float]:
-        """One optimizer step on episodes ``start`` to ``end``."""
-        size = self.microbatch or end - start
-        pairs = (end - start) * steps.shape[1]
+    def _optimize(self, rollout: Rollout, examples: TensorDict) -> dict[str, float]:
+        """One optimizer step."""
+        rows, times = examples.batch_size
+        size = max(1, self.microbatch // self.rows_per_example) if self.microbatch else rows
         sums: dict[str, Tensor] = {}
-        deviation = advantages.new_zeros(())
-        for first in range(start, end, size):
-            rows = torch.arange(first, first + size)
-            conditioning = rollout.conditioning[rollout.row[rows]]
-            for j in range(steps.shape[1]):
-                loss, figures = self._evaluate(rollout, advantages, rows, steps[rows, j], conditioning)
-                (loss.sum() / pairs).backward()
-                deviation = torch.maximum(deviation, (figures["ratio"] - 1).abs().max())
+        deviation = torch.zeros((), device=self.policy.model.device)
+        for first in range(0, rows, size):
+            chunk = examples[first : first + size]
+            conditioning = self.conditioning(rollout, chunk)
+            for j in range(times):
+                loss, figures = self.evaluate(rollout, chunk[:, j], conditioning)
+                (loss.sum() / (rows * times)).backward()
+                if "ratio" in figures:
+                    deviation = torch.maximum(deviation, (figures["ratio"] - 1).abs().max())
                 for name, value in {**figures, "loss": loss}.items():
                     sums[name] = sums.get(name, 0) + value.detach().sum()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
@@ -197,51 +240,39 @@ class Agent(ABC):
                 "the gradient is not finite: lower the learning rate, use dtype fp32, or look for a reward that "
                 "explodes"
             )
+        if len(self.modules):
+            torch.nn.utils.clip_grad_norm_(self.modules.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:
-            with torch.no_grad():
-                torch._foreach_lerp_(self.average, list[Tensor](self.parameters), 1 - self.config.ema_decay)
-        result = {name: value.item() / pairs for name, value in sums.items()}
+            follow(self.average, self.parameters, self.config.ema_decay)
+        result = {name: value.item() / (rows * times) for name, value in sums.items()}
         return {**result, "ratio_deviation": deviation.item(), "grad_norm": norm.item()}
 
-    def _evaluate(
-        self, rollout: Rollout, advantages: Tensor, rows: Tensor, steps: Tensor, conditioning: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        latents, action, old = (rollout.steps[key][rows, steps] for key in ("latents", "action", "action_log_prob"))
-        transition = self.policy.transition(latents, steps, conditioning)
-        log_prob = self.policy.log_prob(transition, action)
-        loss, figures = self.loss(Batch(transition, log_prob, old, advantages[rows]))
-        loss = loss * self.step_weights[steps.to(loss.device)]
-        # Var[log-ratio] = 2 KL for the joint log-ratio, D times the averaged one
-        scale = latents[0].numel() if self.policy.reduction == "mean" else 1
-        difference = (log_prob - old).detach()
-        figures |= {"ratio": difference.exp(), "kl_old": (scale * difference).square() / 2}
-        if self.config.kl_coef:
-            with torch.no_grad(), self.policy.model.reference():
-                reference = self.policy.transition(latents, steps, conditioning)
-            kl = transition.kl(reference, self.policy.reduction)
-            loss = loss + self.config.kl_coef * kl
-            figures["kl_reference"] = kl
-        return loss, figures
+    # --- Weights and state ---
 
     @contextlib.contextmanager
-    def evaluation_weights(self) -> Iterator[None]:
-        """Inside, the policy has the averaged weights, where there are any."""
-        for p, average in zip(self.parameters, self.average, strict=False):
-            p.data, average.data = average.data, p.data
+    def weights(self, other: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, the policy has ``other`` weights; an empty list leaves it as it is."""
+        for p, tensor in zip(self.parameters, other, strict=False):
+            p.data, tensor.data = tensor.data, p.data
         try:
             yield
         finally:
-            for p, average in zip(self.parameters, self.average, strict=False):
-                p.data, average.data = average.data, p.data
+            for p, tensor in zip(self.parameters, other, strict=False):
+                p.data, tensor.data = tensor.data, p.data
+
+    def evaluation_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the policy has the averaged weights, where there are any."""
+        return self.weights(self.average)
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs to continue, by name."""
         tensors = {f"weights.{name}": p.detach() for name, p in self.policy.model.trainable().items()}
+        tensors |= {f"modules.{name}": t.detach() for name, t in self.modules.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
-        return tensors | {f"average.{i}": value for i, value in enumerate(self.average)}
+        return tensors | {f"{name}.{i}": t for name, kept in self.kept.items() for i, t in enumerate(kept)}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Continue from ``state``'s tensors.
@@ -251,7 +282,8 @@ class Agent(ABC):
         """
         parameters = self.policy.model.trainable()
         expected = {f"weights.{name}": tuple(p.shape) for name, p in parameters.items()}
-        found = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith("weights.")}
+        expected |= {f"modules.{name}": tuple(t.shape) for name, t in self.modules.state_dict().items()}
+        found = {n: tuple(t.shape) for n, t in tensors.items() if n.startswith(("weights.", "modules."))}
         if found != expected:
             odd = sorted(dict(found.items() ^ expected.items()))[0]
             raise ValueError(
@@ -263,11 +295,20 @@ class Agent(ABC):
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(tensors[f"weights.{name}"])
+        modules = {n.removeprefix("modules."): t for n, t in tensors.items() if n.startswith("modules.")}
+        self.modules.load_state_dict(modules)
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
                 _, number, key = name.split(".")
                 state.setdefault(int(number), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        for i, average in enumerate(self.average):
-            average.copy_(tensors[f"average.{i}"])
+        for name, kept in self.kept.items():
+            for i, tensor in enumerate(kept):
+                tensor.copy_(tensors[f"{name}.{i}"])
+
+
+@torch.no_grad()
+def follow(average: list[Tensor], parameters: Sequence[Tensor], decay: float) -> None:
+    """``average ← decay · average + (1 − decay) · parameters``, in place."""
+    torch._foreach_lerp_(average, list[Tensor](parameters), 1 - decay)

@@ -1,7 +1,6 @@
 """The command line: ``denoise-env train | eval | sample | list``."""
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -11,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agents.config import AGENTS, PRESETS, TrainConfig
+from agents.config import AGENTS, PRESETS, TrainConfig, as_dict, make_config
 from denoise_env.models import world
-from denoise_env.naming import suggest
 
 _RESUMABLE = {
     "iterations",
@@ -134,6 +132,7 @@ def parse_config(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
             "Train an agent. Without flags: the five-minute demo on the tiny Stable Diffusion.\n\n"
             "First the preset, then the file, then the flags:\n"
             "  --preset NAME   where the defaults below come from; by default what goes with --model\n"
+            "  --agent NAME    the algorithm, with its published settings (denoise-env list); by default grpo\n"
             "  --config FILE   TOML or JSON with any of the settings below\n"
             "  --resume DIR    continue the run in DIR from its newest checkpoint\n\n"
             f"Presets:\n{presets}"
@@ -152,12 +151,10 @@ def _train(arguments: Sequence[str]) -> int:
     else:
         rest = [*(read_config(chosen.config) if chosen.config else []), *rest]
         chosen.preset = chosen.preset or _preset_of(rest)
-        if chosen.preset not in PRESETS:
-            raise ValueError(f"unknown preset {chosen.preset!r}; {suggest(chosen.preset, PRESETS)}")
-        config = parse_config(rest, PRESETS[chosen.preset]())
-        directory = (
-            Path(config.output_dir) if config.output_dir else _free(Path(f"runs/{chosen.preset}-seed{config.seed}"))
-        )
+        agent, rest = _agent_of(rest)
+        config = parse_config(rest, make_config(chosen.preset, agent))
+        name = f"{chosen.preset}-{agent}" if agent else chosen.preset
+        directory = Path(config.output_dir) if config.output_dir else _free(Path(f"runs/{name}-seed{config.seed}"))
     from agents.report import headline, read_csv
     from agents.train import train
 
@@ -180,6 +177,14 @@ def _preset_of(arguments: Sequence[str]) -> str:
     return world(model) or "dancegrpo"
 
 
+def _agent_of(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The agent's name, as a flag or a file gives it, and the other arguments."""
+    find = argparse.ArgumentParser(prog="denoise-env train", add_help=False, allow_abbrev=False)
+    find.add_argument("--agent", "--agent.name")
+    found, rest = find.parse_known_args(arguments)
+    return found.agent, rest
+
+
 def _free(path: Path) -> Path:
     """The path, or the first of path-2, path-3, … that holds no run yet."""
     candidates = [path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 1000))]
@@ -193,7 +198,7 @@ def _figure(name: str, row: dict[str, float]) -> str:
 def _resumed(directory: Path, rest: Sequence[str]) -> tuple[TrainConfig, Path]:
     saved = run_config(directory)
     config = parse_config(rest, saved)
-    before, now = dataclasses.asdict(saved), dataclasses.asdict(config)
+    before, now = as_dict(saved), as_dict(config)
     changed = [name for name in now if now[name] != before[name] and name not in _RESUMABLE]
     if changed:
         raise ValueError(
@@ -210,7 +215,8 @@ def run_config(directory: Path) -> TrainConfig:
     """
     if not (directory / "config.json").is_file():
         raise ValueError(f"there is no run in {directory} (no config.json)")
-    return parse_config(read_config(str(directory / "config.json")), TrainConfig())
+    agent, rest = _agent_of(read_config(str(directory / "config.json")))
+    return parse_config(rest, TrainConfig(agent=AGENTS[agent or "grpo"].config_type()))
 
 
 def _experiment(target: str, options: argparse.Namespace) -> Any:
@@ -297,7 +303,10 @@ def _list(options: argparse.Namespace) -> int:
             "kernels (--kernel)",
             {name: (kernel.__doc__ or "").splitlines()[0] for name, kernel in KERNELS.items()},
         ),
-        ("agents", {name: (config.__doc__ or "").splitlines()[0] for name, config in AGENTS.items()}),
+        (
+            "agents (--agent)",
+            {name: (agent.config_type.__doc__ or "").splitlines()[0] for name, agent in AGENTS.items()},
+        ),
         (
             "presets (--preset)",
             {name: (make.__doc__ or "").splitlines()[0] for name, make in PRESETS.items()},

@@ -1,11 +1,56 @@
-"""A run's configuration and its presets."""
+"""A run's configuration, its presets, and the agents by name."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from agents.base import AgentConfig
-from agents.grpo import GRPOConfig
+from agents.awm import AWM
+from agents.base import Agent, AgentConfig
+from agents.controls import Base, BestOfN, ShuffledReward, ZeroLR
+from agents.ddpo import DDPO, DDPOSF, DDPOConfig
+from agents.dpo import DCPO, DPO
+from agents.dpok import DPOK, DPOKConfig
+from agents.flow_dppo import FlowDPPO
+from agents.flow_grpo import FlowGRPO
+from agents.flow_grpo_fast import FlowGRPOFast
+from agents.grpo import GRPO, GRPOConfig
+from agents.grpo_guard import GRPOGuard
+from agents.mix_grpo import MixGRPO
+from agents.nft import NFT
+from agents.ppo import PPO
+from agents.rloo import RLOO
+from agents.rwr import RWR
+from agents.tempflow import TempFlow
+from denoise_env.naming import suggest
+
+AGENTS: dict[str, type[Agent]] = {
+    agent.name: agent
+    for agent in (
+        GRPO,
+        FlowGRPO,
+        FlowGRPOFast,
+        MixGRPO,
+        TempFlow,
+        GRPOGuard,
+        FlowDPPO,
+        DDPOSF,
+        DDPO,
+        DPOK,
+        PPO,
+        RLOO,
+        RWR,
+        NFT,
+        AWM,
+        DPO,
+        DCPO,
+        Base,
+        BestOfN,
+        ZeroLR,
+        ShuffledReward,
+    )
+}
+"""Name → agent; a new one is a file, an import and a line here."""
 
 
 @dataclass
@@ -44,10 +89,12 @@ class TrainConfig:
     reduction: Literal["mean", "sum"] = "mean"
     """Log-probs averaged over latent dimensions (the field's practice) or summed (the true density)."""
 
-    agent: GRPOConfig = field(default_factory=GRPOConfig)
-    """The algorithm."""
+    agent: AgentConfig = field(default_factory=GRPOConfig)
+    """The algorithm's settings; --agent NAME chooses the algorithm."""
     iterations: int = 100
     """Rollouts to train on."""
+    network_budget: int | None = None
+    """Stop after the first iteration that has spent so many network calls (per row: forward 1, with backward 3)."""
     prompts_per_iteration: int = 8
     """Prompts per rollout; times group_size is the number of images (8 · 16 = 128)."""
     microbatch: int | None = 128
@@ -59,6 +106,10 @@ class TrainConfig:
 
     eval_every: int = 50
     """Iterations between evaluations; there is always one before and one after. 0: only those."""
+    eval_points: int = 0
+    """Evaluate instead whenever another of so many equal parts of the network_budget is spent."""
+    eval_kl: bool = False
+    """Measure the KL of the policy's trajectories to the base model in every evaluation: twice its network calls."""
     eval_prompts: str | None = None
     """Likewise, "shapes-held-out" too; default: that for shapes, else the first 32 training prompts."""
     eval_rewards: tuple[str, ...] = ()
@@ -131,5 +182,62 @@ def dancegrpo() -> TrainConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], TrainConfig]] = {"shapes": shapes, "points": points, "dancegrpo": dancegrpo}
-AGENTS: dict[str, type[AgentConfig]] = {"grpo": GRPOConfig}
+def ddpo() -> TrainConfig:
+    """DDPO-IS's Stable Diffusion 1.4 setting: 50 steps, η 1, guidance 5, LoRA at 3e-4 (give --prompts and --rewards).
+
+    256 images an iteration, two updates, clip 1e-4 on the mean log-prob, advantages per prompt, |A| ≤ 5.
+    """
+    agent = DDPOConfig(updates_per_rollout=2)
+    return dataclasses.replace(dancegrpo(), agent=agent, lora_rank=4, prompts_per_iteration=256)
+
+
+def dpok() -> TrainConfig:
+    """DPOK's Stable Diffusion 1.5 setting: 50 steps, η 1, LoRA at 1e-5, α 10, β 0.01 (give --prompts and --rewards)."""
+    model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    return dataclasses.replace(ddpo(), model=model, agent=DPOKConfig(), prompts_per_iteration=16, iterations=10_000)
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "shapes": shapes,
+    "points": points,
+    "dancegrpo": dancegrpo,
+    "ddpo": ddpo,
+    "dpok": dpok,
+}
+
+
+def make_config(preset: str, agent: str | None = None) -> TrainConfig:
+    """A preset's configuration, with another agent in the place of its own.
+
+    The agent comes with its published settings, but for what the preset says of the optimizer, the step weighting and
+    the averaging; the number of episodes per iteration stays.
+
+    Raises:
+        ValueError: no such preset or agent.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; {suggest(preset, PRESETS)}")
+    config = PRESETS[preset]()
+    if agent is None or agent == name_of(config.agent):
+        return config
+    if agent not in AGENTS:
+        raise ValueError(f"unknown agent {agent!r}; {suggest(agent, AGENTS)}")
+    old, new = config.agent, AGENTS[agent].config_type()
+    for name in ("lr", "step_weighting", "ema_decay"):
+        if hasattr(new, name) and not (agent == "tempflow" and name == "step_weighting"):
+            setattr(new, name, getattr(old, name, getattr(new, name)))
+    rows = config.prompts_per_iteration * old.group_size
+    group = max(n for n in range(1, new.group_size + 1) if rows % n == 0)
+    new.group_size = group
+    return dataclasses.replace(config, agent=new, prompts_per_iteration=rows // group)
+
+
+def name_of(config: AgentConfig) -> str:
+    """The name of the agent that a configuration belongs to."""
+    return next(name for name, agent in AGENTS.items() if agent.config_type is type(config))
+
+
+def as_dict(config: TrainConfig) -> dict[str, Any]:
+    """A configuration as JSON has it; ``agent`` has a ``name``."""
+    values = dataclasses.asdict(config)
+    return {**values, "agent": {"name": name_of(config.agent), **values["agent"]}}

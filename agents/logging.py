@@ -1,11 +1,10 @@
 """Weights & Biases and TensorBoard, beside the CSV that is always written."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agents.config import TrainConfig
+from agents.config import TrainConfig, as_dict
 
 
 class Logger:
@@ -29,7 +28,7 @@ class Logger:
                 name=directory.name,
                 id=directory.name,
                 dir=directory,
-                config=dataclasses.asdict(config),
+                config=as_dict(config),
                 resume="allow",
             )
         if config.tensorboard:

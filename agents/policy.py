@@ -26,6 +26,10 @@ class DenoisingPolicy(TensorDictModuleBase):
         reduction: of log-probs over latent dimensions.
         seed: of the noise that ``forward`` draws.
 
+    Attributes:
+        network_calls: what the policy has cost so far, in rows given to the network: 1 for a forward pass, 3 with
+            the backward pass that follows where gradients are on.
+
     Raises:
         ValueError: an unknown kernel, or one that does not fit the model's path.
     """
@@ -53,17 +57,27 @@ class DenoisingPolicy(TensorDictModuleBase):
         self.reduction: Reduction = reduction
         self.register_buffer("timesteps", mdp.schedule.timesteps.to(mdp.model.device), persistent=False)
         self.generator = torch.Generator(mdp.model.device).manual_seed(seed)
+        self.network_calls = 0
 
-    def transition(self, latents: Tensor, step: int | Tensor, conditioning: TensorDict) -> Transition:
+    def predict(self, latents: Tensor, step: int | Tensor, conditioning: TensorDict) -> Tensor:
+        """The network's output ``[B, *latent]``; arguments as in ``transition``."""
+        self.network_calls += len(latents) * self.model.rows_per_sample * (3 if torch.is_grad_enabled() else 1)
+        timestep = self.timesteps[step if isinstance(step, int) else step.to(self.timesteps.device)]
+        return self.model.predict(latents, timestep, conditioning)
+
+    def transition(
+        self, latents: Tensor, step: int | Tensor, conditioning: TensorDict, kernel: Kernel | None = None
+    ) -> Transition:
         """The Gaussian of the next latents: one network call, one kernel evaluation.
 
         Args:
             latents: ``[B, *latent]``.
             step: one for the batch, or ``[B]`` (best on the CPU, see `Kernel.transition`).
             conditioning: ``[B]``.
+            kernel: default: the policy's.
         """
-        timestep = self.timesteps[step if isinstance(step, int) else step.to(self.timesteps.device)]
-        return self.kernel.transition(latents, self.model.predict(latents, timestep, conditioning), step)
+        output = self.predict(latents, step, conditioning)
+        return (kernel or self.kernel).transition(latents, output, step)
 
     def log_prob(self, transition: Transition, action: Tensor) -> Tensor:
         """Log-prob ``[B]`` in the policy's reduction."""

@@ -1,13 +1,16 @@
 """Collects a batch of episodes into one TensorDict."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDict
 
 from agents.policy import DenoisingPolicy
+from denoise_env.kernels import Kernel, Transition
 from denoise_env.mdp import DenoisingMDP, Scores
+
+Visitor = Callable[[slice, int, torch.Tensor, Transition], None]
 
 
 @dataclass(frozen=True)
@@ -17,12 +20,13 @@ class Rollout:
     Attributes:
         steps: TensorDict ``[B, K]`` with ``latents`` and ``action`` (two views of one ``[B, K+1, *latent]``
             tensor), ``action_log_prob`` (NaN at deterministic steps), and ``step`` and ``prompt_index``
-            (expanded views).
+            (expanded views); with ``keep_means`` also the Gaussians' ``mean``.
         conditioning: ``[P]``, one row per distinct prompt.
         row: ``[B]``, each episode's row in ``conditioning``.
         final_latents: ``[B, *latent]``, a view.
         scores: the rewards of the episodes.
         group_size: G; groups are neighbouring rows with one prompt.
+        kernel: whose steps these are.
     """
 
     steps: TensorDict
@@ -31,6 +35,12 @@ class Rollout:
     final_latents: torch.Tensor
     scores: Scores
     group_size: int
+    kernel: Kernel
+
+    @property
+    def prompt_index(self) -> torch.Tensor:
+        """``[B]`` into the MDP's prompts."""
+        return self.steps["prompt_index"][:, 0]
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -69,12 +79,22 @@ def begin(
     return latents, state.prompt_index
 
 
+def shared_steps(kernel: Kernel) -> int:
+    """How many network calls a group from one initial noise has in common: up to its first stochastic step's."""
+    found = kernel.stochastic.nonzero()
+    return int(found[0]) + 1 if len(found) else len(kernel.stochastic)
+
+
 def denoise(
     mdp: DenoisingMDP,
     policy: DenoisingPolicy,
     latents: torch.Tensor,
     prompt_index: torch.Tensor,
     microbatch: int | None = None,
+    *,
+    kernel: Kernel | None = None,
+    share: int = 1,
+    visit: Visitor | None = None,
 ) -> torch.Tensor:
     """Run every episode to its end, in place.
 
@@ -84,25 +104,41 @@ def denoise(
         latents: ``[B, K+1, *latent]``; on entry x_0 and then the K standard normal draws, on return the states.
         prompt_index: ``[B]``.
         microbatch: rows per network call; default all.
+        kernel: default: the policy's.
+        share: neighbouring rows that have prompt and x_0 in common. Their first `shared_steps` network calls are
+            made once for all of them; the results differ by what the batch size does to a network's rounding.
+        visit: called with (rows, k, latents, transition) at every step.
 
     Returns:
         Log-probs ``[B, K]`` float32, NaN at deterministic steps.
     """
+    kernel = kernel or policy.kernel
     rows = len(latents)
     size = microbatch or rows
-    stochastic = policy.kernel.stochastic.tolist()
+    stochastic = kernel.stochastic.tolist()
     log_prob = torch.full((rows, mdp.num_steps), torch.nan, device=latents.device)
+
+    def run(chunk: slice, first: int, last: int, share: int) -> None:
+        x = latents[chunk, first]
+        conditioning = mdp.prompts.conditioning[prompt_index[chunk][::share]]
+        for k in range(first, last):
+            transition = policy.transition(x[::share], k, conditioning, kernel)
+            if share > 1:
+                mean = transition.mean.repeat_interleave(share, 0)
+                transition = Transition(mean, transition.std, transition.stochastic)
+            if visit:
+                visit(chunk, k, x, transition)
+            x = transition.sample(latents[chunk, k + 1])
+            latents[chunk, k + 1] = x
+            if stochastic[k]:
+                log_prob[chunk, k] = policy.log_prob(transition, x)
+
     with torch.no_grad():
+        branch = shared_steps(kernel) if share > 1 else 0
+        for start in range(0, rows if branch else 0, size * share):
+            run(slice(start, start + size * share), 0, branch, share)
         for start in range(0, rows, size):
-            chunk = slice(start, start + size)
-            conditioning = mdp.prompts.conditioning[prompt_index[chunk]]
-            x = latents[chunk, 0]
-            for k in range(mdp.num_steps):
-                transition = policy.transition(x, k, conditioning)
-                x = transition.sample(latents[chunk, k + 1])
-                latents[chunk, k + 1] = x
-                if stochastic[k]:
-                    log_prob[chunk, k] = policy.log_prob(transition, x)
+            run(slice(start, start + size), branch, mdp.num_steps, 1)
     return log_prob
 
 
@@ -115,6 +151,9 @@ def collect(
     group_size: int = 1,
     shared_noise: bool = False,
     microbatch: int | None = None,
+    kernel: Kernel | None = None,
+    share_prefix: bool = False,
+    keep_means: bool = False,
 ) -> Rollout:
     """Roll the policy out from a reset and score the results.
 
@@ -129,6 +168,9 @@ def collect(
         group_size: see there.
         shared_noise: see there.
         microbatch: rows per network call; default all.
+        kernel: default: the policy's.
+        share_prefix: make the network calls that a group with ``shared_noise`` has in common once.
+        keep_means: keep the Gaussians' means, as much memory again as the latents.
 
     Raises:
         ValueError: numbers that do not divide, or bad prompts.
@@ -138,7 +180,23 @@ def collect(
     if microbatch and rows % microbatch:
         raise ValueError(f"{rows} rows cannot be divided into microbatches of {microbatch}")
     latents, prompt_index = begin(mdp, generators, prompts, group_size=group_size, shared_noise=shared_noise)
-    log_prob = denoise(mdp, policy, latents, prompt_index, microbatch)
+    means: dict[str, torch.Tensor] = {}
+
+    def keep(chunk: slice, k: int, x: torch.Tensor, transition: Transition) -> None:
+        if not means:
+            means["mean"] = transition.mean.new_empty(rows, steps, *mdp.model.latent_shape)
+        means["mean"][chunk, k] = transition.mean
+
+    log_prob = denoise(
+        mdp,
+        policy,
+        latents,
+        prompt_index,
+        microbatch,
+        kernel=kernel,
+        share=group_size if shared_noise and share_prefix else 1,
+        visit=keep if keep_means else None,
+    )
     final = latents[:, -1]
     if not final.isfinite().all():
         raise FloatingPointError(
@@ -153,8 +211,10 @@ def collect(
             "action_log_prob": log_prob,
             "step": torch.arange(steps, device=latents.device).expand(rows, steps),
             "prompt_index": prompt_index[:, None].expand(rows, steps),
+            **means,
         },
         batch_size=(rows, steps),
     )
     scores = mdp.score(final, prompt_index)
-    return Rollout(td, mdp.prompts.conditioning[used], row, final, scores, group_size)
+    conditioning = mdp.prompts.conditioning[used]
+    return Rollout(td, conditioning, row, final, scores, group_size, kernel or policy.kernel)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import importlib.metadata
 import json
+import math
 import platform
 import shlex
 import sys
@@ -16,9 +17,8 @@ import torch
 
 from agents import checkpoint
 from agents.base import Agent
-from agents.config import TrainConfig
+from agents.config import AGENTS, TrainConfig, as_dict, name_of
 from agents.evaluate import evaluate, grid, sample
-from agents.grpo import GRPO
 from agents.logging import Logger
 from agents.policy import DenoisingPolicy
 from agents.progress import progress
@@ -58,6 +58,10 @@ def build(config: TrainConfig) -> Experiment:
     for name in counts:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+    if config.network_budget is not None and config.network_budget < 1:
+        raise ValueError(f"network_budget must be at least 1, not {config.network_budget}")
+    if config.eval_points and not config.network_budget:
+        raise ValueError("eval_points divides the network_budget: give one")
     if config.microbatch is not None and config.microbatch < 1:
         raise ValueError(f"microbatch must be at least 1, not {config.microbatch}")
     device = config.device
@@ -84,21 +88,27 @@ def build(config: TrainConfig) -> Experiment:
         {**mdp.rewards, **extra},
         load_prompts(held_out) if held_out else mdp.prompts.texts[:EVAL_PROMPTS],
         config.num_steps,
+        reward_weights={**mdp.reward_weights, **dict.fromkeys(extra, 0.0)},
         microbatch=config.microbatch,
     )
     policy = DenoisingPolicy(mdp, config.kernel, config.eta, reduction=config.reduction)
-    agent = GRPO(policy, config.agent, config.seed, microbatch)
+    agent = AGENTS[name_of(config.agent)](policy, config.agent, config.seed, microbatch)
     agent.check_rows(rows)
+    if config.eval_kl:
+        mdp.model.keep_reference()
     return Experiment(config, mdp, eval_mdp, policy, agent)
 
 
-def train(config: TrainConfig, directory: Path, *, resume: bool = False, command: Sequence[str] = ()) -> Path:
+def train(
+    config: TrainConfig, directory: Path, *, resume: bool = False, report: bool = True, command: Sequence[str] = ()
+) -> Path:
     """Train, writing everything into ``directory``.
 
     Args:
         config: the run's.
         directory: made if absent; must not hold a run unless ``resume``.
         resume: continue from the newest checkpoint there (or from the start, where there is none yet).
+        report: whether to draw samples and, at the end, export the model and write the report.
         command: what the user typed, for the report.
 
     Returns:
@@ -117,31 +127,40 @@ def train(config: TrainConfig, directory: Path, *, resume: bool = False, command
     experiment = build(config)
     checkpoints = directory / "checkpoints"
     newest = checkpoint.latest(checkpoints) if resume else None
-    done = _restore(experiment, newest) if newest else 0
+    done, spent = _restore(experiment, newest) if newest else (0, 0)
     with Logger(directory, config) as logger:
         directory.mkdir(parents=True, exist_ok=True)
         checkpoint.prune(checkpoints, config.keep_checkpoints)
         about = {"command": shlex.join(command), **_versions()}
         checkpoint.write_atomically(directory / "versions.json", json.dumps(about, indent=1))
-        checkpoint.write_atomically(directory / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+        checkpoint.write_atomically(directory / "config.json", json.dumps(as_dict(config), indent=1))
         metrics, evals = Table(directory / "metrics.csv", done), Table(directory / "eval.csv", done)
         if newest is None:
-            _look(experiment, directory, 0, evals, logger)
-        bar = progress(range(done + 1, config.iterations + 1), initial=done, total=config.iterations, desc="train")
+            _look(experiment, directory, {"iteration": 0, "network_calls": 0}, evals, logger, report)
+        budget = config.network_budget or math.inf
+        rest = range(done + 1, 1 + (config.iterations if spent < budget else done))
+        bar = progress(rest, initial=done, total=None if config.network_budget else config.iterations, desc="train")
         for iteration in bar:
             row = _iterate(experiment, iteration)
+            before, spent = spent, spent + int(row["network_calls"])
+            row["network_calls"] = spent
             metrics.append(row)
             logger.log(iteration, row)
             bar.set_postfix({name: f"{row[name]:.3g}" for name in _SHOWN if name in row}, refresh=False)
-            last = iteration == config.iterations
-            _look(experiment, directory, iteration, evals, logger, last)
+            last = iteration == config.iterations or spent >= budget
+            due = config.eval_points and spent * config.eval_points // budget > before * config.eval_points // budget
+            counts = {"iteration": iteration, "network_calls": spent}
+            _look(experiment, directory, counts, evals, logger, report, bool(due), last)
             if last or iteration % config.checkpoint_every == 0:
-                meta = {"config": dataclasses.asdict(config), "model": experiment.mdp.model.describe()}
+                meta = {"config": as_dict(config), "network_calls": spent, "model": experiment.mdp.model.describe()}
                 checkpoint.save(checkpoints, iteration, experiment.agent.state(), meta)
                 checkpoint.prune(checkpoints, config.keep_checkpoints)
-    with experiment.agent.evaluation_weights():
-        experiment.mdp.model.export(directory / "export")
-    write_report(directory)
+            if last:
+                break
+    if report:
+        with experiment.agent.evaluation_weights():
+            experiment.mdp.model.export(directory / "export")
+        write_report(directory)
     return directory
 
 
@@ -155,15 +174,10 @@ def _iterate(experiment: Experiment, iteration: int) -> dict[str, float]:
     count = config.prompts_per_iteration
     prompts = epoch_order(experiment.mdp.prompts.texts, config.seed, (iteration - 1) * count, count)
     seeds = row_seeds(config.seed, "rollout", iteration, count * agent.group_size)
-    rollout = collect(
-        experiment.mdp,
-        experiment.policy,
-        row_generators(seeds),
-        prompts,
-        group_size=agent.group_size,
-        shared_noise=agent.shared_noise,
-        microbatch=agent.microbatch,
-    )
+    before = experiment.policy.network_calls
+    options = agent.rollout_options(iteration)
+    with agent.rollout_weights():
+        rollout = collect(experiment.mdp, experiment.policy, row_generators(seeds), prompts, **options)
     row = {"iteration": iteration, **_reward_figures(rollout)}
     if row["unscored"] > config.max_unscored * len(rollout):
         raise RuntimeError(
@@ -171,6 +185,7 @@ def _iterate(experiment: Experiment, iteration: int) -> dict[str, float]:
             f"max_unscored = {config.max_unscored:g} allows: {rollout.scores.errors or 'the reward returned NaN'}"
         )
     row |= agent.update(rollout, iteration)
+    row["network_calls"] = experiment.policy.network_calls - before
     seconds = time.perf_counter() - started
     return {**row, "seconds": seconds, "images_per_second": len(rollout) / seconds}
 
@@ -190,19 +205,21 @@ def _reward_figures(rollout: Rollout) -> dict[str, float]:
 def _look(
     experiment: Experiment,
     directory: Path,
-    iteration: int,
+    counts: dict[str, int],
     evals: "Table",
     logger: Logger,
+    draw: bool,
+    wanted: bool = False,
     last: bool = False,
 ) -> None:
-    """Evaluate and draw a grid, where either is due."""
-    config, policy = experiment.config, experiment.policy
+    """Evaluate and draw a grid, where either is due; ``counts`` has the iteration and the network calls so far."""
+    config, policy, iteration = experiment.config, experiment.policy, counts["iteration"]
 
     def due(every: int) -> bool:
         return last or (iteration % every == 0 if every else iteration == 0)
 
     with experiment.agent.evaluation_weights():
-        if due(config.eval_every):
+        if wanted or due(0 if config.eval_points else config.eval_every):
             total = len(experiment.eval_prompts) * config.eval_images_per_prompt
             with progress(total=total, desc=f"evaluate at {iteration}", leave=False) as bar:
                 found = evaluate(
@@ -213,11 +230,13 @@ def _look(
                     config.eval_seed,
                     config.microbatch,
                     bar.update,
+                    best_of=experiment.agent.best_of,
+                    kl=config.eval_kl,
                 )
-            row = {"iteration": iteration, **found.row()}
-            evals.append(row)
-            logger.log(iteration, {f"eval/{name}": value for name, value in row.items() if name != "iteration"})
-        if due(config.sample_every):
+            figures = found.row()
+            evals.append({**counts, **figures})
+            logger.log(iteration, {f"eval/{name}": value for name, value in figures.items()})
+        if draw and due(config.sample_every):
             prompts = experiment.eval_prompts[:GRID_PROMPTS]
             latents, _ = sample(experiment.eval_mdp, policy, prompts, GRID_COLUMNS, config.eval_seed, config.microbatch)
             path = directory / "samples" / f"{iteration:06d}.png"
@@ -227,7 +246,8 @@ def _look(
             logger.image(iteration, path)
 
 
-def _restore(experiment: Experiment, path: Path) -> int:
+def _restore(experiment: Experiment, path: Path) -> tuple[int, int]:
+    """Load a checkpoint; its iteration, and the network calls up to there."""
     tensors, meta = checkpoint.load(path)
     if meta["model"] != json.loads(json.dumps(experiment.mdp.model.describe())):
         raise checkpoint.CheckpointError(f"the checkpoint {path} holds another architecture than the configured model")
@@ -235,7 +255,7 @@ def _restore(experiment: Experiment, path: Path) -> int:
         experiment.agent.load_state(tensors)
     except (ValueError, KeyError) as error:
         raise checkpoint.CheckpointError(f"the checkpoint {path} does not fit: {error}") from error
-    return int(meta["iteration"])
+    return int(meta["iteration"]), int(meta["network_calls"])
 
 
 def load_run(directory: Path, config: TrainConfig) -> Experiment:

@@ -26,6 +26,7 @@ not vanish for CPS, whose noise does not shrink with the step: on Gaussian data 
 to cos(aπ/4) times the data's. `tests/test_kernels.py` measures all this.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -230,9 +231,13 @@ class Kernel:
         noise, stds = self._coefficients(schedule)
         if self.last_step == "ode":
             noise[-1], stds[-1] = schedule.sigmas[-1], 0.0
-        self.stds = stds
+        self._tabulate(noise, stds)
+
+    def _tabulate(self, noise: Tensor, stds: Tensor) -> None:
+        self._noise, self.stds = noise, stds
         self.stochastic = stds > 0
-        a, b, c, d = _READINGS[prediction_type](schedule.alphas[:-1], schedule.sigmas[:-1])
+        schedule = self.schedule
+        a, b, c, d = _READINGS[self.prediction_type](schedule.alphas[:-1], schedule.sigmas[:-1])
         after = schedule.alphas[1:]
         # rows: mean from x and from the output, std, x̂0 from x and from the output
         self._table = torch.stack([after * a + noise * c, after * b + noise * d, stds, a, b])
@@ -241,6 +246,20 @@ class Kernel:
     def _coefficients(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
         """``noise [K]`` and ``std [K]`` in float64."""
         raise NotImplementedError
+
+    def windowed(self, start: int, stop: int) -> "Kernel":
+        """This kernel on steps ``start`` to ``stop`` (exclusive), the ODE on all others (MixGRPO, Flow-GRPO-Fast).
+
+        Raises:
+            ValueError: the window is empty or leaves the K steps.
+        """
+        if not 0 <= start < stop <= self.schedule.num_steps:
+            raise ValueError(f"the window [{start}, {stop}) must lie within the {self.schedule.num_steps} steps")
+        step = torch.arange(self.schedule.num_steps)
+        inside = (step >= start) & (step < stop)
+        other = copy.copy(self)
+        other._tabulate(self._noise.where(inside, self.schedule.sigmas[1:]), self.stds.where(inside, 0.0))
+        return other
 
     def _rows(self, latents: Tensor, step: int | Tensor) -> tuple[Tensor, torch.dtype]:
         dtype = torch.float64 if latents.dtype == torch.float64 else torch.float32

@@ -23,6 +23,7 @@ class DenoisingModel(ABC):
         prediction_type: what ``predict`` returns, in the kernels' names.
         dtype: storage dtype of the latents, and the network's compute dtype.
         device: where latents and conditioning live.
+        rows_per_sample: rows that ``predict`` gives the network per row of latents (guidance: 2).
         vocabulary: the only prompts the model knows, or ``None`` where any text is a prompt.
     """
 
@@ -30,6 +31,7 @@ class DenoisingModel(ABC):
     latent_shape: tuple[int, ...]
     prediction_type: PredictionType
     dtype: torch.dtype = torch.float32
+    rows_per_sample: int = 1
     vocabulary: tuple[str, ...] | None = None
     _frozen: nn.Module | None = None
 

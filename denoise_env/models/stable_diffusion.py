@@ -65,6 +65,7 @@ class StableDiffusion(DenoisingModel):
             raise ValueError(f"lora_rank must be 0 (train the whole UNet) or a positive rank, not {lora_rank}")
         self.pipeline = pipeline
         self.guidance_scale = guidance_scale
+        self.rows_per_sample = 1 if guidance_scale == 1 else 2
         self.dtype = DTYPES[dtype]
         self.lora_rank = lora_rank
         self.latent_shape = self._latent_shape(height, width)

@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from tensordict import TensorDict
 
-from agents.base import Batch
-from agents.grpo import GRPO, GRPOConfig, group_advantages
+from agents.advantages import group_advantages
+from agents.grpo import GRPO, GRPOConfig
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
+from agents.trajectory import Batch
 from denoise_env.mdp import DenoisingMDP, Scores, row_generators
 
 
@@ -70,7 +72,8 @@ def test_rewards_are_normalised_one_by_one_and_then_weighted(points):
 def test_the_clipped_surrogate(points, log_ratio, advantage, loss, slope):
     agent = make(points, clip_range=0.1)
     log_prob = torch.tensor([log_ratio], dtype=torch.float64, requires_grad=True)
-    batch = Batch(None, log_prob, torch.zeros(1, dtype=torch.float64), torch.tensor([advantage]))
+    old, zero = torch.zeros(1, dtype=torch.float64), torch.zeros(1)
+    batch = Batch(None, log_prob, old, torch.tensor([advantage]), zero.long(), zero, zero)
     value, figures = agent.loss(batch)
     value.sum().backward()
     assert value.item() == pytest.approx(loss)
@@ -190,12 +193,12 @@ def test_steps_weigh_as_their_std(points):
     stds = uniform.policy.kernel.stds[:9]
     torch.testing.assert_close(weighted.step_weights[:9].double(), stds / stds.mean(), rtol=1e-6, atol=0)
     rollout = collect(points, uniform.policy, row_generators(range(8)), group_size=4)
-    advantages, row = torch.ones(8), torch.arange(8)
     conditioning = rollout.conditioning[rollout.row]
     for k in (0, 8):
-        step = torch.full((8,), k)
-        plain, _ = uniform._evaluate(rollout, advantages, row, step, conditioning)
-        scaled, _ = weighted._evaluate(rollout, advantages, row, step, conditioning)
+        pairs = {"row": torch.arange(8), "step": torch.full((8,), k), "advantage": torch.ones(8)}
+        examples = TensorDict(pairs, batch_size=8)
+        plain, _ = uniform.evaluate(rollout, examples, conditioning)
+        scaled, _ = weighted.evaluate(rollout, examples, conditioning)
         torch.testing.assert_close(scaled, plain * (stds[k] / stds.mean()).float())
 
 

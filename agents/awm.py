@@ -1,0 +1,88 @@
+"""Advantage weighted matching (Xue et al. 2025, arXiv:2509.25050): policy gradient on the pretraining loss.
+
+The log-likelihood of a finished sample is replaced by ℓ = −w(t) mean |output(x_t, t) − target|² at random (t, ε), the
+same ones for θ and for the weights that sampled:
+
+    ρ = exp(ℓ_θ − ℓ_old),      L = mean max( −A ρ, −A clip(ρ, 1 ± ε) ) + β |output − output_ref|².
+"""
+
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from agents.advantages import group_advantages
+from agents.final_samples import (
+    FinalSampleAgent,
+    FinalSampleConfig,
+    NoisedBatch,
+    RewardNormalisation,
+    check_groups,
+    mean_square,
+)
+from agents.rollout import Rollout
+
+
+@dataclass
+class AWMConfig(FinalSampleConfig):
+    """AWM: a clipped policy gradient on the denoising loss."""
+
+    group_size: int = 24
+    """Neighbouring samples of one prompt, G."""
+    lr: float = 3e-4
+    """AdamW's learning rate (published for LoRA)."""
+    reference_coef: float = 0.4
+    """β."""
+    clip_range: float = 1e-3
+    """ε of the clipped ratio."""
+    normalisation: RewardNormalisation = "batch"
+    """Whose std divides the advantages."""
+    advantage_clip: float = 5.0
+    """Advantages are cut at ± this."""
+
+
+class AWM(FinalSampleAgent):
+    """See the module's text, w(t) = 1; arguments as in `Agent`, with an `AWMConfig`."""
+
+    name = "awm"
+    config_type = AWMConfig
+    smallest_group = 2
+
+    def _validate(self) -> None:
+        super()._validate()
+        check_groups(self, self.config.normalisation)
+        self.require_positive("clip_range", "advantage_clip")
+
+    def targets(self, rollout: Rollout) -> dict[str, Tensor]:
+        """The advantages."""
+        scores, clip = rollout.scores, self.config.advantage_clip
+        advantages = group_advantages(scores.total, scores.valid, self.group_size, self.config.normalisation)
+        return {"advantage": advantages.clamp(-clip, clip)}
+
+    def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
+        """As in `Agent.examples`; ℓ_old joins where more than one optimizer step will need it."""
+        examples = super().examples(rollout, iteration)
+        if self.config.updates_per_rollout * self.config.epochs == 1:
+            return examples
+        old = torch.empty(examples.shape)
+        size = self.microbatch or len(examples)
+        with torch.no_grad():
+            for start in range(0, len(examples), size):
+                chunk = examples[start : start + size]
+                conditioning = self.conditioning(rollout, chunk)
+                for j in range(examples.shape[1]):
+                    noisy, target = self.noised(
+                        rollout.final_latents[chunk["row"][:, j]], chunk["step"][:, j], chunk["noise"][:, j]
+                    )
+                    output = self.policy.predict(noisy, chunk["step"][:, j], conditioning)
+                    old[start : start + size, j] = -mean_square(output - target)
+        return examples.set("old", old)
+
+    def loss(self, batch: NoisedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """As in `FinalSampleAgent.loss`."""
+        likelihood, advantage = -mean_square(batch.output - batch.target), batch.examples["advantage"]
+        old = batch.examples.get("old", likelihood.detach())
+        ratio, clip = (likelihood - old.to(likelihood)).exp(), self.config.clip_range
+        loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+        return loss, {"ratio": ratio.detach(), "clip_fraction": ((ratio - 1).abs() > clip).float()}

@@ -1,0 +1,121 @@
+"""Online Diffusion-DPO (Wallace et al. 2023, arXiv:2311.12908): preferences between the model's own samples.
+
+Of every group the samples are paired, best with worst. With ε_θ the network's output at a noised sample and the same
+timestep and noise for both samples of a pair,
+
+    L = −log σ( −(β/2) [ (|ε − ε_θ^w|² − |ε − ε_ref^w|²) − (|ε − ε_θ^l|² − |ε − ε_ref^l|²) ] ),
+
+|·|² averaged over dimensions, as the published code does. DCPO (Saeidi et al. 2025, arXiv:2502.06023) gives the loser a
+caption of its own, here a perturbed one: another training prompt, of those that share most words with the right one.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from agents.final_samples import FinalSampleAgent, FinalSampleConfig, NoisedBatch, mean_square
+from agents.rollout import Rollout
+from agents.seeding import generator
+
+
+@dataclass
+class DPOConfig(FinalSampleConfig):
+    """Online Diffusion-DPO: preferences between the model's own samples."""
+
+    beta: float = 2000.0
+    """β, 2000 to 5000 in the paper."""
+    pairing: Literal["best_worst", "ranked"] = "ranked"
+    """One pair a group, or all: the best with the worst, the second best with the second worst, …"""
+    loser_caption: Literal["same", "perturbed"] = "same"
+    """The prompt, or a caption of its own (DCPO)."""
+
+
+class DPO(FinalSampleAgent):
+    """See the module's text; arguments as in `Agent`, with a `DPOConfig`."""
+
+    name = "dpo"
+    config_type = DPOConfig
+    config: DPOConfig
+    smallest_group = 2
+    needs_reference = True
+    rows_per_example = 2
+
+    def _validate(self) -> None:
+        super()._validate()
+        self.require_positive("beta")
+        if self.config.loser_caption == "perturbed" and len(set(self.policy.mdp.prompts.texts)) < 2:
+            raise ValueError(f"{self.name} needs at least two prompts for a loser's caption to differ")
+
+    def targets(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Rows of ``winner`` and ``loser`` ``[P]``, and whether the pair ``counts``: both scored, one better."""
+        size = self.group_size
+        total = rollout.scores.total.view(-1, size).nan_to_num(nan=-torch.inf)
+        order = total.argsort(stable=True, dim=1, descending=True)
+        pairs = 1 if self.config.pairing == "best_worst" else size // 2
+        offset = torch.arange(len(total), device=total.device)[:, None] * size
+        winner, loser = (offset + order)[:, :pairs].flatten(), (offset + order.flip(1))[:, :pairs].flatten()
+        scores = total.flatten()
+        counts = (scores[winner] > scores[loser]) & rollout.scores.valid[winner] & rollout.scores.valid[loser]
+        return {"row": winner, "loser": loser, "counts": counts}
+
+    def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
+        """As in `Agent.examples`: pairs, with one draw of noise for both sides."""
+        targets = self.targets(rollout)
+        if self.config.loser_caption == "perturbed":
+            random = generator(self.seed, "captions", iteration)
+            wrong = [self._perturb(i, random) for i in rollout.prompt_index[targets["loser"]].tolist()]
+            targets["caption"] = torch.tensor(wrong)
+        draws = self.draws(len(targets["row"]), iteration)
+        return draws.update({name: value[:, None].expand(draws.shape) for name, value in targets.items()})
+
+    def _perturb(self, prompt: int, random: torch.Generator) -> int:
+        texts = self.policy.mdp.prompts.texts
+        words = set(texts[prompt].split())
+        shared = torch.tensor([-1 if i == prompt else len(words & set(t.split())) for i, t in enumerate(texts)])
+        nearest = (shared == shared.max()).nonzero().flatten()
+        return int(nearest[torch.randint(len(nearest), (), generator=random)])
+
+    def conditioning(self, rollout: Rollout, examples: TensorDict) -> TensorDict:
+        """The winners' and then the losers'."""
+        first = examples[:, 0]
+        winner = rollout.conditioning[rollout.row[first["row"]]]
+        if self.config.loser_caption == "perturbed":
+            return torch.cat([winner, self.policy.mdp.prompts.conditioning[first["caption"]]])
+        return torch.cat([winner, rollout.conditioning[rollout.row[first["loser"]]]])
+
+    def evaluate(
+        self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As in `Agent.evaluate`: both sides of the pairs in one network call."""
+        x0 = rollout.final_latents[torch.cat([examples["row"], examples["loser"]])]
+        batch = self.denoise(x0, torch.cat([examples, examples]), conditioning)
+        loss, figures = self.loss(batch)
+        counts = examples["counts"]
+        return loss.where(counts, 0.0), {name: value.where(counts, 0.0) for name, value in figures.items()}
+
+    def loss(self, batch: NoisedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """As in `FinalSampleAgent.loss`; ``[N/2]``, of a batch of winners and then losers."""
+        reference: Any = batch.reference
+        gap = mean_square(batch.output - batch.target) - mean_square(reference - batch.target)
+        winner, loser = gap.chunk(2)
+        logits = -self.config.beta / 2 * (winner - loser)
+        return -logsigmoid(logits), {"accuracy": (logits > 0).float(), "margin": logits.detach()}
+
+
+@dataclass
+class DCPOConfig(DPOConfig):
+    """DCPO: online Diffusion-DPO with a caption of its own for the loser."""
+
+    loser_caption: Literal["same", "perturbed"] = "perturbed"
+    """The prompt, or a caption of its own (DCPO)."""
+
+
+class DCPO(DPO):
+    """DPO with two captions per pair; arguments as in `Agent`, with a `DCPOConfig`."""
+
+    name = "dcpo"
+    config_type = DCPOConfig

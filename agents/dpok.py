@@ -1,0 +1,47 @@
+"""DPOK (Fan et al. 2023, arXiv:2305.16381): policy gradients with a KL to the model before training.
+
+    min  α E[−r] + β Σ_k E[ KL( π_θ(· | x_k) ‖ π_ref(· | x_k) ) ]        (its eq. 6)
+
+The reward's gradient is REINFORCE's with a value baseline V(x_k, c, k) that is fitted to r; the KL is that of the
+steps' Gaussians, |μ_θ − μ_ref|²/(2k²), and is differentiated itself. One optimizer step per rollout.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from agents.ppo import PPO, PPOConfig
+from agents.trajectory import Batch
+
+
+@dataclass
+class DPOKConfig(PPOConfig):
+    """DPOK: REINFORCE with a value baseline and a KL to the base model."""
+
+    lr: float = 1e-5
+    """AdamW's learning rate (published for LoRA)."""
+    gae_lambda: float = 1.0
+    """λ of GAE; 1 is the baseline r − V."""
+    drop_last: bool = False
+    """Never train the last denoising step."""
+    reward_weight: float = 10.0
+    """α."""
+    kl_coef: float = 0.01
+    """β, in the log-prob's reduction."""
+
+
+class DPOK(PPO):
+    """See the module's text; arguments as in `Agent`, with a `DPOKConfig`."""
+
+    name = "dpok"
+    config_type = DPOKConfig
+    config: DPOKConfig
+    on_policy = True
+
+    def scale(self, raw: Tensor, valid: Tensor) -> Tensor:
+        """Advantages as they are, r − V."""
+        return raw
+
+    def surrogate(self, batch: Batch, ratio: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+        """α times the score function estimator's loss."""
+        return -self.config.reward_weight * advantage * batch.log_prob, ratio != ratio

@@ -1,0 +1,137 @@
+"""What agents share that learn from finished samples alone, noised anew; they need no log-probs and no SDE."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from agents.base import Agent, AgentConfig
+from agents.rollout import Rollout
+from agents.seeding import generator
+
+
+@dataclass
+class FinalSampleConfig(AgentConfig):
+    """What every agent needs that trains on finished samples."""
+
+    draws_per_sample: int = 6
+    """(timestep, noise) pairs that each sample is trained at, T: one forward and backward pass each."""
+    reference_coef: float = 0.0
+    """Weight of mean |output − base model's output|²; 0 spares the reference."""
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """One microbatch of finished samples, noised and denoised.
+
+    Attributes:
+        x0: ``[N, *latent]``, the samples.
+        noisy: ``[N, *latent]``, x_t = α x0 + σ ε.
+        step: ``[N]``, whose alpha, sigma and timestep.
+        output: ``[N, *latent]``, the network's, with gradient.
+        target: ``[N, *latent]``, the output that would be right for x0 and ε.
+        reference: ``[N, *latent]``, the base model's output, where it is needed.
+        examples: ``[N]``, what `FinalSampleAgent.targets` gave.
+        conditioning: ``[N]``.
+    """
+
+    x0: Tensor
+    noisy: Tensor
+    step: Tensor
+    output: Tensor
+    target: Tensor
+    reference: Tensor | None
+    examples: TensorDict
+    conditioning: TensorDict
+
+
+class FinalSampleAgent(Agent):
+    """An agent whose examples are finished samples; arguments and errors as in `Agent`."""
+
+    config_type = FinalSampleConfig
+    needs_density = False
+
+    def _validate(self) -> None:
+        super()._validate()
+        self.require_positive("draws_per_sample")
+        self.needs_reference = self.needs_reference or self.config.reference_coef > 0
+
+    @abstractmethod
+    def targets(self, rollout: Rollout) -> dict[str, Tensor]:
+        """What the examples hold, ``[B]`` by name."""
+
+    @abstractmethod
+    def loss(self, batch: NoisedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss ``[N]`` of a microbatch and figures ``[N]`` to log."""
+
+    def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
+        """As in `Agent.examples`: every sample with T steps (evenly spread, in an order of its own) and noises."""
+        entries = self.targets(rollout)
+        draws = self.draws(len(rollout), iteration)
+        spread = {name: value[:, None].expand(-1, draws.shape[1]) for name, value in entries.items()}
+        row = torch.arange(len(rollout))[:, None].expand(draws.shape)
+        return draws.update({"row": row, **spread})
+
+    def draws(self, rows: int, iteration: int) -> TensorDict:
+        """``step [N, T]`` and ``noise [N, T, *latent]``: T of the K noise levels (all of them before any twice)."""
+        policy, times = self.policy, self.config.draws_per_sample
+        steps = policy.mdp.num_steps
+        random = generator(self.seed, "steps", iteration)
+        laps = [torch.rand(rows, steps, generator=random).argsort(1) for _ in range(-(-times // steps))]
+        noise = torch.randn(rows, times, *policy.model.latent_shape, generator=random)
+        step = torch.cat(laps, 1)[:, :times]
+        return TensorDict({"step": step, "noise": noise.to(policy.model.device)}, batch_size=(rows, times))
+
+    def noised(self, x0: Tensor, step: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t and the right output at ``step [N]``, both like ``x0 [N, *latent]``."""
+        schedule, kind = self.policy.mdp.schedule, self.policy.model.prediction_type
+        shape = (-1, *[1] * (x0.ndim - 1))
+        alpha, sigma = (t[step.cpu()].to(x0).view(shape) for t in (schedule.alphas, schedule.sigmas))
+        noise = noise.to(x0)
+        target = {
+            "epsilon": lambda: noise,
+            "sample": lambda: x0,
+            "v_prediction": lambda: alpha * noise - sigma * x0,
+            "flow_prediction": lambda: noise - x0,
+        }[kind]()
+        return alpha * x0 + sigma * noise, target
+
+    def evaluate(
+        self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As in `Agent.evaluate`."""
+        batch = self.denoise(rollout.final_latents[examples["row"]], examples, conditioning)
+        loss, figures = self.loss(batch)
+        if self.config.reference_coef:
+            assert batch.reference is not None
+            distance = mean_square(batch.output - batch.reference)
+            loss = loss + self.config.reference_coef * distance
+            figures["reference_distance"] = distance
+        return loss, figures
+
+    def denoise(self, x0: Tensor, examples: TensorDict, conditioning: TensorDict) -> NoisedBatch:
+        """Noise ``x0 [N, *latent]`` as the examples say and call the network, and the base model where needed."""
+        noisy, target = self.noised(x0, examples["step"], examples["noise"])
+        reference = None
+        if self.needs_reference:
+            with torch.no_grad(), self.policy.model.reference():
+                reference = self.policy.predict(noisy, examples["step"], conditioning)
+        output = self.policy.predict(noisy, examples["step"], conditioning)
+        return NoisedBatch(x0, noisy, examples["step"], output, target, reference, examples, conditioning)
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Mean over all but the first dimension, ``[B]``."""
+    return x.flatten(1).square().mean(1)
+
+
+RewardNormalisation = Literal["group", "batch"]
+
+
+def check_groups(agent: Any, over: RewardNormalisation) -> None:
+    """Refuse groups of one where rewards are normalised within them with a ``ValueError``."""
+    if over == "group" and agent.group_size < 2:
+        raise ValueError(f'{agent.name} needs group_size of at least 2, or normalisation="batch"')

@@ -1,0 +1,40 @@
+"""Flow-DPPO (Ping et al. 2026, arXiv:2606.11025): the trust region is a divergence, not a clipped ratio.
+
+    L = −A ρ · 1[ not ( KL(π_old ‖ π_θ) ≥ δ  and  (A > 0 and ρ > 1, or A < 0 and ρ < 1) ) ]
+
+A step's sample takes no part once its policy has moved by δ, where the update would push it further out. The KL is that
+of the step's Gaussians, |μ_θ − μ_old|²/(2k²), in the policy's reduction.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from agents.grpo import GRPO, GRPOConfig
+from agents.trajectory import Batch
+from denoise_env.kernels import Transition
+
+
+@dataclass
+class FlowDPPOConfig(GRPOConfig):
+    """Flow-DPPO: GRPO with a divergence as its trust region."""
+
+    clip_range: float = 1e-5
+    """δ, the step's KL from which on a sample may only be pulled back."""
+
+
+class FlowDPPO(GRPO):
+    """See the module's text; arguments as in `Agent`, with a `FlowDPPOConfig`."""
+
+    name = "flow-dppo"
+    config_type = FlowDPPOConfig
+    config: FlowDPPOConfig
+    needs_means = True
+
+    def surrogate(self, batch: Batch, ratio: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+        """The unclipped surrogate, without the samples that would leave the trust region."""
+        assert batch.old_mean is not None
+        old = Transition(batch.old_mean, batch.transition.std)
+        far = old.kl(batch.transition, self.policy.reduction).detach() >= self.config.clip_range
+        kept = ~(far & ((advantage * (ratio - 1)).detach() > 0))
+        return (-advantage * ratio).where(kept, 0.0), ~kept

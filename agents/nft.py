@@ -1,0 +1,113 @@
+"""DiffusionNFT (Zheng et al. 2025, arXiv:2509.16117): contrast a positive and a negative policy on noised samples.
+
+With v the network's output, v_old that of the weights that sample, and A the group's advantage,
+
+    q = clip(A, ± A_max)/(2 A_max) + ½,      v⁺ = b v + (1 − b) v_old,      v⁻ = (1 + b) v_old − b v,
+    L = A_max [ q |x̂0⁺ − x0|²/w⁺ + (1 − q) |x̂0⁻ − x0|²/w⁻ ]/b + λ |v − v_ref|²,
+
+where x̂0± is what x_t and v± say of x0, and w± = mean |x̂0± − x0| without gradient, at least 1e-5. Needs no
+log-probs: any sampler, the ODE too. The sampling weights follow the trained ones, θ_old ← η θ_old + (1 − η) θ.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agents.advantages import group_advantages
+from agents.base import follow
+from agents.final_samples import (
+    FinalSampleAgent,
+    FinalSampleConfig,
+    NoisedBatch,
+    RewardNormalisation,
+    check_groups,
+    mean_square,
+)
+from agents.policy import DenoisingPolicy
+from agents.rollout import Rollout
+
+
+@dataclass
+class NFTConfig(FinalSampleConfig):
+    """DiffusionNFT: contrast positive and negative policies."""
+
+    group_size: int = 24
+    """Neighbouring samples of one prompt, G."""
+    lr: float = 3e-4
+    """AdamW's learning rate (published for LoRA)."""
+    reference_coef: float = 1e-4
+    """λ."""
+    strength: float = 1.0
+    """b, how far the positive and the negative policy lie from the sampling one."""
+    advantage_clip: float = 5.0
+    """A_max."""
+    normalisation: RewardNormalisation = "group"
+    """Whose std divides the advantages."""
+    adaptive: bool = True
+    """Divide by w±; otherwise by 1."""
+    old_decay: float = 0.5
+    """η is at most this …"""
+    old_decay_slope: float = 0.001
+    """… and this times the iteration; 0 samples with the newest weights."""
+
+
+class NFT(FinalSampleAgent):
+    """See the module's text; arguments as in `Agent`, with an `NFTConfig`."""
+
+    name = "nft"
+    config_type = NFTConfig
+    config: NFTConfig
+    smallest_group = 2
+
+    def __init__(
+        self, policy: DenoisingPolicy, config: Any = None, seed: int = 0, microbatch: int | None = None
+    ) -> None:
+        super().__init__(policy, config, seed, microbatch)
+        self.old = self.kept["old"] = [p.detach().clone() for p in self.parameters]
+
+    def _validate(self) -> None:
+        super()._validate()
+        check_groups(self, self.config.normalisation)
+        self.require_positive("strength", "advantage_clip")
+        if self.config.old_decay >= 1:
+            raise ValueError(f"old_decay must lie in [0, 1), not {self.config.old_decay}")
+
+    def rollout_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the policy has the sampling weights."""
+        return self.weights(self.old)
+
+    def targets(self, rollout: Rollout) -> dict[str, Tensor]:
+        """q ``[B]`` in [0, 1], ½ for samples that could not be scored."""
+        scores, clip = rollout.scores, self.config.advantage_clip
+        advantages = group_advantages(scores.total, scores.valid, self.group_size, self.config.normalisation)
+        return {"q": advantages.clamp(-clip, clip) / (2 * clip) + 0.5}
+
+    def denoise(self, x0: Tensor, examples: Any, conditioning: Any) -> NoisedBatch:
+        """As in `FinalSampleAgent.denoise`; the sampling weights' output joins the examples."""
+        noisy, _ = self.noised(x0, examples["step"], examples["noise"])
+        with torch.no_grad(), self.weights(self.old):
+            old = self.policy.predict(noisy, examples["step"], conditioning)
+        return super().denoise(x0, examples.copy().set("old", old), conditioning)
+
+    def loss(self, batch: NoisedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """As in `FinalSampleAgent.loss`."""
+        b, q, old = self.config.strength, batch.examples["q"], batch.examples["old"]
+        positive = self._error(batch, b * batch.output + (1 - b) * old)
+        negative = self._error(batch, (1 + b) * old - b * batch.output)
+        return self.config.advantage_clip * (q * positive + (1 - q) * negative) / b, {"q": q}
+
+    def _error(self, batch: NoisedBatch, output: Tensor) -> Tensor:
+        gap = self.policy.kernel.pred_x0(batch.noisy, output, batch.step) - batch.x0
+        if not self.config.adaptive:
+            return mean_square(gap)
+        return mean_square(gap) / gap.detach().flatten(1).abs().mean(1).clamp(min=1e-5)
+
+    def update(self, rollout: Rollout, iteration: int) -> dict[str, float]:
+        """As in `Agent.update`; then the sampling weights follow."""
+        figures = super().update(rollout, iteration)
+        decay = min(self.config.old_decay_slope * iteration, self.config.old_decay)
+        follow(self.old, self.parameters, decay)
+        return {**figures, "old_decay": decay}

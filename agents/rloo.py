@@ -1,0 +1,40 @@
+"""RLOO: REINFORCE with the leave-one-out baseline (Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740, eq. 8).
+
+    L = −mean A_i ℓ_θ,        A_i = r_i − mean of the other G − 1 rewards of i's prompt.
+
+The baseline does not depend on sample i, so the gradient is unbiased; nothing is clipped or divided by a std. One
+optimizer step per rollout.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from agents.advantages import leave_one_out
+from agents.rollout import Rollout
+from agents.trajectory import Batch, TrajectoryAgent, TrajectoryConfig
+
+
+@dataclass
+class RLOOConfig(TrajectoryConfig):
+    """RLOO: REINFORCE with a leave-one-out baseline."""
+
+    timestep_fraction: float = 1.0
+    """Share of the trainable steps that each update recomputes."""
+
+
+class RLOO(TrajectoryAgent):
+    """See the module's text; arguments as in `Agent`, with an `RLOOConfig`."""
+
+    name = "rloo"
+    config_type = RLOOConfig
+    smallest_group = 2
+    on_policy = True
+
+    def advantages(self, rollout: Rollout) -> Tensor:
+        """As in `TrajectoryAgent.advantages`."""
+        return leave_one_out(rollout.scores.total, rollout.scores.valid, self.group_size)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """As in `TrajectoryAgent.loss`."""
+        return -batch.advantage * batch.log_prob, {}

@@ -1,0 +1,49 @@
+"""Reward-weighted regression (Peters & Schaal 2007; for diffusion Lee et al. 2023, arXiv:2302.12192, and DDPO's RWR).
+
+The pretraining loss on the model's own samples, weighted by their rewards:
+
+    L = mean w |output − target|²,        w = exp(r/τ) / mean exp(r/τ).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agents.final_samples import FinalSampleAgent, FinalSampleConfig, NoisedBatch, mean_square
+from agents.rollout import Rollout
+
+
+@dataclass
+class RWRConfig(FinalSampleConfig):
+    """RWR: reward-weighted regression on finished samples."""
+
+    group_size: int = 1
+    """Neighbouring samples of one prompt."""
+    temperature: float = 0.2
+    """τ, in the reward's unit."""
+    normalise: bool = True
+    """Divide the weights by their mean, so that neither the reward's zero nor τ scales the learning rate."""
+
+
+class RWR(FinalSampleAgent):
+    """See the module's text; arguments as in `Agent`, with an `RWRConfig`."""
+
+    name = "rwr"
+    config_type = RWRConfig
+
+    def _validate(self) -> None:
+        super()._validate()
+        self.require_positive("temperature")
+
+    def targets(self, rollout: Rollout) -> dict[str, Tensor]:
+        """The weights, 0 for samples that could not be scored."""
+        valid = rollout.scores.valid
+        logits = (rollout.scores.total / self.config.temperature).where(valid, -torch.inf)
+        if self.config.normalise and valid.any():
+            logits = logits - (logits.logsumexp(0) - valid.sum().log())
+        return {"weight": logits.exp()}
+
+    def loss(self, batch: NoisedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """As in `FinalSampleAgent.loss`."""
+        return batch.examples["weight"] * mean_square(batch.output - batch.target), {}
