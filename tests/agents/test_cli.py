@@ -3,7 +3,7 @@ import json
 import pytest
 
 from agents import cli
-from agents.config import PRESETS, TrainConfig
+from agents.config import PRESETS, TrainConfig, as_dict
 
 FAST = ["--preset", "points", "--iterations", "2", "--agent.group-size", "4", "--eval-images-per-prompt", "2"]
 
@@ -46,7 +46,7 @@ def test_a_configuration_survives_its_file(tmp_path, preset):
     import dataclasses
 
     config = dataclasses.replace(PRESETS[preset](), rewards={"shapes": 0.7, "shapes-correct": 1.4}, wandb=True)
-    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    (tmp_path / "config.json").write_text(json.dumps(as_dict(config)))
     assert cli.run_config(tmp_path) == config
 
 
@@ -76,6 +76,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["train", "--preset", "shaeps"], "did you mean 'shapes'"),
+        (["train", "--agent", "pop"], "did you mean 'ppo'"),
         (["train", *FAST, "--model", "shaeps"], "did you mean 'shapes'"),
         (["train", *FAST, "--rewards", "point", "1"], "did you mean 'points'"),
         (["train", *FAST, "--agent.group-size", "1"], "group_size must be at least 2"),
@@ -106,7 +107,7 @@ def test_help_teaches(capsys):
         cli.main(["train", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "--preset NAME" in printed
-    assert "Samples per prompt, G." in printed
+    assert "Neighbouring samples of one prompt, G." in printed
     assert "dancegrpo: DanceGRPO's Stable Diffusion 1.4 setting" in printed
 
 
