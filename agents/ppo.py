@@ -94,7 +94,7 @@ class PPO(GRPO):
 
     @torch.no_grad()
     def reference_log_ratio(self, rollout: Rollout) -> Tensor:
-        """ℓ_old − ℓ_ref ``[B, K]`` of a rollout's actions, 0 at deterministic steps; one network call per other step."""
+        """ℓ_old − ℓ_ref ``[B, K]`` of a rollout's actions; 0, without a network call, at deterministic steps."""
         found = torch.zeros_like(rollout.steps["action_log_prob"])
         size = self.microbatch or len(rollout)
         with self.policy.model.reference():

@@ -80,7 +80,10 @@ def test_the_tracker_by_hand():
 
 def test_equal_rewards_have_no_advantage_in_the_tracker():
     tracker = PromptTracker(1, 4, 2)
-    assert tracker.normalise(torch.full((4,), 0.1), torch.ones(4, dtype=torch.bool), torch.zeros(4).long()).abs().max() < 1e-6
+    assert (
+        tracker.normalise(torch.full((4,), 0.1), torch.ones(4, dtype=torch.bool), torch.zeros(4).long()).abs().max()
+        < 1e-6
+    )
 
 
 # --- Others ---
@@ -167,9 +170,12 @@ def test_ppos_kl_reward_pulls_towards_the_base_model():
     total = torch.zeros(rows)
     rollout = dataclasses.replace(rollout, scores=Scores({"points": total}, total, total == 0, {}))
     raw, _ = agent.gae(rollout)
-    kl = 0.5 * policy.kernel.transition(
-        rollout.steps["latents"][:, 0], torch.tensor([[0.4, -0.3]]).expand(rows, 2), 0
-    ).kl(policy.kernel.transition(rollout.steps["latents"][:, 0], torch.zeros(rows, 2), 0), "sum").mean()
+    kl = (
+        0.5
+        * policy.kernel.transition(rollout.steps["latents"][:, 0], torch.tensor([[0.4, -0.3]]).expand(rows, 2), 0)
+        .kl(policy.kernel.transition(rollout.steps["latents"][:, 0], torch.zeros(rows, 2), 0), "sum")
+        .mean()
+    )
     assert raw[:, 0].mean().item() == pytest.approx(-kl.item(), rel=0.1)
     gradient = []
     agent.parameters[-1].register_hook(lambda g: gradient.append(g.clone()))

@@ -83,3 +83,27 @@ def test_the_headline_is_the_first_and_the_last_evaluation(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     assert headline(rows) == [("a", rows[0], rows[2])]
+
+
+def test_the_best_of_n_is_the_best_by_the_trained_reward_alone(points):
+    """Rewards that are only measured have weight 0, and choose nothing: not even by failing."""
+    trained = points.rewards["points"]
+
+    def other(images, prompts, metadata):
+        return torch.where(images[:, 0] > 0, torch.nan, -images[:, 1])
+
+    points.rewards = {"points": trained, "other": other}
+    points.reward_weights = {"points": 2.0, "other": 0.0}
+    policy, prompts = DenoisingPolicy(points), ["ring", "line"]
+    found = evaluate(points, policy, prompts, 3, seed=5, best_of=4)
+    latents, index = sample(points, policy, prompts, 12, seed=5)
+    scores = trained(latents, [points.prompts.texts[i] for i in index.tolist()], [{}] * 24).view(6, 4)
+    best = scores.argmax(1) + torch.arange(0, 24, 4)
+    assert found.means["points"] == pytest.approx(scores.amax(1).mean().item(), rel=1e-5)
+    assert found.images == 6
+    measured = other(latents[best], [], [])
+    assert found.unscored == int(measured.isnan().sum()) > 0
+    assert found.means["other"] == pytest.approx(measured.nanmean().item(), rel=1e-5)
+    assert found.means["points"] > evaluate(points, policy, prompts, 12, seed=5).means["points"]
+    assert np.isnan(found.kl)
+    assert evaluate(points, policy, prompts, 3, seed=5, best_of=4, kl=True).kl == pytest.approx(np.log(4) - 3 / 4)

@@ -13,12 +13,10 @@ from agents import cli, train
 from agents.config import AGENTS, TrainConfig, make_config, name_of
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
-from agents.seeding import row_seeds
 from agents.train import build
 from agents.train import train as run
 from agents.trajectory import TrajectoryAgent
-from agents.window import Windowed
-from denoise_env.mdp import DenoisingMDP, row_generators
+from denoise_env.mdp import row_generators
 
 EVERY = sorted(AGENTS)
 TRAINING = [name for name in EVERY if name not in ("base", "best-of-n", "zero-lr", "shuffled-reward")]
@@ -158,7 +156,12 @@ def stop_and_resume(config, directory, monkeypatch, stop):
     return run(config, directory, resume=True, report=False)
 
 
-REMEMBERED = {"nft": "old.0", "ppo": "modules.critic.", "dpok": "modules.critic.", "ddpo-is": "modules.tracker 0.values"}
+REMEMBERED = {
+    "nft": "old.0",
+    "ppo": "modules.critic.",
+    "dpok": "modules.critic.",
+    "ddpo-is": "modules.tracker 0.values",
+}
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -179,7 +182,9 @@ def test_a_resumed_run_equals_the_run_that_never_stopped(name, tmp_path, monkeyp
 @pytest.mark.parametrize("name", ["grpo", "nft", "mix-grpo", "ppo", "base"])
 @pytest.mark.parametrize("stop", [2, 3])
 def test_a_budgeted_run_resumes_exactly(name, stop, tmp_path, monkeypatch):
-    calls = int(table(run(tiny(name, iterations=1), tmp_path / "one", report=False) / "metrics.csv")[0]["network_calls"])
+    calls = int(
+        table(run(tiny(name, iterations=1), tmp_path / "one", report=False) / "metrics.csv")[0]["network_calls"]
+    )
     budget = 4 * calls + 1
     config = tiny(name, network_budget=budget, eval_points=3, iterations=50, checkpoint_every=1)
     whole = run(config, tmp_path / "whole", report=False)
@@ -384,3 +389,16 @@ def test_a_shuffled_reward_does_not_improve_and_the_base_model_is_what_it_is():
 def test_best_of_n_is_better_than_the_base():
     _, low, _ = final("best-of-n", iterations=1)
     assert low > 2 * BASE
+
+
+EASIER = {"dpo": {"beta": 5.0}, "dcpo": {"beta": 5.0}}
+"""β multiplies an average over latent dimensions: 2000 is for images' thousands, and Points has two."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_agent_learns_on_points(name):
+    """In 30 iterations, with every one of five seeds: the interval lies clear of the base model's, 0.23 to 0.28."""
+    for seed in range(5):
+        mean, low, _ = final(name, seed, 30, **EASIER.get(name, {}))
+        assert low > 0.3, (seed, mean)

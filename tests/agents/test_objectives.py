@@ -57,7 +57,9 @@ class Bench:
         self.reward = {name: values.double() for name, values in self.rollout.scores.values.items()}
         self.total = sum(rewards[name] * values for name, values in self.reward.items())
         self.x = torch.cat([self.rollout.steps["latents"], self.rollout.final_latents[:, None]], 1)
-        self.trained = list(range(STEPS if last == "sde" and not getattr(self.config, "drop_last", True) else STEPS - 1))
+        self.trained = list(
+            range(STEPS if last == "sde" and not getattr(self.config, "drop_last", True) else STEPS - 1)
+        )
         self.perturb(off)
 
     # --- Weights ---
@@ -247,7 +249,9 @@ def test_grpo_weighs_the_policy_loss_and_not_the_kl():
     stds = [bench.std(k) for k in bench.trained]
     weights = [std / (sum(stds) / len(stds)) for std in stds]
     advantage = normalised(bench.total)
-    bench.check(lambda rows: grpo_loss(bench, advantage, rows, weights=weights, extra=lambda k: 0.3 * bench.kl(k, bench.base)))
+    bench.check(
+        lambda rows: grpo_loss(bench, advantage, rows, weights=weights, extra=lambda k: 0.3 * bench.kl(k, bench.base))
+    )
 
 
 def leftness(images, prompts, metadata):
@@ -506,7 +510,7 @@ def test_ppo(world, kl_reward, gamma, lam):
 def test_dpok(world):
     bench = Bench("dpok", *world, off=0.02, reward_weight=3.0, kl_coef=0.4, critic_lr=0.01)
     zero = [torch.zeros(ROWS).double()] * STEPS
-    advantage, targets = advantages_by_hand(bench, 1.0, 1.0, zero)
+    advantage, _targets = advantages_by_hand(bench, 1.0, 1.0, zero)
     for k in range(STEPS):
         torch.testing.assert_close(advantage[:, k], bench.total - values_of(bench, bench.old_critic, k))
 

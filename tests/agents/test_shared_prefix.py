@@ -39,7 +39,12 @@ def rollout_and_update(agent, iteration, prompts):
     handle.remove()
     updated = sum(counted) - collected
     assert agent.policy.network_calls == collected + 3 * updated
-    return rollout, collected, updated, torch.cat([(p.detach() - q).flatten() for p, q in zip(agent.parameters, before, strict=True)])
+    return (
+        rollout,
+        collected,
+        updated,
+        torch.cat([(p.detach() - q).flatten() for p, q in zip(agent.parameters, before, strict=True)]),
+    )
 
 
 def check(name, make_mdp, iteration, prompts, tolerance, moved, microbatch=None):
@@ -105,5 +110,7 @@ def test_sharing_works_for_every_microbatch(microbatch):
     rollouts = []
     for agent in (whole, split):
         options = agent.rollout_options(3)
-        rollouts.append(collect(agent.policy.mdp, agent.policy, row_generators(range(12)), ["ring", "line", "grid"], **options))
+        rollouts.append(
+            collect(agent.policy.mdp, agent.policy, row_generators(range(12)), ["ring", "line", "grid"], **options)
+        )
     torch.testing.assert_close(rollouts[0].final_latents, rollouts[1].final_latents, rtol=0, atol=1e-5)
