@@ -161,4 +161,3 @@ def _short(value: float) -> float | None:
     if value != value:
         return None
     return int(value) if value == int(value) else float(f"{value:.5g}")
-

@@ -73,6 +73,7 @@ class Suite:
         lr: the lowest and highest learning rate searched, the others log-spaced between.
         clip_factors: searched clip ranges, relative to the agent's own default.
         agents: which; empty: all there are.
+        pooled: part of the table over all environments.
     """
 
     description: str
@@ -84,6 +85,7 @@ class Suite:
     lr: tuple[float, float]
     clip_factors: tuple[float, ...] = (1.0, 100.0)
     agents: tuple[str, ...] = ()
+    pooled: bool = True
 
 
 _POINTS = {"device": "cpu", "eval_every": 5, "eval_kl": True}
@@ -126,6 +128,7 @@ SUITES = {
         trials=4,
         lr=(3e-5, 3e-4),
         agents=("base", "grpo", "ddpo-sf", "ddpo-is"),
+        pooled=False,
     ),
 }
 
@@ -183,7 +186,9 @@ def run_suite(name: str, suite: Suite, jobs: int, build: Path, command: Sequence
         for seed in range(suite.seeds):
             run = make_run(suite, suite.environments[where], agent, seed, setting)
             if found and not best:
-                failed.append(_record(suite, where, agent, run, build, f"no search trial finished: {found[-1]['error']}"))
+                failed.append(
+                    _record(suite, where, agent, run, build, f"no search trial finished: {found[-1]['error']}")
+                )
             else:
                 runs.append((where, agent, run))
     errors = execute([run for _, _, run in runs], build, jobs, f"{name}: runs")
@@ -192,7 +197,7 @@ def run_suite(name: str, suite: Suite, jobs: int, build: Path, command: Sequence
         "suite": name,
         "command": shlex.join(command),
         "versions": _versions(build, [run for _, _, run in runs]),
-        **{key: getattr(suite, key) for key in ("description", "budget", "seeds", "trials")},
+        **{key: getattr(suite, key) for key in ("description", "pooled", "budget", "seeds", "trials")},
         "search": [_trial(record) for record in searched],
         "runs": records,
     }
@@ -276,7 +281,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.set_defaults(do=_report)
     for command in (run, report):
         command.add_argument(
-            "--results", type=Path, default=RESULTS, metavar="DIR", help="of the data files (default benchmarks/results)"
+            "--results",
+            type=Path,
+            default=RESULTS,
+            metavar="DIR",
+            help="of the data files (default benchmarks/results)",
         )
     options = parser.parse_args(typed)
     options.command = ["python", "-m", "benchmarks.suite", *typed]
@@ -297,7 +306,9 @@ def _run(options: argparse.Namespace) -> int:
     path = options.results / f"{options.suite}.json"
     write_results(data, path)
     failed = [run for run in data["runs"] if run["error"]]
-    print(f"{path}: {len(data['runs']) - len(failed)} runs, {len(failed)} failed; next: python -m benchmarks.suite report")
+    print(
+        f"{path}: {len(data['runs']) - len(failed)} runs, {len(failed)} failed; next: python -m benchmarks.suite report"
+    )
     return 1 if failed else 0
 
 
