@@ -228,6 +228,8 @@ def _curves(runs: Sequence[dict[str, Floats]]) -> dict[str, Any]:
             if y in (x, "iteration", "network_calls", "seconds"):
                 continue
             values = np.stack([first_crossing(run[x], run[y], grid) for run in runs])
+            if np.isnan(values).all():
+                continue
             low, high = bootstrap([values], draws=CURVE_DRAWS)
             found.setdefault(x, {})[y] = {"x": grid, "value": iqm(values), "low": low, "high": high}
     return found

@@ -72,7 +72,8 @@ def table(comparison: Comparison) -> str:
             "below the optimum": figure(row.gap, ".3f"),
             "held-out prompts": figure(row.held_out, ".3f"),
             f"P(> {REFERENCE})": figure(row.better, ".2f"),
-            "setting": ", ".join(f"{name} {value:g}" for name, value in row.setting.items()) or "–",
+            "setting": ", ".join(f"{name.removesuffix('_range')} {value:g}" for name, value in row.setting.items())
+            or "–",
             "seconds": figure(row.seconds, ".1f"),
         }
         for name, cell in cells.items():
