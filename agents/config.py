@@ -232,11 +232,16 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
 }
 
 
-def make_config(preset: str, agent: str | None = None) -> TrainConfig:
+def make_config(preset: str, agent: str | None = None, rows: int | None = None) -> TrainConfig:
     """A preset's configuration, with another agent in the place of its own.
 
     The agent comes with its published settings, but for what the preset says of the optimizer, the step weighting and
-    the averaging; the number of episodes per iteration stays.
+    the averaging, and with the largest group up to its own that divides the episodes.
+
+    Args:
+        preset: a name in `PRESETS`.
+        agent: a name in `AGENTS`, or ``module:class``; default: the preset's.
+        rows: episodes per iteration; default: the preset's.
 
     Raises:
         ValueError: no such preset or agent.
@@ -244,13 +249,14 @@ def make_config(preset: str, agent: str | None = None) -> TrainConfig:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; {suggest(preset, PRESETS)}")
     config = PRESETS[preset]()
-    if agent is None or agent == name_of(config.agent):
-        return config
-    old, new = config.agent, find_agent(agent).config_type()
+    old = config.agent
+    rows = rows or config.prompts_per_iteration * old.group_size
+    if agent is None or agent == name_of(old):
+        return dataclasses.replace(config, prompts_per_iteration=rows // old.group_size)
+    new = find_agent(agent).config_type()
     for name in ("lr", "step_weighting", "ema_decay"):
         if hasattr(new, name) and not (agent == "tempflow" and name == "step_weighting"):
             setattr(new, name, getattr(old, name, getattr(new, name)))
-    rows = config.prompts_per_iteration * old.group_size
     group = max(n for n in range(1, new.group_size + 1) if rows % n == 0)
     new.group_size = group
     return dataclasses.replace(config, agent=new, prompts_per_iteration=rows // group)

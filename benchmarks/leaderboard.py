@@ -72,7 +72,10 @@ def table(comparison: Comparison) -> str:
             "below the optimum": figure(row.gap, ".3f"),
             "held-out prompts": figure(row.held_out, ".3f"),
             f"P(> {REFERENCE})": figure(row.better, ".2f"),
-            "setting": ", ".join(f"{name.removesuffix('_range')} {value:g}" for name, value in row.setting.items())
+            "setting": ", ".join(
+                f"{name.removesuffix('_range').removesuffix('_per_rollout')} {value:g}"
+                for name, value in row.setting.items()
+            )
             or "–",
             "seconds": figure(row.seconds, ".1f"),
         }

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 
-from agents import config as presets
 from agents.checkpoint import write_atomically
 from agents.cli import main as denoise_env
-from agents.config import TrainConfig
+from agents.config import TrainConfig, as_dict, make_config
 from agents.progress import progress
 from agents.report import read_csv
 from agents.train import train
@@ -39,7 +38,8 @@ class Run:
     Attributes:
         preset: as in ``denoise-env list``.
         agent: likewise.
-        overrides: setting → value on top of the preset, with a dot for the agent's own ("agent.lr").
+        overrides: setting → value on top of the preset, with a dot for the agent's own ("agent.lr"); "rows" is the
+            number of episodes per iteration.
         prompts: trained and evaluated on, instead of the configuration's.
         held_out: prompts (a named set or file) to evaluate after training too.
     """
@@ -56,8 +56,10 @@ class Run:
         Raises:
             AttributeError: there is no such setting.
         """
-        config = presets.make_config(self.preset, self.agent)
+        config = make_config(self.preset, self.agent, self.overrides.get("rows"))
         for name, value in self.overrides.items():
+            if name == "rows":
+                continue
             path, _, attribute = name.rpartition(".")
             owner = getattr(config, path) if path else config
             getattr(owner, attribute)  # refuses an unknown setting
@@ -67,7 +69,7 @@ class Run:
     @property
     def key(self) -> str:
         """The hash that names its directory."""
-        whole = [self.agent, dataclasses.asdict(self.config()), self.prompts, self.held_out]
+        whole = [as_dict(self.config()), self.prompts, self.held_out]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -129,8 +131,7 @@ def work(directory: Path) -> None:
             path = directory / "prompts.txt"
             write_atomically(path, "\n".join(run.prompts))
             config.prompts = config.eval_prompts = str(path)
-        if not (directory / "export").exists():
-            train(config, directory, resume=(directory / "config.json").exists(), report=False)
+        train(config, directory, resume=(directory / "config.json").exists(), report=False)
         held_out = {}
         if run.held_out:
             arguments = ["eval", str(directory), "--prompts", run.held_out, "--json", str(directory / "held_out.json")]

@@ -5,7 +5,7 @@
 
 A network call is the forward of one row; forward and backward count as three. For every agent and environment
 the same number of settings is searched under the same budget, on a seed and evaluation noise of its own: learning
-rates × clip ranges for an agent with a clip, as many learning rates for one without. The setting with the highest
+rates × clips for an agent with a clip, as many learning rates for one without. The setting with the highest
 final evaluation reward then runs on seeds 0, 1, … . Each run is a process, cached in ``build/benchmarks`` and never
 repeated; a run that fails is reported and does not stop the others. A data file holds what its command asked for.
 """
@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents import config as presets
 from agents.checkpoint import write_atomically
+from agents.config import AGENTS
 from agents.seeding import generator
 from benchmarks.runs import Run, curve, execute, held_out
 from denoise_env.naming import suggest
@@ -35,8 +35,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS, BUILD = REPOSITORY / "benchmarks" / "results", REPOSITORY / "build" / "benchmarks"
 SEARCH_SEED, SEARCH_EVAL_SEED = 1000, 4321
 """Of the search's training and of its evaluation noise; the runs' are 0, 1, … and the preset's."""
-UNTUNED = ("base", "zero-lr", "best-of-n")
-"""Agents without a learning rate to search."""
+UNTUNED = ("base", "zero-lr", "best-of-n", "shuffled-reward")
+"""Controls that do not learn: nothing to search."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ class Suite:
         seeds: runs per agent and environment.
         trials: search trials per agent and environment; 0 takes the preset's settings.
         lr: the lowest and highest learning rate searched, the others log-spaced between.
-        clip_factors: searched clip ranges, relative to the agent's own default.
+        clips: searched for agents with a clip: (updates per rollout, clip range relative to the agent's default).
+            In the only update of a rollout every ratio is 1 and no clip binds; two updates make no more network calls.
+        strengths: searched instead for agents with such a setting: factors of the agent's default.
         agents: which; empty: all there are.
         pooled: part of the table over all environments.
     """
@@ -83,13 +85,28 @@ class Suite:
     seeds: int
     trials: int
     lr: tuple[float, float]
-    clip_factors: tuple[float, ...] = (1.0, 100.0)
+    clips: tuple[tuple[int, float], ...] = ((1, 1.0), (2, 100.0))
+    strengths: dict[str, tuple[float, float]] = field(
+        default_factory=lambda: {"beta": (1.0, 0.01), "temperature": (1.0, 0.25)}
+    )
     agents: tuple[str, ...] = ()
     pooled: bool = True
 
 
-_POINTS = {"device": "cpu", "eval_every": 5, "eval_kl": True}
-_SHAPES = {"device": "cpu", "eval_every": 10, "eval_kl": True, "eval_images_per_prompt": 32}
+_POINTS = {"device": "cpu", "eval_points": 8, "eval_kl": True}
+_SHAPES = {
+    "device": "cpu",
+    "rows": 64,
+    "microbatch": 64,
+    "agent.ema_decay": 0.9,
+    "eval_points": 4,
+    "eval_kl": True,
+    "eval_images_per_prompt": 32,
+}
+_SHAPES_AGENTS = (
+    *("base", "best-of-n", "zero-lr", "shuffled-reward"),
+    *("grpo", "ddpo-sf", "ddpo-is", "dpok", "ppo", "rloo", "rwr", "nft", "dpo"),
+)
 _SHAPES_SEARCH = {"eval_prompts": "shapes", "eval_images_per_prompt": 8}  # not on the held-out prompts
 
 
@@ -106,10 +123,11 @@ SUITES = {
         "a tiny Stable Diffusion, evaluated on held-out prompts: hours",
         {"shapes": Environment("shapes", _SHAPES, _SHAPES_SEARCH)},
         "shapes",
-        100 * 128 * 28,
+        60 * 64 * 28,
         seeds=3,
         trials=4,
-        lr=(3e-5, 3e-4),
+        lr=(1e-4, 4e-4),
+        agents=_SHAPES_AGENTS,
     ),
     "prompt-growth": Suite(
         "Shapes as the set of training prompts grows, evaluated on those prompts: hours",
@@ -123,10 +141,10 @@ SUITES = {
             for n in (1, 10, len(TRAIN))
         },
         "shapes",
-        100 * 128 * 28,
+        60 * 64 * 28,
         seeds=3,
         trials=4,
-        lr=(3e-5, 3e-4),
+        lr=(1e-4, 4e-4),
         agents=("base", "grpo", "ddpo-sf", "ddpo-is"),
         pooled=False,
     ),
@@ -137,28 +155,38 @@ def grid(suite: Suite, environment: Environment, agent: str) -> list[dict[str, f
     """The settings to search, as overrides; empty for an agent that has none.
 
     Raises:
-        ValueError: the trials cannot be divided among the clip ranges.
+        ValueError: the trials cannot be divided among the clips.
     """
     if agent in UNTUNED:
         return []
-    config = Run(environment.preset, agent, environment.overrides).config().agent
-    clips: list[dict[str, float]] = [{}]
-    if hasattr(config, "clip_range"):
-        clips = [{"agent.clip_range": _round(config.clip_range * factor)} for factor in suite.clip_factors]
-    if suite.trials % len(suite.clip_factors):
-        raise ValueError(f"trials must be a multiple of the {len(suite.clip_factors)} clip ranges, not {suite.trials}")
-    rates = np.geomspace(*suite.lr, suite.trials // len(clips))
-    return [{"agent.lr": _round(lr), **clip} for lr in rates for clip in clips]
+    if suite.trials % len(suite.clips):
+        raise ValueError(f"trials must be a multiple of {len(suite.clips)}, not {suite.trials}")
+    config = Run(environment.preset, agent, environment.overrides).config()
+    others: list[dict[str, float]] = [{}]
+    if hasattr(config.agent, "clip_range") and not AGENTS[agent].on_policy:
+        rows = config.prompts_per_iteration * config.agent.group_size
+        others = [
+            {
+                "agent.updates_per_rollout": updates,
+                "agent.clip_range": _round(config.agent.clip_range * factor),
+                "microbatch": min(config.microbatch or rows, rows // updates),
+            }
+            for updates, factor in suite.clips
+        ]
+    for name, factors in suite.strengths.items():
+        if hasattr(config.agent, name):
+            others = [{f"agent.{name}": _round(getattr(config.agent, name) * factor)} for factor in factors]
+    rates = np.geomspace(*suite.lr, suite.trials // len(others))
+    return [{"agent.lr": _round(lr), **other} for lr in rates for other in others]
 
 
-def make_run(
-    suite: Suite, environment: Environment, agent: str, seed: int, setting: dict[str, float], search: bool = False
-) -> Run:
+def make_run(suite: Suite, where: str, agent: str, seed: int, setting: dict[str, float], search: bool = False) -> Run:
     """One training run; a search trial evaluates before and after only, with noise of its own."""
+    environment = suite.environments[where]
     overrides = {**environment.overrides, **setting, "seed": seed, "network_budget": suite.budget}
     overrides["iterations"] = suite.budget  # never reached: an iteration costs more than one call
     if search:
-        overrides |= {"eval_every": 0, "eval_kl": False, "eval_seed": SEARCH_EVAL_SEED, **environment.search}
+        overrides |= {"eval_points": 1, "eval_kl": False, "eval_seed": SEARCH_EVAL_SEED, **environment.search}
     prompts: tuple[str, ...] = ()
     if environment.prompts:
         order = torch.randperm(len(TRAIN), generator=generator(seed, "prompt growth")).tolist()
@@ -168,31 +196,28 @@ def make_run(
 
 def run_suite(name: str, suite: Suite, jobs: int, build: Path, command: Sequence[str]) -> dict[str, Any]:
     """Search, run, and collect what ``results/<name>.json`` holds."""
-    pairs = [(where, agent) for where in suite.environments for agent in suite.agents or presets.AGENTS]
+    pairs = [(where, agent) for where in suite.environments for agent in suite.agents or AGENTS]
+    settings = {pair: grid(suite, suite.environments[pair[0]], pair[1]) for pair in pairs}
     trials = {
-        (where, agent, i): make_run(suite, suite.environments[where], agent, SEARCH_SEED, setting, search=True)
-        for where, agent in pairs
-        for i, setting in enumerate(grid(suite, suite.environments[where], agent))
+        (where, agent): [make_run(suite, where, agent, SEARCH_SEED, setting, search=True) for setting in found]
+        for (where, agent), found in settings.items()
     }
-    errors = execute(list(trials.values()), build, jobs, f"{name}: search")
-    searched = [
-        _record(suite, where, agent, run, build, errors.get(run.key)) for (where, agent, _), run in trials.items()
-    ]
-    runs, failed = [], []
-    for where, agent in pairs:
-        found = [record for record in searched if (record["environment"], record["agent"]) == (where, agent)]
-        best = max((r for r in found if r["curve"]), key=lambda r: r["curve"]["reward"][-1] or -np.inf, default=None)
-        setting = {f"agent.{key}": value for key, value in best["setting"].items()} if best else {}
-        for seed in range(suite.seeds):
-            run = make_run(suite, suite.environments[where], agent, seed, setting)
-            if found and not best:
-                failed.append(
-                    _record(suite, where, agent, run, build, f"no search trial finished: {found[-1]['error']}")
-                )
-            else:
-                runs.append((where, agent, run))
+    errors = execute([run for found in trials.values() for run in found], build, jobs, f"{name}: search")
+    searched, records, runs = [], [], []
+    for pair, tried in trials.items():
+        found = [_record(suite, *pair, run, build, errors.get(run.key)) for run in tried]
+        searched += found
+        finals = [record["curve"]["reward"][-1] if record["curve"] else None for record in found]
+        best = max(range(len(finals)), key=lambda i: -np.inf if finals[i] is None else finals[i], default=None)
+        setting = settings[pair][best] if best is not None else {}
+        planned = [(*pair, make_run(suite, *pair, seed, setting)) for seed in range(suite.seeds)]
+        if found and all(record["error"] for record in found):
+            error = f"every search trial failed, the last with: {found[-1]['error']}"
+            records += [_record(suite, *run, build, error) for run in planned]
+        else:
+            runs += planned
     errors = execute([run for _, _, run in runs], build, jobs, f"{name}: runs")
-    records = [_record(suite, where, agent, run, build, errors.get(run.key)) for where, agent, run in runs] + failed
+    records += [_record(suite, where, agent, run, build, errors.get(run.key)) for where, agent, run in runs]
     return {
         "suite": name,
         "command": shlex.join(command),
@@ -259,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="run | report")
     listing = "\n".join(
-        f"  {name:<14} {suite.description}; {len(suite.agents or presets.AGENTS)} agents, {suite.seeds} seeds, "
+        f"  {name:<14} {suite.description}; {len(suite.agents or AGENTS)} agents, {suite.seeds} seeds, "
         f"{suite.trials} trials, {suite.budget:,} calls"
         for name, suite in SUITES.items()
     )
@@ -298,8 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     for agent in options.agents or ():
-        if agent not in presets.AGENTS:
-            raise ValueError(f"unknown agent {agent!r}; {suggest(agent, presets.AGENTS)}")
+        if agent not in AGENTS:
+            raise ValueError(f"unknown agent {agent!r}; {suggest(agent, AGENTS)}")
     changes = {key: getattr(options, key) for key in ("agents", "seeds", "budget", "trials")}
     suite = dataclasses.replace(SUITES[options.suite], **{k: v for k, v in changes.items() if v is not None})
     data = run_suite(options.suite, suite, options.jobs, options.build, options.command)
