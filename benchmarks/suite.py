@@ -126,7 +126,7 @@ SUITES = {
         60 * 64 * 28,
         seeds=3,
         trials=4,
-        lr=(1e-4, 4e-4),
+        lr=(1e-4, 3e-4),
         agents=_SHAPES_AGENTS,
     ),
     "prompt-growth": Suite(
@@ -144,7 +144,7 @@ SUITES = {
         60 * 64 * 28,
         seeds=3,
         trials=4,
-        lr=(1e-4, 4e-4),
+        lr=(1e-4, 3e-4),
         agents=("base", "grpo", "ddpo-sf", "ddpo-is"),
         pooled=False,
     ),

@@ -1,4 +1,5 @@
 import csv
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from PIL import Image
 from agents.evaluate import bootstrap, evaluate, grid, sample
 from agents.policy import DenoisingPolicy
 from agents.report import headline
+from agents.rollout import collect
 from agents.seeding import epoch_order, row_seeds
+from denoise_env.mdp import row_generators
 
 
 def test_the_interval_covers_as_often_as_it_says():
@@ -83,3 +86,40 @@ def test_the_headline_is_the_first_and_the_last_evaluation(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     assert headline(rows) == [("a", rows[0], rows[2])]
+
+
+def test_kl_and_diversity_are_those_of_their_definitions(points):
+    policy = DenoisingPolicy(points)
+    points.model.keep_reference()
+    prompts = ["ring", "line"]
+    assert evaluate(points, policy, prompts, 8, seed=3, kl=True).kl == 0
+    with torch.no_grad():
+        for p in points.model.network.parameters():
+            p.add_(0.05)
+    found = evaluate(points, policy, prompts, 8, seed=3, kl=True, microbatch=8)
+    generators = row_generators(row_seeds(3, "evaluation", 0, 16))
+    rollout = collect(points, policy, generators, prompts, group_size=8)
+    conditioning, total = rollout.conditioning[rollout.row], 0.0
+    for k in range(9):
+        x = rollout.steps["latents"][:, k]
+        with torch.no_grad(), points.model.reference():
+            reference = policy.transition(x, k, conditioning).mean
+        with torch.no_grad():
+            gap = policy.transition(x, k, conditioning).mean - reference
+        total += (gap.square().sum(1) / (2 * policy.kernel.stds[k] ** 2)).mean()
+    assert found.kl == pytest.approx(float(total), rel=1e-4)
+    final = rollout.final_latents.view(2, 8, 2)
+    assert found.diversity == pytest.approx(final.var(1).mean(1).sqrt().mean().item(), rel=1e-5)
+    assert np.isnan(evaluate(points, policy, prompts, 8, seed=3).kl)
+
+
+def test_the_best_of_n_by_the_reward_that_counts(points):
+    policy = DenoisingPolicy(points)
+    points.rewards["other"] = lambda images, prompts, metadata: -images[:, 0]
+    points.reward_weights = {"points": 1.0, "other": 0.0}
+    found = evaluate(points, policy, ["ring", "line"], 6, seed=3, best_of=4, kl=True)
+    latents, index = sample(points, policy, ["ring", "line"], 24, seed=3)
+    scores = points.score(latents, index).values["points"]
+    assert found.means["points"] == pytest.approx(scores.view(-1, 4).amax(1).mean().item())
+    assert found.images == 12
+    assert found.kl == pytest.approx(math.log(4) - 3 / 4)
