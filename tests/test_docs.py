@@ -1,5 +1,6 @@
 """The pages in docs/ are followed to the letter."""
 
+import inspect
 import os
 import re
 import shutil
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from agents.config import AGENTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,3 +54,11 @@ def test_the_shortest_agent_is_the_one_to_copy():
         if "(TrajectoryAgent)" in path.read_text() and "name =" in path.read_text()
     }
     assert min(lengths, key=lengths.__getitem__) == "rloo.py"
+
+
+def test_agent_files_are_short_and_have_no_loop_of_their_own():
+    for agent in AGENTS.values():
+        text = Path(inspect.getfile(agent)).read_text()
+        assert len(text.splitlines()) <= 200
+        for foreign in ("collect(", "denoise(mdp", "optimizer.step", ".backward(", ".cuda(", "progress", "wandb"):
+            assert foreign not in text, (agent.name, foreign)
