@@ -20,6 +20,7 @@ from agents.final_samples import (
     RewardNormalisation,
     check_groups,
     mean_square,
+    precise,
 )
 from agents.rollout import Rollout
 
@@ -65,8 +66,8 @@ class AWM(FinalSampleAgent):
         examples = super().examples(rollout, iteration)
         if self.config.updates_per_rollout * self.config.epochs == 1:
             return examples
-        old = torch.empty(examples.shape)
-        size = self.microbatch or len(examples)
+        old = torch.empty(examples.shape, dtype=precise(rollout.final_latents).dtype)
+        size = self.microbatch or len(examples) // self.config.updates_per_rollout  # as `update` calls the network
         with torch.no_grad():
             for start in range(0, len(examples), size):
                 chunk = examples[start : start + size]
@@ -75,7 +76,7 @@ class AWM(FinalSampleAgent):
                     noisy, target = self.noised(
                         rollout.final_latents[chunk["row"][:, j]], chunk["step"][:, j], chunk["noise"][:, j]
                     )
-                    output = self.policy.predict(noisy, chunk["step"][:, j], conditioning)
+                    output = self.predict(noisy, chunk["step"][:, j], conditioning)
                     old[start : start + size, j] = -mean_square(output - target)
         return examples.set("old", old)
 

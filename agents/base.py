@@ -240,8 +240,8 @@ class Agent(ABC):
                 "the gradient is not finite: lower the learning rate, use dtype fp32, or look for a reward that "
                 "explodes"
             )
-        if len(self.modules):
-            torch.nn.utils.clip_grad_norm_(self.modules.parameters(), self.config.max_grad_norm)
+        if others := list(self.modules.parameters()):
+            torch.nn.utils.clip_grad_norm_(others, self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:

@@ -51,15 +51,16 @@ class DPO(FinalSampleAgent):
             raise ValueError(f"{self.name} needs at least two prompts for a loser's caption to differ")
 
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Rows of ``winner`` and ``loser`` ``[P]``, and whether the pair ``counts``: both scored, one better."""
-        size = self.group_size
+        """Rows of ``winner`` and ``loser`` ``[P]``, and whether the pair ``counts``: one is better."""
+        size, device = self.group_size, rollout.scores.total.device
         total = rollout.scores.total.view(-1, size).nan_to_num(nan=-torch.inf)
-        order = total.argsort(stable=True, dim=1, descending=True)
-        pairs = 1 if self.config.pairing == "best_worst" else size // 2
-        offset = torch.arange(len(total), device=total.device)[:, None] * size
-        winner, loser = (offset + order)[:, :pairs].flatten(), (offset + order.flip(1))[:, :pairs].flatten()
+        order = total.argsort(stable=True, dim=1, descending=True)  # the unscored come last
+        first = torch.arange(1 if self.config.pairing == "best_worst" else size // 2, device=device)
+        last = rollout.scores.valid.view(-1, size).sum(1, keepdim=True) - 1 - first
+        sides = order[:, : len(first)], order.gather(1, last.clamp(min=0))
+        winner, loser = ((torch.arange(len(total), device=device)[:, None] * size + side).flatten() for side in sides)
         scores = total.flatten()
-        counts = (scores[winner] > scores[loser]) & rollout.scores.valid[winner] & rollout.scores.valid[loser]
+        counts = (last > first).flatten() & (scores[winner] > scores[loser])
         return {"row": winner, "loser": loser, "counts": counts}
 
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:

@@ -92,7 +92,8 @@ def evaluate(
         seed: of the noise; not the training run's.
         microbatch: rows per network call; it does not change the noise.
         progress: for a progress bar.
-        best_of: draw so many samples for every image and keep the one with the highest total reward.
+        best_of: draw so many samples for every image and keep the one with the highest total of those rewards that
+            have a weight.
         kl: measure the trajectories' KL to the reference, which the model must have kept; twice the network calls.
             For ``best_of`` N it is log N − (N − 1)/N, the exact KL of the best of N where no two rewards are equal.
     """
@@ -117,7 +118,8 @@ def evaluate(
             mdp, policy, chunk, drawn, seed, microbatch, first * drawn, add_kl if kl and best_of == 1 else None
         )
         scores = mdp.score(latents, index)
-        ranked = scores.total.nan_to_num(nan=-torch.inf).view(-1, best_of)
+        trained = [w * scores.values[name] for name, w in mdp.reward_weights.items() if w] or [scores.total]
+        ranked = torch.stack(trained).sum(0).nan_to_num(nan=-torch.inf).view(-1, best_of)
         kept = ranked.argmax(1) + torch.arange(0, len(latents), best_of, device=latents.device)
         for name, found in scores.values.items():
             values[name].append(found[kept].cpu().view(len(chunk), images_per_prompt))

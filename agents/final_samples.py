@@ -29,7 +29,7 @@ class NoisedBatch:
 
     Attributes:
         x0: ``[N, *latent]``, the samples.
-        noisy: ``[N, *latent]``, x_t = α x0 + σ ε.
+        noisy: ``[N, *latent]``, x_t = α x0 + σ ε, as the network saw it.
         step: ``[N]``, whose alpha, sigma and timestep.
         output: ``[N, *latent]``, the network's, with gradient.
         target: ``[N, *latent]``, the output that would be right for x0 and ε.
@@ -86,8 +86,9 @@ class FinalSampleAgent(Agent):
         return TensorDict({"step": step, "noise": noise.to(policy.model.device)}, batch_size=(rows, times))
 
     def noised(self, x0: Tensor, step: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t and the right output at ``step [N]``, both like ``x0 [N, *latent]``."""
-        schedule, kind = self.policy.mdp.schedule, self.policy.model.prediction_type
+        """x_t, in the storage dtype of ``x0 [N, *latent]``, and the right output, at ``step [N]``."""
+        schedule, kind, stored = self.policy.mdp.schedule, self.policy.model.prediction_type, x0.dtype
+        x0 = precise(x0)
         shape = (-1, *[1] * (x0.ndim - 1))
         alpha, sigma = (t[step.cpu()].to(x0).view(shape) for t in (schedule.alphas, schedule.sigmas))
         noise = noise.to(x0)
@@ -97,7 +98,11 @@ class FinalSampleAgent(Agent):
             "v_prediction": lambda: alpha * noise - sigma * x0,
             "flow_prediction": lambda: noise - x0,
         }[kind]()
-        return alpha * x0 + sigma * noise, target
+        return (alpha * x0 + sigma * noise).to(stored), target
+
+    def predict(self, noisy: Tensor, step: Tensor, conditioning: TensorDict) -> Tensor:
+        """The network's output: in bf16 the losses, which are differences of it, would be lost in rounding."""
+        return precise(self.policy.predict(noisy, step, conditioning))
 
     def evaluate(
         self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict
@@ -118,9 +123,14 @@ class FinalSampleAgent(Agent):
         reference = None
         if self.needs_reference:
             with torch.no_grad(), self.policy.model.reference():
-                reference = self.policy.predict(noisy, examples["step"], conditioning)
-        output = self.policy.predict(noisy, examples["step"], conditioning)
+                reference = self.predict(noisy, examples["step"], conditioning)
+        output = self.predict(noisy, examples["step"], conditioning)
         return NoisedBatch(x0, noisy, examples["step"], output, target, reference, examples, conditioning)
+
+
+def precise(x: Tensor) -> Tensor:
+    """``x`` in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def mean_square(x: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class NFT(FinalSampleAgent):
         """As in `FinalSampleAgent.denoise`; the sampling weights' output joins the examples."""
         noisy, _ = self.noised(x0, examples["step"], examples["noise"])
         with torch.no_grad(), self.weights(self.old):
-            old = self.policy.predict(noisy, examples["step"], conditioning)
+            old = self.predict(noisy, examples["step"], conditioning)
         return super().denoise(x0, examples.copy().set("old", old), conditioning)
 
     def loss(self, batch: NoisedBatch) -> tuple[Tensor, dict[str, Tensor]]:

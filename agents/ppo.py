@@ -1,7 +1,9 @@
 """PPO with a critic (Schulman et al. 2017, arXiv:1707.06347) on the denoising MDP.
 
-The reward comes after the last step; with ``kl_reward`` every step costs β KL(π_old ‖ π_ref) besides. With δ_k = r_k +
-γ V_{k+1} − V_k the advantages are GAE's (Schulman et al. 2015, arXiv:1506.02438, eq. 16), whitened over the rollout,
+The reward comes after the last step; with ``kl_reward`` every step costs β (ℓ_old − ℓ_ref) of its action besides, whose
+mean is KL(π_old ‖ π_ref). (The KL itself would not do: the same for every action, it is no reason to choose another.)
+With δ_k = r_k + γ V_{k+1} − V_k the advantages are GAE's (Schulman et al. 2015, arXiv:1506.02438, eq. 16), whitened
+over the rollout,
 
     A_k = Σ_j (γλ)^j δ_{k+j},      L = mean max( −A ρ, −A clip(ρ, 1 ± ε) ) + c (V − (A_k + V_k))².
 
@@ -65,8 +67,7 @@ class PPO(GRPO):
                 f"{self.name} has one critic for the weighted sum of the rewards: reward_aggregation "
                 'must be "advantages"'
             )
-        self.needs_means = self.config.kl_reward > 0
-        self.needs_reference = self.needs_reference or self.needs_means
+        self.needs_reference = self.needs_reference or self.config.kl_reward > 0
 
     def make_modules(self) -> dict[str, nn.Module]:
         """The critic."""
@@ -88,24 +89,23 @@ class PPO(GRPO):
         rewards = torch.zeros_like(rollout.steps["action_log_prob"])
         rewards[:, -1] = rollout.scores.total
         if self.config.kl_reward:
-            rewards -= self.config.kl_reward * self.reference_kl(rollout)
+            rewards -= self.config.kl_reward * self.reference_log_ratio(rollout)
         return rewards
 
     @torch.no_grad()
-    def reference_kl(self, rollout: Rollout) -> Tensor:
-        """KL(π_old ‖ π_ref) ``[B, K]`` of a rollout's stochastic steps, 0 at the others; one network call each."""
-        kl = torch.zeros_like(rollout.steps["action_log_prob"])
+    def reference_log_ratio(self, rollout: Rollout) -> Tensor:
+        """ℓ_old − ℓ_ref ``[B, K]`` of a rollout's actions, 0 at deterministic steps; one network call per other step."""
+        found = torch.zeros_like(rollout.steps["action_log_prob"])
         size = self.microbatch or len(rollout)
         with self.policy.model.reference():
             for start in range(0, len(rollout), size):
                 rows = slice(start, start + size)
                 conditioning = rollout.conditioning[rollout.row[rows]]
                 for k in rollout.kernel.stochastic.nonzero().flatten().tolist():
-                    latents = rollout.steps["latents"][rows, k]
-                    reference = self.policy.transition(latents, k, conditioning, rollout.kernel)
-                    old = type(reference)(rollout.steps["mean"][rows, k], reference.std)
-                    kl[rows, k] = old.kl(reference, self.policy.reduction).to(kl)
-        return kl
+                    step = rollout.steps[rows, k]
+                    reference = self.policy.transition(step["latents"], k, conditioning, rollout.kernel)
+                    found[rows, k] = step["action_log_prob"] - self.policy.log_prob(reference, step["action"]).to(found)
+        return found
 
     def gae(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Advantages before whitening and the critic's targets, both ``[B, K]``; 0 where there is no score."""

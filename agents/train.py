@@ -71,7 +71,8 @@ def build(config: TrainConfig) -> Experiment:
     names = ("height", "width", "dtype", "lora_rank", "lora_alpha", "gradient_checkpointing", "guidance_scale")
     chosen = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)}
     rows = config.prompts_per_iteration * config.agent.group_size
-    microbatch = min(config.microbatch or rows, rows)
+    update = max(1, rows // max(1, config.agent.updates_per_rollout))  # what one update has at most
+    microbatch = min(config.microbatch or update, update)
     mdp = DenoisingMDP.make(
         config.model,
         config.rewards or None,

@@ -1,0 +1,268 @@
+"""Advantages and targets against numbers computed by hand."""
+
+import dataclasses
+import math
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+
+from agents.advantages import PromptTracker, group_advantages, leave_one_out, whiten
+from agents.config import AGENTS
+from agents.policy import DenoisingPolicy
+from agents.rollout import collect
+from denoise_env.mdp import Scores, row_generators
+
+
+def scored(agent, total, prompts=("ring", "line"), **more):
+    """A rollout with made-up rewards; NaN is a row that could not be scored."""
+    mdp, total = agent.policy.mdp, torch.tensor(total)
+    group = len(total) // len(prompts)
+    rollout = collect(mdp, agent.policy, row_generators(range(len(total))), prompts, group_size=group)
+    scores = Scores({"points": total}, total, total.isfinite(), {})
+    return dataclasses.replace(rollout, scores=scores, **more)
+
+
+def make(points, name, **config):
+    return AGENTS[name](DenoisingPolicy(points), AGENTS[name].config_type(**{"group_size": 4, **config}))
+
+
+# --- DDPO's tracker ---
+
+
+class Published:
+    """DDPO's tracker: a deque per prompt, in numpy."""
+
+    def __init__(self, size, minimum):
+        self.size, self.minimum, self.stats = size, minimum, {}
+
+    def update(self, prompts, rewards):
+        found = np.empty_like(rewards)
+        for prompt in np.unique(prompts):
+            own = rewards[prompts == prompt]
+            self.stats.setdefault(prompt, deque(maxlen=self.size)).extend(own)
+            known = self.stats[prompt] if len(self.stats[prompt]) >= self.minimum else rewards
+            found[prompts == prompt] = (own - np.mean(known)) / (np.std(known) + 1e-6)
+        return found
+
+
+@pytest.mark.parametrize(("size", "minimum", "batch"), [(16, 16, 10), (16, 16, 64), (5, 3, 7), (1, 1, 3), (4, 4, 40)])
+def test_the_tracker_is_ddpos(size, minimum, batch):
+    """Over many batches, so that the buffers fill, wrap around and overflow in one batch."""
+    tracker, published = PromptTracker(3, size, minimum), Published(size, minimum)
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        prompts, rewards = rng.integers(0, 3, batch), rng.normal(size=batch).astype(np.float32)
+        expected = published.update(prompts, rewards.astype(np.float64))
+        valid = torch.ones(batch, dtype=torch.bool)
+        found = tracker.normalise(torch.tensor(rewards), valid, torch.tensor(prompts))
+        torch.testing.assert_close(found.double(), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    for prompt, known in published.stats.items():
+        count = int(tracker.count[prompt])
+        assert tracker.values[prompt, :count].tolist() == pytest.approx(list(known))
+
+
+def test_the_tracker_by_hand():
+    tracker = PromptTracker(2, size=3, min_count=2)
+    valid = torch.tensor([True, True, False])
+    first = tracker.normalise(torch.tensor([1.0, 2.0, torch.nan]), valid, torch.tensor([0, 1, 1]))
+    # one reward each: the batch's mean 1.5 and std 0.5
+    assert first.tolist() == pytest.approx([-1, 1, 0], abs=1e-5)
+    second = tracker.normalise(torch.tensor([3.0, 5.0]), torch.ones(2, dtype=torch.bool), torch.tensor([0, 0]))
+    std = math.sqrt((4 + 0 + 4) / 3)  # of 1, 3, 5
+    assert second.tolist() == pytest.approx([0, 2 / std], abs=1e-5)
+    third = tracker.normalise(torch.tensor([7.0]), torch.ones(1, dtype=torch.bool), torch.tensor([0]))
+    assert third.tolist() == pytest.approx([2 / std], abs=1e-5)  # of 3, 5, 7: the 1 is forgotten
+    assert tracker.values[0].tolist() == [3, 5, 7]
+    assert tracker.count.tolist() == [3, 1]
+
+
+def test_equal_rewards_have_no_advantage_in_the_tracker():
+    tracker = PromptTracker(1, 4, 2)
+    assert tracker.normalise(torch.full((4,), 0.1), torch.ones(4, dtype=torch.bool), torch.zeros(4).long()).abs().max() < 1e-6
+
+
+# --- Others ---
+
+
+def test_leave_one_out():
+    values = torch.tensor([1.0, 2.0, 6.0, torch.nan, 5.0, torch.nan, torch.nan, torch.nan])
+    found = leave_one_out(values, values.isfinite(), 4)
+    assert found.tolist() == pytest.approx([1 - 4, 2 - 3.5, 6 - 1.5, 0, 0, 0, 0, 0])
+    values = torch.rand(12)
+    scaled = (values.view(3, 4) - values.view(3, 4).mean(1, keepdim=True)) * 4 / 3  # G/(G − 1) times the gap
+    torch.testing.assert_close(leave_one_out(values, values.isfinite(), 4), scaled.flatten())
+
+
+def test_whiten():
+    values = torch.tensor([[1.0, 2.0], [torch.nan, 6.0]])
+    valid = values.isfinite()
+    std = math.sqrt((4 + 1 + 9) / 2)
+    assert whiten(values, valid).flatten().tolist() == pytest.approx([-2 / std, -1 / std, 0, 3 / std])
+    assert whiten(torch.full((5,), 0.1), torch.ones(5, dtype=torch.bool)).abs().max() == 0
+    assert whiten(values, torch.zeros(2, 2, dtype=torch.bool)).abs().max() == 0
+
+
+def test_the_batchs_std_leaves_unscored_rows_out():
+    values = torch.tensor([0.0, 2.0, torch.nan, 1.0, torch.nan, torch.nan, 3.0, 5.0, 10.0])
+    found = group_advantages(values, values.isfinite(), 3, "batch", 1e-4)
+    std = math.sqrt((1 + 1 + 0 + (9 + 1 + 16)) / (1 + 0 + 2))
+    assert found.tolist() == pytest.approx([g / (std + 1e-4) for g in (-1, 1, 0, 0, 0, 0, -3, -1, 4)], abs=1e-6)
+
+
+# --- PPO ---
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.0), (0.9, 0.7), (0.0, 0.5)])
+def test_gae_is_the_double_sum(points, gamma, lam):
+    agent = make(points, "ppo", gamma=gamma, gae_lambda=lam)
+    rollout = scored(agent, [0.3, 0.9, 0.1, 0.5, 2.0, torch.nan, -1.0, 0.0])
+    rows, steps = rollout.steps.batch_size
+    torch.manual_seed(0)
+    values = torch.rand(rows, steps)
+    rewards = torch.zeros(rows, steps)
+    rewards[:, -1] = rollout.scores.total
+    agent.critic.values = lambda policy, rollout: values
+    advantages, returns = agent.gae(rollout)
+    valid = rollout.scores.valid
+    after = torch.cat([values[:, 1:], torch.zeros(rows, 1)], 1)
+    for k in range(steps):
+        expected = sum(
+            (gamma * lam) ** (j - k) * (rewards[:, j] + gamma * after[:, j] - values[:, j]) for j in range(k, steps)
+        )
+        torch.testing.assert_close(advantages[valid, k], expected[valid], rtol=1e-4, atol=1e-5)
+    if gamma == lam == 1:
+        torch.testing.assert_close(advantages[valid], (rollout.scores.total[:, None] - values)[valid])
+    torch.testing.assert_close(returns[valid], (advantages + values)[valid])
+    assert (advantages[~valid] == 0).all()
+    assert torch.equal(returns[~valid], values[~valid])  # no error to learn from
+
+
+def test_ppos_critic_reads_the_state_at_its_own_step(points):
+    agent = make(points, "ppo")
+    torch.nn.init.normal_(agent.critic.output.weight)
+    rollout = scored(agent, [0.0] * 8)
+    table = agent.critic.values(agent.policy, rollout)
+    pooled = torch.nn.functional.one_hot(rollout.prompt_index, 6).float()
+    for k in (0, 4, 9):
+        one = agent.critic(rollout.steps["latents"][:, k], torch.full((8,), k), pooled)
+        torch.testing.assert_close(table[:, k], one.detach())
+    assert len({round(float(v), 6) for v in table.flatten()}) == table.numel()
+
+
+def test_ppos_kl_reward_pulls_towards_the_base_model():
+    """E[∇ surrogate] of the KL reward alone is ∇KL, at a single step too, where the KL itself would give 0."""
+    from denoise_env.mdp import DenoisingMDP
+
+    mdp = DenoisingMDP.make("points-flow", num_steps=2)  # one stochastic step
+    policy = DenoisingPolicy(mdp, "flow_sde", reduction="sum")
+    kind = AGENTS["ppo"].config_type
+    config = kind(kl_reward=0.5, timestep_fraction=1.0, max_grad_norm=1e9, gae_lambda=1.0, advantage_clip=1e9)
+    agent = AGENTS["ppo"](policy, config)
+    with torch.no_grad():
+        agent.parameters[-1].add_(torch.tensor([0.4, -0.3]))
+    rows = 4000
+    rollout = collect(mdp, policy, row_generators(range(rows)), ["ring"] * rows, **agent.rollout_options(1))
+    total = torch.zeros(rows)
+    rollout = dataclasses.replace(rollout, scores=Scores({"points": total}, total, total == 0, {}))
+    raw, _ = agent.gae(rollout)
+    kl = 0.5 * policy.kernel.transition(
+        rollout.steps["latents"][:, 0], torch.tensor([[0.4, -0.3]]).expand(rows, 2), 0
+    ).kl(policy.kernel.transition(rollout.steps["latents"][:, 0], torch.zeros(rows, 2), 0), "sum").mean()
+    assert raw[:, 0].mean().item() == pytest.approx(-kl.item(), rel=0.1)
+    gradient = []
+    agent.parameters[-1].register_hook(lambda g: gradient.append(g.clone()))
+    agent.update(rollout, 1)
+    scale = float(raw.std())
+    # KL = |c Δ|²/(2k²) with Δ the bias, so that ∇KL = 2 KL Δ/|Δ|²
+    shift = torch.tensor([0.4, -0.3])
+    expected = 2 * kl * shift / shift.square().sum() / scale
+    torch.testing.assert_close(sum(gradient), expected, rtol=0.15, atol=0.0)
+
+
+# --- Final samples ---
+
+
+def test_rwrs_weights_average_to_one(points):
+    agent = make(points, "rwr", temperature=0.5)
+    rollout = scored(agent, [0.3, 0.9, 0.1, 0.5, 0.0, torch.nan, 1.0, 0.7])
+    weight = agent.targets(rollout)["weight"]
+    kept = [0.3, 0.9, 0.1, 0.5, 0.0, 1.0, 0.7]
+    raw = [math.exp(r / 0.5) for r in kept]
+    assert weight[rollout.scores.valid].tolist() == pytest.approx([7 * x / sum(raw) for x in raw], rel=1e-5)
+    assert weight[rollout.scores.valid].mean().item() == pytest.approx(1, rel=1e-5)
+    assert weight[5] == 0
+    plain = make(points, "rwr", temperature=0.5, normalise=False).targets(rollout)["weight"]
+    assert plain[[0, 5]].tolist() == pytest.approx([math.exp(0.6), 0])
+    huge = dataclasses.replace(rollout, scores=Scores({}, torch.tensor([900.0, 901.0] * 4), torch.ones(8) > 0, {}))
+    assert agent.targets(huge)["weight"].isfinite().all()
+    none = scored(agent, [torch.nan] * 8)
+    assert agent.targets(none)["weight"].tolist() == [0] * 8
+
+
+@pytest.mark.parametrize("clip", [0.5, 5.0])
+def test_nfts_q_lies_between_0_and_1(points, clip):
+    agent = make(points, "nft", advantage_clip=clip)
+    rollout = scored(agent, [0.25, 0.30, 0.28, 0.35, 1.0, torch.nan, 1.0, 1.0])
+    q = agent.targets(rollout)["q"]
+    published = [-1.07061939, 0.11895771, -0.35687313, 1.30853481]
+    expected = [min(max(a, -clip), clip) / (2 * clip) + 0.5 for a in published]
+    assert q.tolist() == pytest.approx([*expected, 0.5, 0.5, 0.5, 0.5], abs=1e-6)
+
+
+def test_nfts_sampling_weights_follow_and_roll_out(points):
+    agent = make(points, "nft", old_decay_slope=0.3, old_decay=0.5, lr=1e-2)
+    old = [p.detach().clone() for p in agent.parameters]
+    for iteration, decay in ((1, 0.3), (2, 0.5), (3, 0.5)):
+        figures = agent.update(scored(agent, [0.25, 0.30, 0.28, 0.35, 1.0, 0.2, 0.7, 0.5]), iteration)
+        assert figures["old_decay"] == pytest.approx(decay)
+        old = [decay * a + (1 - decay) * p.detach() for a, p in zip(old, agent.parameters, strict=True)]
+        torch.testing.assert_close(agent.old, old)
+    trained = [p.detach().clone() for p in agent.parameters]
+    with agent.rollout_weights():
+        torch.testing.assert_close([p.detach() for p in agent.parameters], old)
+    assert all(torch.equal(p, q) for p, q in zip(agent.parameters, trained, strict=True))
+    assert not torch.equal(trained[-1], old[-1])
+
+
+def test_draws_visit_every_noise_level_before_any_twice(points):
+    for count in (1, 6, 10, 13, 20):
+        agent = make(points, "rwr", draws_per_sample=count)
+        draws = agent.draws(64, 2)
+        assert draws["step"].shape == (64, count)
+        assert draws["noise"].shape == (64, count, 2)
+        for row in draws["step"].tolist():
+            times = [row.count(k) for k in range(10)]
+            assert max(times) - min(times) <= 1
+        assert torch.equal(draws["step"], agent.draws(64, 2)["step"])
+        assert not torch.equal(draws["noise"], agent.draws(64, 3)["noise"])
+
+
+# --- Two rewards ---
+
+
+@pytest.mark.parametrize("log_ratio", [0.0, 0.5, -0.5])
+@pytest.mark.parametrize(("a", "b"), [(1.0, 2.0), (-1.0, -2.0), (2.0, -1.0), (-2.0, 1.0), (1.0, -1.0)])
+def test_losses_and_advantages_differ_where_signs_differ_and_the_clip_binds(points, a, b, log_ratio):
+    from tensordict import TensorDict
+
+    from agents.trajectory import Batch
+
+    points.rewards = {"a": points.rewards["points"], "b": points.rewards["points"]}
+    points.reward_weights = {"a": 0.7, "b": 1.4}
+    found = {}
+    for aggregation in ("advantages", "losses"):
+        agent = make(points, "grpo", clip_range=0.1, reward_aggregation=aggregation)
+        entries = {"advantage of a": torch.tensor([0.7 * a]), "advantage of b": torch.tensor([1.4 * b])}
+        examples, zero = TensorDict(entries, batch_size=1), torch.zeros(1)
+        total = torch.tensor([0.7 * a + 1.4 * b])
+        batch = Batch(None, torch.tensor([log_ratio]), zero, total, zero.long(), zero, zero, examples=examples)
+        found[aggregation] = agent.loss(batch)[0].item()
+    rho = math.exp(log_ratio)
+    cut = min(max(rho, 0.9), 1.1)
+    assert found["advantages"] == pytest.approx(max(-total.item() * rho, -total.item() * cut), rel=1e-5)
+    parts = [max(-x * rho, -x * cut) for x in (0.7 * a, 1.4 * b)]
+    assert found["losses"] == pytest.approx(sum(parts), rel=1e-5)
+    differ = a * b < 0 and log_ratio != 0
+    assert (abs(found["advantages"] - found["losses"]) > 1e-4) == differ

@@ -1,0 +1,386 @@
+"""Contracts that hold for every agent: ratio, resume, command line, configuration, refusals, controls, learning."""
+
+import csv
+import dataclasses
+import json
+import typing
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agents import cli, train
+from agents.config import AGENTS, TrainConfig, make_config, name_of
+from agents.policy import DenoisingPolicy
+from agents.rollout import collect
+from agents.seeding import row_seeds
+from agents.train import build
+from agents.train import train as run
+from agents.trajectory import TrajectoryAgent
+from agents.window import Windowed
+from denoise_env.mdp import DenoisingMDP, row_generators
+
+EVERY = sorted(AGENTS)
+TRAINING = [name for name in EVERY if name not in ("base", "best-of-n", "zero-lr", "shuffled-reward")]
+RATIO = [name for name in EVERY if issubclass(AGENTS[name], TrajectoryAgent)]
+SEVERAL = [name for name in TRAINING if not AGENTS[name].on_policy]
+TIMING = {"seconds", "images_per_second"}
+
+
+def settings(name, **changes):
+    """An agent's configuration, of those changes that it knows."""
+    kind = AGENTS[name].config_type
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{key: value for key, value in changes.items() if key in known})
+
+
+def tiny(name, changes=None, **options):
+    """A run of well under a second."""
+    several = {"updates_per_rollout": 2, "epochs": 2} if name in SEVERAL else {}
+    small = {"group_size": 4, "lr": 3e-3, "ema_decay": 0.5, "window_size": 2, "window_every": 1, "kl_coef": 0.01}
+    small |= {"kl_reward": 0.01, "critic_width": 8, "tracker_size": 6, "tracker_min_count": 6, "draws_per_sample": 3}
+    agent = settings(name, **{**small, "old_decay_slope": 0.2, **several, **(changes or {})})
+    base = TrainConfig(
+        model="points",
+        agent=agent,
+        iterations=4,
+        prompts_per_iteration=2,
+        microbatch=None,
+        checkpoint_every=2,
+        eval_every=2,
+        eval_images_per_prompt=2,
+        num_steps=5,
+    )
+    return dataclasses.replace(base, **options)
+
+
+# --- The ratio ---
+
+
+def first_ratios(agent, rollout):
+    """The ratios of an update's first optimizer step."""
+    evaluate, found, stepped = agent.evaluate, [], []
+
+    def recording(*arguments):
+        loss, figures = evaluate(*arguments)
+        if not stepped:
+            found.append(figures["ratio"].detach().clone())
+        return loss, figures
+
+    agent.evaluate = recording
+    handle = agent.optimizer.register_step_post_hook(lambda *_: stepped.append(1))
+    agent.update(rollout, 1)
+    handle.remove()
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("model", ["points", "points-flow"])
+@pytest.mark.parametrize("share_prefix", [False, True])
+@pytest.mark.parametrize("name", [*RATIO, "awm"])
+def test_the_first_ratio_is_one(name, share_prefix, model):
+    """Exactly; but for rounding, where network calls are shared."""
+    changes = {"share_prefix": share_prefix, "shared_noise": True, "timestep_fraction": 1.0}
+    experiment = build(tiny(name, changes, model=model))
+    agent, policy = experiment.agent, experiment.policy
+    options = agent.rollout_options(1)
+    rollout = collect(experiment.mdp, policy, row_generators(range(8)), ["ring", "line"], **options)
+    ratio = first_ratios(agent, rollout)
+    if share_prefix and name != "awm":
+        assert (ratio - 1).abs().max() < 1e-5
+    else:
+        assert (ratio == 1).all()
+    assert len(ratio) >= 4
+
+
+@pytest.mark.parametrize("name", ["grpo-guard", "ppo", "awm", "flow-dppo", "mix-grpo"])
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_the_first_ratio_is_one_in_bf16(make_shapes, name, microbatch):
+    mdp = make_shapes(dtype="bf16")
+    several = {"updates_per_rollout": 2, "share_prefix": False, "group_size": 4, "window_size": 2}
+    agent = AGENTS[name](DenoisingPolicy(mdp), settings(name, **several, draws_per_sample=2), microbatch=microbatch)
+    options = {**agent.rollout_options(1), "microbatch": microbatch or 4}
+    rollout = collect(mdp, agent.policy, row_generators(range(8)), mdp.prompts.texts[:2], **options)
+    assert (first_ratios(agent, rollout) == 1).all()
+
+
+@pytest.mark.parametrize("name", ["rwr", "nft", "awm", "dpo"])
+def test_final_samples_losses_are_float32_in_bf16(make_shapes, name):
+    """bf16's steps near 1 are 1/128 wide: DPO's β of 2000 would make them 8."""
+    mdp = make_shapes(dtype="bf16")
+    agent = AGENTS[name](DenoisingPolicy(mdp), settings(name, group_size=4, draws_per_sample=1, updates_per_rollout=1))
+    rollout = collect(mdp, agent.policy, row_generators(range(4)), mdp.prompts.texts[:1], group_size=4)
+    examples = agent.examples(rollout, 1)
+    with torch.no_grad():
+        for p in agent.parameters:  # away from the reference, by less than bf16 resolves in a mean square of about 1
+            p.mul_(1.001)
+    loss, figures = agent.evaluate(rollout, examples[:, 0], agent.conditioning(rollout, examples))
+    for value in (loss, *figures.values()):
+        assert value.dtype == torch.float32
+        coarse = value.detach().bfloat16().float()
+        assert torch.equal(value, value.round()) or not torch.equal(coarse, value.detach())
+
+
+# --- Resuming ---
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return [{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(file)]
+
+
+def assert_same_run(one, other):
+    for name in ("metrics.csv", "eval.csv"):
+        assert table(one / name) == table(other / name)
+    kept = sorted(path.name for path in (one / "checkpoints").iterdir())
+    assert kept == sorted(path.name for path in (other / "checkpoints").iterdir())
+    for name in kept:
+        a, b = (load_file(run / "checkpoints" / name / "state.safetensors") for run in (one, other))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        metas = [json.loads((run / "checkpoints" / name / "meta.json").read_text()) for run in (one, other)]
+        assert metas[0]["network_calls"] == metas[1]["network_calls"]
+    return load_file(one / "checkpoints" / kept[-1] / "state.safetensors")
+
+
+def stop_and_resume(config, directory, monkeypatch, stop):
+    """A run that is interrupted in iteration ``stop``, and continued."""
+    iterate = train._iterate
+
+    def stopping(experiment, iteration):
+        if iteration == stop:
+            raise KeyboardInterrupt
+        return iterate(experiment, iteration)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_iterate", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, directory, report=False)
+    return run(config, directory, resume=True, report=False)
+
+
+REMEMBERED = {"nft": "old.0", "ppo": "modules.critic.", "dpok": "modules.critic.", "ddpo-is": "modules.tracker 0.values"}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_resumed_run_equals_the_run_that_never_stopped(name, tmp_path, monkeypatch):
+    config = tiny(name, eval_kl=True)
+    whole = run(config, tmp_path / "whole", report=False)
+    tensors = assert_same_run(whole, stop_and_resume(config, tmp_path / "stopped", monkeypatch, stop=4))
+    assert any(key.startswith("average.") for key in tensors)
+    if name in REMEMBERED:
+        assert any(key.startswith(REMEMBERED[name]) for key in tensors)
+    rows = table(whole / "metrics.csv")
+    assert [row["iteration"] for row in rows] == ["1", "2", "3", "4"]
+    assert not any(row[key] == "nan" for row in rows for key in row)
+    changed = tensors["weights.residual.4.bias"].abs().max() > 0
+    assert bool(changed) == (name not in ("base", "best-of-n", "zero-lr"))
+
+
+@pytest.mark.parametrize("name", ["grpo", "nft", "mix-grpo", "ppo", "base"])
+@pytest.mark.parametrize("stop", [2, 3])
+def test_a_budgeted_run_resumes_exactly(name, stop, tmp_path, monkeypatch):
+    calls = int(table(run(tiny(name, iterations=1), tmp_path / "one", report=False) / "metrics.csv")[0]["network_calls"])
+    budget = 4 * calls + 1
+    config = tiny(name, network_budget=budget, eval_points=3, iterations=50, checkpoint_every=1)
+    whole = run(config, tmp_path / "whole", report=False)
+    spent = [int(row["network_calls"]) for row in table(whole / "metrics.csv")]
+    assert spent[-1] >= budget > spent[-2]
+    assert spent[0] == calls
+    evaluated = [int(row["network_calls"]) for row in table(whole / "eval.csv")]
+    parts = [calls * 3 // budget for calls in [0, *spent]]
+    due = [n for n, before, now in zip(spent, parts, parts[1:], strict=False) if now > before]
+    assert evaluated == [0, *due]
+    assert_same_run(whole, stop_and_resume(config, tmp_path / "stopped", monkeypatch, stop))
+
+
+# --- The command line ---
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_agent_trains_from_the_command_line(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "write_report", lambda directory: None)
+    flags = ["--iterations", "1", "--num-steps", "5", "--eval-images-per-prompt", "2", "--prompts-per-iteration", "2"]
+    flags += ["--agent.group-size", "4", "--output-dir", str(tmp_path / "run")]
+    assert cli.main(["train", "--preset", "points", "--agent", name, *flags]) == 0
+    assert "evaluation prompts, mean reward 'points'" in capsys.readouterr().out
+    assert name_of(cli.run_config(tmp_path / "run").agent) == name
+
+
+def changed(config):
+    """Every field with another value of its type."""
+    hints = typing.get_type_hints(type(config))
+    other = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, bool):
+            other[field.name] = not value
+        elif isinstance(value, str):
+            other[field.name] = next(x for x in typing.get_args(hints[field.name]) if x != value)
+        elif isinstance(value, tuple):
+            other[field.name] = tuple(v / 2 for v in value)
+        else:
+            other[field.name] = value + 1 if isinstance(value, int) else value / 3 + 0.01
+    return type(config)(**other)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_agents_configuration_survives_its_file(name, tmp_path):
+    for preset in ("shapes", "points"):
+        config = make_config(preset, name)
+        assert name_of(config.agent) == name
+        for agent in (config.agent, changed(config.agent)):
+            full = dataclasses.replace(config, agent=agent)
+            (tmp_path / "config.json").write_text(json.dumps(train.as_dict(full)))
+            assert cli.run_config(tmp_path) == full
+
+
+@pytest.mark.parametrize("preset", ["shapes", "points"])
+@pytest.mark.parametrize("name", EVERY)
+def test_every_agent_fits_its_presets(name, preset):
+    """With as many episodes an iteration as the preset's own agent."""
+    config = make_config(preset, name)
+    experiment = build(config)
+    own = make_config(preset)
+    rows = config.prompts_per_iteration * experiment.agent.group_size
+    assert rows == own.prompts_per_iteration * own.agent.group_size
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_updates_need_no_smaller_microbatch(name):
+    """A microbatch is bounded by what one update has."""
+    experiment = build(dataclasses.replace(make_config("points", name), microbatch=None))
+    rows = experiment.config.prompts_per_iteration * experiment.agent.group_size
+    agent = dataclasses.replace(experiment.config.agent, updates_per_rollout=2)
+    assert build(dataclasses.replace(experiment.config, agent=agent)).agent.microbatch == rows // 2
+    assert build(dataclasses.replace(experiment.config, agent=agent, microbatch=1000)).agent.microbatch == rows // 2
+
+
+# --- Refusals ---
+
+NEEDS_DENSITY = [name for name in EVERY if AGENTS[name].needs_density]
+
+
+@pytest.mark.parametrize("name", NEEDS_DENSITY)
+def test_agents_that_need_log_probs_refuse_the_ode(name, tmp_path):
+    for options in ({"kernel": "ode"}, {"eta": 0.0}):
+        with pytest.raises(ValueError, match=rf"{name} needs log-probs.*use a stochastic one.*nft, awm, rwr, dpo"):
+            run(tiny(name, **options), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", sorted(set(EVERY) - set(NEEDS_DENSITY)))
+def test_the_others_learn_from_the_ode(name, tmp_path):
+    directory = run(tiny(name, kernel="ode", iterations=1), tmp_path / "run", report=False)
+    assert len(table(directory / "metrics.csv")) == 1
+
+
+GROUPS = ["grpo", "flow-grpo", "flow-grpo-fast", "mix-grpo", "tempflow", "grpo-guard", "flow-dppo", "rloo"]
+GROUPS += ["nft", "awm", "dpo", "dcpo", "zero-lr", "shuffled-reward"]
+POSITIVE = {
+    "grpo": ["clip_range", "advantage_clip", "max_grad_norm", "updates_per_rollout", "epochs"],
+    "ddpo-is": ["tracker_size", "tracker_min_count"],
+    "mix-grpo": ["window_stride", "window_every"],
+    "nft": ["strength", "advantage_clip", "draws_per_sample"],
+    "awm": ["clip_range", "advantage_clip"],
+    "rwr": ["temperature"],
+    "dpo": ["beta"],
+    "best-of-n": ["n"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        *((name, {"group_size": 1}, "group_size must be at least 2, not 1") for name in GROUPS),
+        *(
+            (name, {key: many}, "on-policy.*must be 1.*grpo, ppo, ddpo-is")
+            for name in ("ddpo-sf", "dpok", "rloo")
+            for key, many in (("updates_per_rollout", 2), ("epochs", 3))
+        ),
+        *((name, {"critic_width": 0}, "needs a critic.*must be positive.*do without one") for name in ("ppo", "dpok")),
+        ("ppo", {"critic_lr": 0.0}, "needs a critic"),
+        ("ppo", {"gamma": 1.5}, r"gamma and gae_lambda must lie in \[0, 1\]"),
+        ("ppo", {"gae_lambda": 1.01}, r"gamma and gae_lambda must lie in \[0, 1\]"),
+        ("ppo", {"reward_aggregation": "losses"}, "one critic"),
+        *(
+            (name, {"window_size": size}, f"between 1 and the 4 trainable steps.*not {size}: use a smaller window")
+            for name in ("mix-grpo", "flow-grpo-fast", "tempflow")
+            for size in (0, 5, 6)
+        ),
+        ("ddpo-is", {"tracker_min_count": 7}, "tracker_min_count=7 is never reached.*tracker_size=6"),
+        ("ddpo-sf", {"tracker_min_count": 7}, "tracker_min_count=7 is never reached"),
+        ("nft", {"old_decay": 1.0}, r"old_decay must lie in \[0, 1\)"),
+        *((name, {key: 0}, f"{key} must be positive, not 0") for name, keys in POSITIVE.items() for key in keys),
+        *((name, {"lr": float("nan")}, "lr must be a finite number") for name in EVERY if name != "zero-lr"),
+        *((name, {"ema_decay": 1.0}, "ema_decay must lie in") for name in EVERY),
+        ("dpok", {"kl_coef": -1.0}, "kl_coef must be a finite number ≥ 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(name, changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(tiny(name, changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_caption_needs_a_second_prompt(tmp_path):
+    (tmp_path / "one.txt").write_text("ring\n")
+    with pytest.raises(ValueError, match="at least two prompts"):
+        run(tiny("dcpo", prompts=str(tmp_path / "one.txt")), tmp_path / "run")
+
+
+# --- Controls ---
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_without_a_learning_rate_nothing_changes(name):
+    experiment = build(tiny(name, {"lr": 0.0, "weight_decay": 0.1}))
+    before = [p.detach().clone() for p in experiment.agent.parameters]
+    for iteration in (1, 2):
+        train._iterate(experiment, iteration)
+    assert all(torch.equal(a, b) for a, b in zip(before, experiment.agent.parameters, strict=True))
+
+
+@pytest.mark.parametrize("name", ["base", "best-of-n", "zero-lr"])
+def test_controls_change_nothing_whatever_their_learning_rate(name):
+    experiment = build(tiny(name, {"lr": 1.0}))
+    before = [p.detach().clone() for p in experiment.agent.parameters]
+    for iteration in (1, 2):
+        figures = train._iterate(experiment, iteration)
+        assert figures["network_calls"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(before, experiment.agent.parameters, strict=True))
+    assert figures.get("ratio_deviation", 0) == 0
+
+
+def final(name, seed=0, iterations=30, **changes):
+    """Mean final evaluation reward with its interval."""
+    config = make_config("points", name)
+    config = dataclasses.replace(
+        config, agent=dataclasses.replace(config.agent, **changes), seed=seed, eval_images_per_prompt=128
+    )
+    experiment = build(config)
+    for iteration in range(1, iterations + 1):
+        train._iterate(experiment, iteration)
+    with experiment.agent.evaluation_weights():
+        return measure(experiment)
+
+
+def measure(experiment):
+    found = train.evaluate(
+        experiment.eval_mdp, experiment.policy, experiment.eval_prompts, 128, 1234, best_of=experiment.agent.best_of
+    )
+    return found.means["points"], *found.intervals["points"]
+
+
+BASE = 0.256
+
+
+def test_a_shuffled_reward_does_not_improve_and_the_base_model_is_what_it_is():
+    assert final("base", iterations=1)[0] == pytest.approx(BASE, abs=2e-3)
+    mean, low, _ = final("shuffled-reward", iterations=25)
+    assert low < BASE
+    assert mean < BASE + 0.03
+
+
+def test_best_of_n_is_better_than_the_base():
+    _, low, _ = final("best-of-n", iterations=1)
+    assert low > 2 * BASE
