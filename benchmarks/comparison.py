@@ -120,9 +120,9 @@ def compare_all(results: Path) -> list[Comparison]:
 def compare(environment: str, data: dict[str, Any], frontier: "Frontier | None" = None) -> Comparison:
     """One environment's comparison."""
     runs = _finished(environment, data)
-    gains, starts = _gains(runs), _starts(runs)
-    base = float(np.mean([start["reward"] for start in starts.values()])) if starts else np.nan
-    ends = [np.nan_to_num(run["kl"]).max() for found in runs.values() for run in found]
+    every, gains = [run for own in runs.values() for run in own], _gains(runs)
+    base = float(np.mean([run["reward"][0] for run in every])) if every else np.nan
+    ends = [np.nan_to_num(run["kl"]).max() for run in every]
     furthest = [kl for kl in ends if kl > 0]
     level = float(f"{np.quantile(furthest, 0.25):.1g}") if furthest else np.nan
     grid = np.linspace(0, np.sqrt(max([1.0, *furthest])), 100) ** 2
@@ -140,7 +140,7 @@ def compare(environment: str, data: dict[str, Any], frontier: "Frontier | None" 
     records = [run for run in data["runs"] if run["environment"] == environment]
     for agent in dict.fromkeys(run["agent"] for run in records):
         own = [run for run in records if run["agent"] == agent]
-        comparison.rows.append(_row(comparison, own, runs.get(agent, []), starts, gains.get(agent), frontier))
+        comparison.rows.append(_row(comparison, own, runs.get(agent, []), gains.get(agent), frontier))
     comparison.rows.sort(key=_rank)
     return comparison
 
@@ -157,24 +157,9 @@ def _frontier(path: Path, model: str, kernel: str) -> "Frontier | None":
         return None
 
 
-def _starts(runs: dict[str, list[Curve]]) -> dict[int, dict[str, float]]:
-    """Seed → the base model's reward and diversity, as most agents find them; best-of-n starts from more."""
-    found: dict[int, list[Curve]] = {}
-    for run in (run for own in runs.values() for run in own):
-        found.setdefault(int(run["seed"]), []).append(run)
-    return {
-        seed: {name: float(np.median([run[name][0] for run in own])) for name in ("reward", "diversity")}
-        for seed, own in found.items()
-    }
-
-
 def _gains(runs: dict[str, list[Curve]]) -> dict[str, Floats]:
-    """Agent → ``[runs]``, how much more reward each run ends with than the base model has."""
-    starts = _starts(runs)
-    return {
-        agent: np.array([run["reward"][-1] - starts[int(run["seed"])]["reward"] for run in own])
-        for agent, own in runs.items()
-    }
+    """Agent → ``[runs]``, how much more reward each run ends with than the base model, its start, has."""
+    return {agent: np.array([run["reward"][-1] - run["reward"][0] for run in own]) for agent, own in runs.items()}
 
 
 def _rank(row: Row) -> float:
@@ -185,7 +170,6 @@ def _row(
     comparison: Comparison,
     records: Sequence[dict[str, Any]],
     runs: Sequence[Curve],
-    starts: dict[int, dict[str, float]],
     gains: Floats | None,
     frontier: "Frontier | None",
 ) -> Row:
@@ -194,8 +178,7 @@ def _row(
     row = Row(records[0]["agent"], len(runs), len(records) - len(runs), error, records[0]["setting"])
     if gains is None:
         return row
-    last = {name: np.array([run[name][-1] for run in runs]) for name in ("reward", "kl", "diversity", "seconds")}
-    diversity = [starts[int(run["seed"])]["diversity"] for run in runs]
+    last = {name: np.array([run[name][-1] for run in runs]) for name in ("reward", "kl", "seconds")}
     at_kl = np.concatenate([first_crossing(run["kl"], run["reward"], comparison.kl_level) for run in runs])
     calls = np.concatenate([first_crossing(run["reward"], run["network_calls"], comparison.target) for run in runs])
     held_out = [next(iter(record["held_out"].values())) for record in records if record["held_out"]]
@@ -207,7 +190,7 @@ def _row(
         reward_at_kl=estimate(at_kl) if 2 * reached_kl >= len(runs) else None,
         reached_kl=reached_kl,
         kl=float(iqm(last["kl"])),
-        diversity=float(iqm(last["diversity"] / diversity)),
+        diversity=float(iqm([run["diversity"][-1] / run["diversity"][0] for run in runs])),
         calls_to_target=censored_median(calls),
         reached_target=int(np.isfinite(calls).sum()),
         gap=float(iqm(frontier.distance(last["reward"], last["kl"]))) if frontier else None,
@@ -240,12 +223,12 @@ def _overall(pooled: Sequence[tuple[Comparison, dict[str, Floats]]]) -> Comparis
 
 
 def _finished(environment: str, data: dict[str, Any]) -> dict[str, list[Curve]]:
-    """Agent → the curves of its finished runs, with their seeds."""
+    """Agent → the curves of its finished runs."""
     found: dict[str, list[Curve]] = {}
     for run in data["runs"]:
         if run["environment"] == environment and run["curve"]:
             curve = {name: np.array(values, float) for name, values in run["curve"].items()}
-            found.setdefault(run["agent"], []).append({**curve, "seed": np.array(run["seed"])})
+            found.setdefault(run["agent"], []).append(curve)
     return found
 
 
@@ -257,7 +240,7 @@ def _curves(runs: Sequence[Curve]) -> dict[str, Any]:
             continue
         grid = np.unique(np.linspace(0, np.median(ends), POINTS))
         for y in runs[0]:
-            if y in (x, "iteration", "network_calls", "seconds", "seed"):
+            if y in (x, "iteration", "network_calls", "seconds"):
                 continue
             values = np.stack([first_crossing(run[x], run[y], grid) for run in runs])
             if np.isnan(values).all():

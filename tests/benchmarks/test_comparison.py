@@ -31,12 +31,12 @@ def test_a_row_by_hand(tmp_path):
     assert found.rows[1].better == (0, 0, 0)
 
 
-def test_gains_are_over_the_base_model_even_for_an_agent_that_starts_from_more(tmp_path):
-    best = [record("points", "best-of-n", seed, [0.5, 0.5, 0.5]) for seed in range(2)]
-    grpo = [record("points", "grpo", seed, [0.2, 0.3, 0.4]) for seed in range(2)]
-    row = comparisons(tmp_path, BASE + best + grpo)["points"].rows[0]
-    assert (row.agent, row.gain.value) == ("best-of-n", pytest.approx(0.3))
-    assert row.better == (1, 1, 1)
+def test_gains_are_over_each_runs_own_start(tmp_path):
+    grpo = [record("points", "grpo", seed, [start, start, start + 0.1]) for seed, start in enumerate((0.2, 0.6))]
+    ppo = [record("points", "ppo", seed, [start, start, start + 0.2]) for seed, start in enumerate((0.2, 0.6))]
+    row = comparisons(tmp_path, grpo + ppo)["points"].rows[0]
+    assert (row.agent, row.gain.value) == ("ppo", pytest.approx(0.2))
+    assert row.better == (1, 1, 1)  # not ¾, as between the rewards
 
 
 def test_an_undefined_kl_leaves_its_columns_empty(tmp_path):
