@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,11 +19,16 @@ from benchmarks.statistics import (
     probability_of_improvement,
 )
 
+if TYPE_CHECKING:
+    from benchmarks.optimum import Frontier
+
 REFERENCE = "grpo"
 """The agent that the others are compared with."""
 AXES = ("network_calls", "seconds", "kl")
 """What a curve can run over."""
 POINTS, CURVE_DRAWS = 31, 500
+Curve = dict[str, Floats]
+"""One run's evaluations, column by column."""
 OVERALL = "all environments"
 
 
@@ -83,7 +88,7 @@ class Comparison:
         kl_level: the KL at which rewards are compared; three quarters of the runs that move reach it.
         target: the reward to reach, half-way from the base model to the maximum of 1.
         curves: agent → x → y → "x", "value", "low", "high", up to where half of the agent's runs reach.
-        frontier: "kl" and the optimal "reward", where it was computed.
+        frontier: "kl" and the largest "reward" of Gaussian policies there, where it was computed.
     """
 
     environment: str
@@ -104,48 +109,57 @@ def compare_all(results: Path) -> list[Comparison]:
         data = json.loads(path.read_text())
         if "runs" not in data:
             continue
-        for environment in dict.fromkeys(run["environment"] for run in data["runs"]):
-            optimum = results / f"optimum-{environment}.json"
-            frontier = json.loads(optimum.read_text()) if optimum.exists() else None
-            found.append((compare(environment, data, frontier), gains(environment, data)))
-    pooled = [(c, gain) for c, gain in found if c.about["pooled"] and gain]
+        for environment, about in data["environments"].items():
+            comparison = compare(environment, data, _frontier(results / "optimum-points.json", **about))
+            if comparison.rows:
+                found.append((comparison, _gains(_finished(environment, data))))
+    pooled = [(c, gains) for c, gains in found if c.about["pooled"] and gains]
     return [c for c, _ in found] + ([_overall(pooled)] if len(pooled) > 1 else [])
 
 
-def gains(environment: str, data: dict[str, Any]) -> dict[str, Floats]:
-    """Agent → ``[runs]``, how much reward each finished run gained over its own start."""
-    return {
-        agent: np.array([run["reward"][-1] - run["reward"][0] for run in runs])
-        for agent, runs in _finished(environment, data).items()
-    }
-
-
-def compare(environment: str, data: dict[str, Any], frontier: dict[str, list[float]] | None) -> Comparison:
+def compare(environment: str, data: dict[str, Any], frontier: "Frontier | None" = None) -> Comparison:
     """One environment's comparison."""
     runs = _finished(environment, data)
-    every = [run for agent in runs.values() for run in agent]
+    every, gains = [run for own in runs.values() for run in own], _gains(runs)
     base = float(np.mean([run["reward"][0] for run in every])) if every else np.nan
-    furthest = np.array([np.nanmax(run["kl"]) for run in every if np.nanmax(np.nan_to_num(run["kl"])) > 0])
-    level = float(f"{np.quantile(furthest, 0.25):.1g}") if len(furthest) else np.nan
-    gain = gains(environment, data)
-    better = {a: {b: probability_of_improvement([gain[a]], [gain[b]]) for b in gain} for a in gain}
+    ends = [np.nan_to_num(run["kl"]).max() for run in every]
+    furthest = [kl for kl in ends if kl > 0]
+    level = float(f"{np.quantile(furthest, 0.25):.1g}") if furthest else np.nan
+    grid = np.linspace(0, np.sqrt(max([1.0, *furthest])), 100) ** 2
     comparison = Comparison(
         environment,
         {key: value for key, value in data.items() if key not in ("runs", "search")},
         [],
-        better,
+        {a: {b: probability_of_improvement([gains[a]], [gains[b]]) for b in gains} for a in gains},
         base,
         level,
         (1 + base) / 2,
         {agent: _curves(found) for agent, found in runs.items()},
-        frontier,
+        {"kl": grid.tolist(), "reward": frontier.reward_at(grid).tolist()} if frontier else None,
     )
     records = [run for run in data["runs"] if run["environment"] == environment]
     for agent in dict.fromkeys(run["agent"] for run in records):
         own = [run for run in records if run["agent"] == agent]
-        comparison.rows.append(_row(comparison, own, runs.get(agent, []), gain.get(agent)))
+        comparison.rows.append(_row(comparison, own, runs.get(agent, []), gains.get(agent), frontier))
     comparison.rows.sort(key=_rank)
     return comparison
+
+
+def _frontier(path: Path, model: str, kernel: str) -> "Frontier | None":
+    """The optimum of Gaussian policies, where it was computed for this model and kernel."""
+    if not path.exists():
+        return None
+    from benchmarks.optimum import load
+
+    try:
+        return load(model, kernel, "gaussian", path)["mean"]
+    except ValueError:
+        return None
+
+
+def _gains(runs: dict[str, list[Curve]]) -> dict[str, Floats]:
+    """Agent → ``[runs]``, how much more reward each run ends with than the base model, its start, has."""
+    return {agent: np.array([run["reward"][-1] - run["reward"][0] for run in own]) for agent, own in runs.items()}
 
 
 def _rank(row: Row) -> float:
@@ -153,32 +167,33 @@ def _rank(row: Row) -> float:
 
 
 def _row(
-    comparison: Comparison, records: Sequence[dict[str, Any]], runs: Sequence[dict[str, Floats]], gain: Floats | None
+    comparison: Comparison,
+    records: Sequence[dict[str, Any]],
+    runs: Sequence[Curve],
+    gains: Floats | None,
+    frontier: "Frontier | None",
 ) -> Row:
-    """From an agent's records, and the curves and gains of those that finished."""
+    """Of an agent's records, and of the curves and gains of those that finished."""
     error = next((record["error"] for record in records if record["error"]), None)
     row = Row(records[0]["agent"], len(runs), len(records) - len(runs), error, records[0]["setting"])
-    if gain is None:
+    if gains is None:
         return row
-    last = {name: np.array([run[name][-1] for run in runs]) for name in ("reward", "kl", "diversity", "seconds")}
+    last = {name: np.array([run[name][-1] for run in runs]) for name in ("reward", "kl", "seconds")}
     at_kl = np.concatenate([first_crossing(run["kl"], run["reward"], comparison.kl_level) for run in runs])
     calls = np.concatenate([first_crossing(run["reward"], run["network_calls"], comparison.target) for run in runs])
-    frontier = comparison.frontier
     held_out = [next(iter(record["held_out"].values())) for record in records if record["held_out"]]
     reached_kl, others = int(np.isfinite(at_kl).sum()), comparison.better[row.agent]
     return replace(
         row,
         reward=estimate(last["reward"]),
-        gain=estimate(gain),
+        gain=estimate(gains),
         reward_at_kl=estimate(at_kl) if 2 * reached_kl >= len(runs) else None,
         reached_kl=reached_kl,
         kl=float(iqm(last["kl"])),
-        diversity=float(iqm(last["diversity"] / np.array([run["diversity"][0] for run in runs]))),
+        diversity=float(iqm([run["diversity"][-1] / run["diversity"][0] for run in runs])),
         calls_to_target=censored_median(calls),
         reached_target=int(np.isfinite(calls).sum()),
-        gap=float(iqm(np.interp(last["kl"], frontier["kl"], frontier["reward"]) - last["reward"]))
-        if frontier
-        else None,
+        gap=float(iqm(frontier.distance(last["reward"], last["kl"]))) if frontier else None,
         held_out=estimate(held_out) if held_out else None,
         better=others.get(REFERENCE) if row.agent != REFERENCE else None,
         seconds=float(np.median(last["seconds"])),
@@ -207,9 +222,9 @@ def _overall(pooled: Sequence[tuple[Comparison, dict[str, Floats]]]) -> Comparis
     return Comparison(OVERALL, about, sorted(rows, key=_rank), better)
 
 
-def _finished(environment: str, data: dict[str, Any]) -> dict[str, list[dict[str, Floats]]]:
+def _finished(environment: str, data: dict[str, Any]) -> dict[str, list[Curve]]:
     """Agent → the curves of its finished runs."""
-    found: dict[str, list[dict[str, Floats]]] = {}
+    found: dict[str, list[Curve]] = {}
     for run in data["runs"]:
         if run["environment"] == environment and run["curve"]:
             curve = {name: np.array(values, float) for name, values in run["curve"].items()}
@@ -217,7 +232,7 @@ def _finished(environment: str, data: dict[str, Any]) -> dict[str, list[dict[str
     return found
 
 
-def _curves(runs: Sequence[dict[str, Floats]]) -> dict[str, Any]:
+def _curves(runs: Sequence[Curve]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for x in AXES:
         ends = np.array([run[x].max() for run in runs])

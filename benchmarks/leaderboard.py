@@ -140,7 +140,7 @@ def kl_figure(comparison: Comparison) -> Figure:
     drawing, axis = plt.subplots(figsize=(8, 5))
     for row in comparison.rows:
         curve = comparison.curves.get(row.agent, {}).get("kl", {}).get("reward")
-        if curve is None:
+        if curve is None or row.kl is None or row.reward is None:
             continue
         (line,) = axis.plot(curve["x"], curve["value"], lw=1, alpha=0.7)
         axis.plot(row.kl, row.reward.value, "o", color=line.get_color(), ms=4)

@@ -27,6 +27,7 @@ import torch
 from agents.checkpoint import write_atomically
 from agents.config import AGENTS
 from agents.seeding import generator
+from agents.train import build as build_run
 from benchmarks.runs import Run, curve, execute, held_out
 from denoise_env.naming import suggest
 from denoise_env.shapes import TRAIN
@@ -207,9 +208,8 @@ def run_suite(name: str, suite: Suite, jobs: int, build: Path, command: Sequence
     for pair, tried in trials.items():
         found = [_record(suite, *pair, run, build, errors.get(run.key)) for run in tried]
         searched += found
-        finals = [record["curve"]["reward"][-1] if record["curve"] else None for record in found]
-        best = max(range(len(finals)), key=lambda i: -np.inf if finals[i] is None else finals[i], default=None)
-        setting = settings[pair][best] if best is not None else {}
+        finals = [record["curve"]["reward"][-1] if record["curve"] else -np.inf for record in found]
+        setting = settings[pair][int(np.argmax(finals))] if finals else {}
         planned = [(*pair, make_run(suite, *pair, seed, setting)) for seed in range(suite.seeds)]
         if found and all(record["error"] for record in found):
             error = f"every search trial failed, the last with: {found[-1]['error']}"
@@ -223,6 +223,7 @@ def run_suite(name: str, suite: Suite, jobs: int, build: Path, command: Sequence
         "command": shlex.join(command),
         "versions": _versions(build, [run for _, _, run in runs]),
         **{key: getattr(suite, key) for key in ("description", "pooled", "budget", "seeds", "trials")},
+        "environments": {where: _about(suite, where) for where in suite.environments},
         "search": [_trial(record) for record in searched],
         "runs": records,
     }
@@ -233,7 +234,8 @@ def _record(suite: Suite, where: str, agent: str, run: Run, build: Path, error: 
     columns = None if error else curve(directory)
     if columns:
         columns["reward"] = columns.pop(suite.reward)
-    setting = {key.removeprefix("agent."): run.overrides[key] for key in run.overrides if key.startswith("agent.")}
+    own = [key for key in run.overrides if key.startswith("agent.") and key not in suite.environments[where].overrides]
+    setting = {key.removeprefix("agent."): run.overrides[key] for key in own}
     return {
         "environment": where,
         "agent": agent,
@@ -245,6 +247,12 @@ def _record(suite: Suite, where: str, agent: str, run: Run, build: Path, error: 
     }
 
 
+def _about(suite: Suite, where: str) -> dict[str, str]:
+    """What an environment's computed optimum goes by."""
+    config = make_run(suite, where, "base", 0, {}).config()
+    return {"model": config.model, "kernel": build_run(config).policy.kernel.name}
+
+
 def _trial(record: dict[str, Any]) -> dict[str, Any]:
     """A search trial's record: of its curve the end alone."""
     end = {name: values[-1] for name, values in (record["curve"] or {}).items()}
@@ -254,9 +262,11 @@ def _trial(record: dict[str, Any]) -> dict[str, Any]:
 
 def _versions(build: Path, runs: Sequence[Run]) -> dict[str, str]:
     """Of the packages, from the first run that has them, and of this repository."""
+    found: dict[str, str] = {}
     files = [build / run.key / "versions.json" for run in runs]
-    found = next((json.loads(file.read_text()) for file in files if file.exists()), {})
-    found.pop("command", None)
+    for file in [file for file in files if file.exists()][:1]:
+        found = json.loads(file.read_text())
+        del found["command"]
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True)
     return {**found, "revision": git.stdout.strip() or "unknown"}
 

@@ -1,8 +1,6 @@
-import json
-
 import browser
 import pytest
-from results import record, write
+from results import record, write, write_optimum
 
 from benchmarks.page import write_page
 
@@ -21,7 +19,7 @@ def page(tmp_path_factory):
         write(
             results / f"{environment}.json", [*runs, record(environment, "</script>", 0, None, error="it <b>broke</b>")]
         )
-    (results / "optimum-points.json").write_text(json.dumps({"kl": [0, 2, 4], "reward": [0.2, 0.8, 1.0]}))
+    write_optimum(results)
     return write_page(results).as_uri()
 
 
