@@ -115,7 +115,7 @@ _SHAPES_SEARCH = {"eval_prompts": "shapes", "eval_images_per_prompt": 8}  # not 
 def _points(model: str, text: str) -> Suite:
     # 40 iterations of GRPO: 96 rows · (10 forwards + 6 steps · 3)
     environments = {model: Environment("points", {**_POINTS, "model": model})}
-    return Suite(text, environments, "points", 40 * 96 * 28, seeds=10, trials=6, lr=(1e-3, 1e-2))
+    return Suite(text, environments, "points", 40 * 96 * 28, seeds=10, trials=6, lr=(2.5e-3, 4e-2))
 
 
 SUITES = {
