@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export MPLBACKEND := Agg
 
-.PHONY: help setup demo test lint type format bench pretrain clean
+.PHONY: help setup demo test lint type format bench leaderboard pretrain clean
 
 help:  ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,10 @@ format: setup  ## let ruff fix and format
 
 bench: setup  ## throughput against the bare network
 	$(BIN)/python -m benchmarks.throughput
+
+leaderboard: setup  ## every agent, every suite, then tables, figures and the page: hours; resumes where it stopped
+	for suite in points points-flow shapes prompt-growth; do $(BIN)/python -m benchmarks.suite run $$suite --jobs 2; done
+	$(BIN)/python -m benchmarks.suite report
 
 pretrain: setup  ## make the tiny Stable Diffusion from nothing, into build/shapes
 	$(BIN)/python -m denoise_env.shapes.pretrain --out build/shapes

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agents.config import AGENTS, PRESETS, TrainConfig, as_dict, make_config
+from agents.config import AGENTS, PRESETS, TrainConfig, as_dict, find_agent, make_config
 from denoise_env.models import world
 
 _RESUMABLE = {
@@ -153,7 +153,7 @@ def _train(arguments: Sequence[str]) -> int:
         chosen.preset = chosen.preset or _preset_of(rest)
         agent, rest = _agent_of(rest)
         config = parse_config(rest, make_config(chosen.preset, agent))
-        name = f"{chosen.preset}-{agent}" if agent else chosen.preset
+        name = f"{chosen.preset}-{agent}".replace(":", "-") if agent else chosen.preset
         directory = Path(config.output_dir) if config.output_dir else _free(Path(f"runs/{name}-seed{config.seed}"))
     from agents.report import headline, read_csv
     from agents.train import train
@@ -216,7 +216,7 @@ def run_config(directory: Path) -> TrainConfig:
     if not (directory / "config.json").is_file():
         raise ValueError(f"there is no run in {directory} (no config.json)")
     agent, rest = _agent_of(read_config(str(directory / "config.json")))
-    return parse_config(rest, TrainConfig(agent=AGENTS[agent or "grpo"].config_type()))
+    return parse_config(rest, TrainConfig(agent=find_agent(agent or "grpo").config_type()))
 
 
 def _experiment(target: str, options: argparse.Namespace) -> Any:
@@ -305,7 +305,8 @@ def _list(options: argparse.Namespace) -> int:
         ),
         (
             "agents (--agent)",
-            {name: (agent.config_type.__doc__ or "").splitlines()[0] for name, agent in AGENTS.items()},
+            {name: (agent.config_type.__doc__ or "").splitlines()[0] for name, agent in AGENTS.items()}
+            | {"module:class": "your own"},
         ),
         (
             "presets (--preset)",

@@ -1,6 +1,7 @@
 """A run's configuration, its presets, and the agents by name."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -50,7 +51,31 @@ AGENTS: dict[str, type[Agent]] = {
         ShuffledReward,
     )
 }
-"""Name → agent; a new one is a file, an import and a line here."""
+"""Name → agent; a new one is a file, an import and a line here. ``find_agent`` adds those from elsewhere."""
+
+
+def find_agent(name: str) -> type[Agent]:
+    """The agent of a name in `AGENTS`, or of ``module:attribute`` for one of your own.
+
+    Raises:
+        ValueError: no such agent, or it is none.
+    """
+    if name in AGENTS:
+        return AGENTS[name]
+    if ":" not in name:
+        raise ValueError(f"unknown agent {name!r}; {suggest(name, AGENTS)} Or name your own as 'module:class'.")
+    module, attribute = name.split(":", 1)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot load the agent {name!r}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Agent)):
+        raise ValueError(f"the agent {name!r} must be a subclass of agents.base.Agent")
+    taken = [other for other, agent in AGENTS.items() if agent.config_type is found.config_type]
+    if taken:
+        raise ValueError(f"the agent {name!r} needs a config_type of its own, not that of {taken[0]!r}: subclass it")
+    AGENTS[name] = found
+    return found
 
 
 @dataclass
@@ -86,8 +111,9 @@ class TrainConfig:
     """Transition kernel: ddim, dance_sde, flow_sde, cps. Default: ddim on a diffusion, dance_sde on a flow."""
     eta: float | None = None
     """The kernel's noise level; default: the kernel's own (ddim 1.0, dance_sde 0.3)."""
-    reduction: Literal["mean", "sum"] = "mean"
-    """Log-probs averaged over latent dimensions (the field's practice) or summed (the true density)."""
+    reduction: Literal["mean", "sum", "squared_error"] = "mean"
+    """Log-probs averaged over latent dimensions (the field's practice) or summed (the true density); or minus the mean
+    squared error, which is no density but what published code for CPS takes for one."""
 
     agent: AgentConfig = field(default_factory=GRPOConfig)
     """The algorithm's settings; --agent NAME chooses the algorithm."""
@@ -206,11 +232,16 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
 }
 
 
-def make_config(preset: str, agent: str | None = None) -> TrainConfig:
+def make_config(preset: str, agent: str | None = None, rows: int | None = None) -> TrainConfig:
     """A preset's configuration, with another agent in the place of its own.
 
     The agent comes with its published settings, but for what the preset says of the optimizer, the step weighting and
-    the averaging; the number of episodes per iteration stays.
+    the averaging, and with the largest group up to its own that divides the episodes.
+
+    Args:
+        preset: a name in `PRESETS`.
+        agent: a name in `AGENTS`, or ``module:class``; default: the preset's.
+        rows: episodes per iteration; default: the preset's.
 
     Raises:
         ValueError: no such preset or agent.
@@ -218,15 +249,14 @@ def make_config(preset: str, agent: str | None = None) -> TrainConfig:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; {suggest(preset, PRESETS)}")
     config = PRESETS[preset]()
-    if agent is None or agent == name_of(config.agent):
-        return config
-    if agent not in AGENTS:
-        raise ValueError(f"unknown agent {agent!r}; {suggest(agent, AGENTS)}")
-    old, new = config.agent, AGENTS[agent].config_type()
+    old = config.agent
+    rows = rows or config.prompts_per_iteration * old.group_size
+    if agent is None or agent == name_of(old):
+        return dataclasses.replace(config, prompts_per_iteration=rows // old.group_size)
+    new = find_agent(agent).config_type()
     for name in ("lr", "step_weighting", "ema_decay"):
         if hasattr(new, name) and not (agent == "tempflow" and name == "step_weighting"):
             setattr(new, name, getattr(old, name, getattr(new, name)))
-    rows = config.prompts_per_iteration * old.group_size
     group = max(n for n in range(1, new.group_size + 1) if rows % n == 0)
     new.group_size = group
     return dataclasses.replace(config, agent=new, prompts_per_iteration=rows // group)

@@ -26,8 +26,9 @@ class Evaluation:
         unscored: how many images a reward failed on; they are left out.
         diversity: std of the final latents' entries among a prompt's images (root mean square over entries, mean
             over prompts).
-        kl: of the policy's trajectories to the base model's, in nats, summed over steps and dimensions, mean over
-            images; NaN where it was not measured.
+        kl: of the policy's trajectories to the base model's, in nats, summed over stochastic steps and dimensions,
+            mean over images; deterministic steps have no density and count nothing, though a trained network changes
+            them too. NaN where it was not measured.
     """
 
     means: dict[str, float]

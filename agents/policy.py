@@ -23,7 +23,8 @@ class DenoisingPolicy(TensorDictModuleBase):
         kernel: a name in `denoise_env.kernels.KERNELS`; default: "ddim" on a diffusion, "dance_sde" on a flow.
         eta: the kernel's noise level; default: the kernel's own.
         last_step: see `denoise_env.kernels.Kernel`.
-        reduction: of log-probs over latent dimensions.
+        reduction: of log-probs over latent dimensions. "squared_error" is no density: −mean (x' − mean)², which
+            published code for CPS takes for one; it leaves out 1/(2 std²). For parity with such code only.
         seed: of the noise that ``forward`` draws.
 
     Attributes:
@@ -43,7 +44,7 @@ class DenoisingPolicy(TensorDictModuleBase):
         kernel: str | None = None,
         eta: float | None = None,
         last_step: Literal["sde", "ode"] | None = None,
-        reduction: Reduction = "mean",
+        reduction: Reduction | Literal["squared_error"] = "mean",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -54,7 +55,8 @@ class DenoisingPolicy(TensorDictModuleBase):
         self.model = mdp.model
         self.network = mdp.model.network
         self.kernel: Kernel = KERNELS[kernel](mdp.schedule, mdp.model.prediction_type, eta, last_step)
-        self.reduction: Reduction = reduction
+        self.squared_error = reduction == "squared_error"
+        self.reduction: Reduction = "mean" if reduction == "squared_error" else reduction
         self.register_buffer("timesteps", mdp.schedule.timesteps.to(mdp.model.device), persistent=False)
         self.generator = torch.Generator(mdp.model.device).manual_seed(seed)
         self.network_calls = 0
@@ -81,6 +83,8 @@ class DenoisingPolicy(TensorDictModuleBase):
 
     def log_prob(self, transition: Transition, action: Tensor) -> Tensor:
         """Log-prob ``[B]`` in the policy's reduction."""
+        if self.squared_error:
+            return -(action.to(transition.mean.dtype) - transition.mean).flatten(1).square().mean(1)
         return transition.log_prob(action, self.reduction)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

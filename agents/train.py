@@ -231,7 +231,7 @@ def _look(
                     config.eval_seed,
                     config.microbatch,
                     bar.update,
-                    best_of=experiment.agent.best_of,
+                    best_of=experiment.agent.best_of if iteration else 1,  # what came before is the base model
                     kl=config.eval_kl,
                 )
             figures = found.row()

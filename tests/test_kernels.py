@@ -647,3 +647,33 @@ def test_a_deterministic_step_has_no_density(step: int | Tensor) -> None:
 def test_refusals(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# --- Windows ---
+
+
+@pytest.mark.parametrize("kernel", [DDIM, DanceSDE, FlowSDE, CPS])
+def test_outside_its_window_a_kernel_is_the_ode(kernel) -> None:
+    schedule = (
+        Schedule.flow(6, 3.0)
+        if kernel is not DDIM
+        else Schedule.diffusion(torch.linspace(0.99, 0.01, 100), torch.arange(90, -1, -15)[:6], 1.0)
+    )
+    kind = "flow_prediction" if kernel is not DDIM else "epsilon"
+    whole, ode = kernel(schedule, kind), ODE(schedule, kind)
+    window = whole.windowed(2, 4)
+    assert window.stochastic.tolist() == [False, False, True, True, False, False]
+    generator = torch.Generator().manual_seed(0)
+    x, output = (torch.randn(5, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    for k in range(6):
+        found, expected = window.transition(x, output, k), (whole if k in (2, 3) else ode).transition(x, output, k)
+        torch.testing.assert_close(found.mean, expected.mean, rtol=1e-12, atol=1e-12)
+        assert torch.equal(found.std, expected.std)
+        assert found.stochastic == expected.stochastic
+    assert whole.stochastic[:4].all()  # as it was
+
+
+@pytest.mark.parametrize("window", [(2, 2), (-1, 2), (3, 7)])
+def test_a_window_that_leaves_the_steps_is_refused(window) -> None:
+    with pytest.raises(ValueError, match="must lie within the 6 steps"):
+        FlowSDE(Schedule.flow(6), "flow_prediction").windowed(*window)

@@ -1,4 +1,5 @@
 import csv
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from PIL import Image
 from agents.evaluate import bootstrap, evaluate, grid, sample
 from agents.policy import DenoisingPolicy
 from agents.report import headline
+from agents.rollout import collect
 from agents.seeding import epoch_order, row_seeds
+from denoise_env.mdp import row_generators
 
 
 def test_the_interval_covers_as_often_as_it_says():
@@ -85,8 +88,44 @@ def test_the_headline_is_the_first_and_the_last_evaluation(tmp_path):
     assert headline(rows) == [("a", rows[0], rows[2])]
 
 
-def test_the_best_of_n_is_the_best_by_the_trained_reward_alone(points):
-    """Rewards that are only measured have weight 0, and choose nothing: not even by failing."""
+def test_kl_and_diversity_are_those_of_their_definitions(points):
+    policy = DenoisingPolicy(points)
+    points.model.keep_reference()
+    prompts = ["ring", "line"]
+    assert evaluate(points, policy, prompts, 8, seed=3, kl=True).kl == 0
+    with torch.no_grad():
+        for p in points.model.network.parameters():
+            p.add_(0.05)
+    found = evaluate(points, policy, prompts, 8, seed=3, kl=True, microbatch=8)
+    generators = row_generators(row_seeds(3, "evaluation", 0, 16))
+    rollout = collect(points, policy, generators, prompts, group_size=8)
+    conditioning, total = rollout.conditioning[rollout.row], 0.0
+    for k in range(9):
+        x = rollout.steps["latents"][:, k]
+        with torch.no_grad(), points.model.reference():
+            reference = policy.transition(x, k, conditioning).mean
+        with torch.no_grad():
+            gap = policy.transition(x, k, conditioning).mean - reference
+        total += (gap.square().sum(1) / (2 * policy.kernel.stds[k] ** 2)).mean()
+    assert found.kl == pytest.approx(float(total), rel=1e-4)
+    final = rollout.final_latents.view(2, 8, 2)
+    assert found.diversity == pytest.approx(final.var(1).mean(1).sqrt().mean().item(), rel=1e-5)
+    assert np.isnan(evaluate(points, policy, prompts, 8, seed=3).kl)
+
+
+def test_the_best_of_n_by_the_reward_that_counts(points):
+    policy = DenoisingPolicy(points)
+    points.rewards["other"] = lambda images, prompts, metadata: -images[:, 0]
+    points.reward_weights = {"points": 1.0, "other": 0.0}
+    found = evaluate(points, policy, ["ring", "line"], 6, seed=3, best_of=4, kl=True)
+    latents, index = sample(points, policy, ["ring", "line"], 24, seed=3)
+    scores = points.score(latents, index).values["points"]
+    assert found.means["points"] == pytest.approx(scores.view(-1, 4).amax(1).mean().item())
+    assert found.images == 12
+    assert found.kl == pytest.approx(math.log(4) - 3 / 4)
+
+
+def test_a_reward_that_is_only_measured_chooses_nothing_not_even_by_failing(points):
     trained = points.rewards["points"]
 
     def other(images, prompts, metadata):
@@ -94,16 +133,11 @@ def test_the_best_of_n_is_the_best_by_the_trained_reward_alone(points):
 
     points.rewards = {"points": trained, "other": other}
     points.reward_weights = {"points": 2.0, "other": 0.0}
-    policy, prompts = DenoisingPolicy(points), ["ring", "line"]
-    found = evaluate(points, policy, prompts, 3, seed=5, best_of=4)
-    latents, index = sample(points, policy, prompts, 12, seed=5)
-    scores = trained(latents, [points.prompts.texts[i] for i in index.tolist()], [{}] * 24).view(6, 4)
-    best = scores.argmax(1) + torch.arange(0, 24, 4)
+    policy = DenoisingPolicy(points)
+    found = evaluate(points, policy, ["ring", "line"], 3, seed=5, best_of=4)
+    latents, index = sample(points, policy, ["ring", "line"], 12, seed=5)
+    scores = points.score(latents, index).values["points"].view(6, 4)
+    measured = other(latents[scores.argmax(1) + torch.arange(0, 24, 4)], [], [])
     assert found.means["points"] == pytest.approx(scores.amax(1).mean().item(), rel=1e-5)
-    assert found.images == 6
-    measured = other(latents[best], [], [])
     assert found.unscored == int(measured.isnan().sum()) > 0
     assert found.means["other"] == pytest.approx(measured.nanmean().item(), rel=1e-5)
-    assert found.means["points"] > evaluate(points, policy, prompts, 12, seed=5).means["points"]
-    assert np.isnan(found.kl)
-    assert evaluate(points, policy, prompts, 3, seed=5, best_of=4, kl=True).kl == pytest.approx(np.log(4) - 3 / 4)

@@ -1,9 +1,12 @@
 """The policy as a TensorDict module in the TorchRL environment."""
 
+import pytest
 import torch
 from torchrl.collectors import Collector
 
 from agents.policy import DenoisingPolicy
+from denoise_env.kernels import Transition
+from denoise_env.mdp import DenoisingMDP
 from denoise_env.torchrl_env import DenoiseTorchRLEnv
 
 
@@ -46,3 +49,25 @@ def test_rows_may_be_at_different_steps(points):
             alone = policy.transition(latents[i : i + 1], k, rows[i : i + 1])
             torch.testing.assert_close(mixed.mean[i : i + 1], alone.mean, rtol=0, atol=1e-6)
             assert mixed.std[i].item() == alone.std.item()
+
+
+def test_the_squared_error_that_passes_for_a_log_prob():
+    """x' (.25, −1.1), mean (.3, −1.2): −mean (.0025, .01); no 1/(2 std²)."""
+    mdp = DenoisingMDP.make("points-flow", num_steps=4)
+    policy = DenoisingPolicy(mdp, "cps", reduction="squared_error")
+    transition = Transition(torch.tensor([[0.3, -1.2]]), torch.tensor(0.1))
+    assert policy.log_prob(transition, torch.tensor([[0.25, -1.1]])).item() == pytest.approx(-0.00625)
+
+
+def test_network_calls_are_rows_and_three_with_a_gradient(make_shapes):
+    for guidance, rows in ((1.0, 1), (3.0, 2)):
+        mdp = make_shapes(guidance_scale=guidance)
+        policy = DenoisingPolicy(mdp)
+        seen = []
+        mdp.model.network.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(len(inputs[0])))
+        conditioning, latents = mdp.prompts.conditioning[:3], torch.zeros(3, *mdp.model.latent_shape)
+        with torch.no_grad():
+            policy.transition(latents, 0, conditioning)
+        assert policy.network_calls == sum(seen) == 3 * rows
+        policy.transition(latents, 0, conditioning)
+        assert policy.network_calls == 3 * rows + 3 * 3 * rows

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from agents import checkpoint, train
-from agents.config import TrainConfig, points
+from agents.config import AGENTS, TrainConfig, make_config, points
 from agents.grpo import GRPOConfig
 from agents.train import Table, build
 from agents.train import train as run
@@ -332,3 +332,46 @@ def test_a_long_prompt_file_is_not_evaluated_whole(tmp_path):
 
 def test_points_preset_builds():
     assert build(points()).agent.group_size == 16
+
+
+def test_a_budget_of_network_calls_ends_the_run(tmp_path):
+    # an iteration: 8 rows · (5 forwards + 3 of 4 steps · (3 + 1 of the reference)) = 136
+    config = small(network_budget=400, eval_points=2, iterations=1000)
+    run(config, tmp_path / "run", report=False)
+    assert [row["network_calls"] for row in deterministic(tmp_path / "run" / "metrics.csv")] == ["136", "272", "408"]
+    evals = deterministic(tmp_path / "run" / "eval.csv")
+    assert [(row["iteration"], row["network_calls"]) for row in evals] == [("0", "0"), ("2", "272"), ("3", "408")]
+    assert not (tmp_path / "run" / "samples").exists()
+    run(config, tmp_path / "run", resume=True, report=False)  # spent: nothing more
+    assert len(deterministic(tmp_path / "run" / "metrics.csv")) == 3
+    with pytest.raises(ValueError, match="eval_points divides the network_budget"):
+        build(small(eval_points=2))
+
+
+def test_an_agent_of_ones_own_is_found_by_module_and_class(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from agents.grpo import GRPO, GRPOConfig\n"
+        "class Config(GRPOConfig): pass\n"
+        "class Mine(GRPO): config_type = Config\n"
+        "class Borrowed(GRPO): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(AGENTS, "mine:Mine", None)  # forgotten again afterwards
+    del AGENTS["mine:Mine"]
+    assert type(build(make_config("points", "mine:Mine")).agent).__name__ == "Mine"
+    for name, message in (
+        ("mine:Borrowed", "config_type of its own"),
+        ("mine:Config", "must be a subclass of agents.base.Agent"),
+        ("mine:Absent", "cannot load the agent"),
+        ("gpro", "did you mean 'grpo'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_config("points", name)
+
+
+def test_another_agent_keeps_the_episodes_of_a_preset():
+    for name in AGENTS:
+        config = make_config("points", name)
+        assert config.prompts_per_iteration * config.agent.group_size == 96
+        assert config.agent.lr == make_config("points").agent.lr
+    assert make_config("shapes", "ppo", rows=64).prompts_per_iteration == 64

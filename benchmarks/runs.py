@@ -1,0 +1,164 @@
+"""Training runs in processes of their own, cached by what they are.
+
+A run lives in ``<root>/<hash of its whole configuration>`` and is done when that holds ``finished.json``. One that
+was killed continues from its newest checkpoint. The hash does not see the code: delete the root after changing it.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agents.checkpoint import write_atomically
+from agents.cli import main as denoise_env
+from agents.config import TrainConfig, as_dict, make_config
+from agents.progress import progress
+from agents.report import read_csv
+from agents.train import train
+
+_PROCESSES = multiprocessing.get_context("forkserver")  # imports once, forks for every run
+_PROCESSES.set_forkserver_preload(["__main__", __name__])
+_DROPPED = ("images", "unscored")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to train.
+
+    Attributes:
+        preset: as in ``denoise-env list``.
+        agent: likewise.
+        overrides: setting → value on top of the preset, with a dot for the agent's own ("agent.lr"); "rows" is the
+            number of episodes per iteration.
+        prompts: trained and evaluated on, instead of the configuration's.
+        held_out: prompts (a named set or file) to evaluate after training too.
+    """
+
+    preset: str
+    agent: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
+    held_out: str | None = None
+
+    def config(self) -> TrainConfig:
+        """The whole configuration, without the prompts' path.
+
+        Raises:
+            AttributeError: there is no such setting.
+        """
+        config = make_config(self.preset, self.agent, self.overrides.get("rows"))
+        for name, value in self.overrides.items():
+            if name == "rows":
+                continue
+            path, _, attribute = name.rpartition(".")
+            owner = getattr(config, path) if path else config
+            getattr(owner, attribute)  # refuses an unknown setting
+            setattr(owner, attribute, value)
+        return config
+
+    @property
+    def key(self) -> str:
+        """The hash that names its directory."""
+        whole = [as_dict(self.config()), self.prompts, self.held_out]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def execute(runs: Sequence[Run], root: Path, jobs: int, description: str) -> dict[str, str]:
+    """Do what is not done yet, ``jobs`` at a time.
+
+    Returns:
+        Key → the last line of its error, for the runs that failed.
+    """
+    found = {run.key: run for run in runs}
+    todo = {key: run for key, run in found.items() if not (root / key / "finished.json").exists()}
+    errors: dict[str, str] = {}
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        done = len(found) - len(todo)
+        with progress(total=len(found), initial=done, desc=description, unit="run") as bar:
+            futures = {pool.submit(_spawn, run, root / key): key for key, run in todo.items()}
+            for future in as_completed(futures):
+                if error := future.result():
+                    key = futures[future]
+                    errors[key] = error
+                    bar.write(f"{description}: {todo[key].agent} failed ({root / key}): {error}", file=sys.stderr)
+                bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return errors
+
+
+def _spawn(run: Run, directory: Path) -> str | None:
+    """Do one run in a process of its own; returns the last line of its error, if it failed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / "run.json", json.dumps(dataclasses.asdict(run), indent=1))
+    process = _PROCESSES.Process(target=_logged, args=(directory.resolve(),))
+    process.start()
+    process.join()
+    if not process.exitcode:
+        return None
+    lines = [line.strip() for line in (directory / "log.txt").read_text().splitlines() if line.strip()]
+    return lines[-1] if lines and process.exitcode > 0 else f"ended by signal {-process.exitcode}"
+
+
+def _logged(directory: Path) -> None:
+    with (directory / "log.txt").open("w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    work(directory)
+
+
+def work(directory: Path) -> None:
+    """Train what ``directory/run.json`` says; a second worker on the same directory waits, then finds it done."""
+    torch.set_num_threads(1)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (directory / "finished.json").exists():
+            return
+        run = Run(**json.loads((directory / "run.json").read_text()))
+        config = run.config()
+        if run.prompts:
+            path = directory / "prompts.txt"
+            write_atomically(path, "\n".join(run.prompts))
+            config.prompts = config.eval_prompts = str(path)
+        train(config, directory, resume=(directory / "config.json").exists(), report=False)
+        held_out = {}
+        if run.held_out:
+            arguments = ["eval", str(directory), "--prompts", run.held_out, "--json", str(directory / "held_out.json")]
+            denoise_env([*arguments, "--images-per-prompt", str(config.eval_images_per_prompt)])
+            (held_out,) = json.loads((directory / "held_out.json").read_text()).values()
+        write_atomically(directory / "finished.json", json.dumps({"held_out": held_out}))
+
+
+def curve(directory: Path) -> dict[str, list[float | None]]:
+    """A finished run's evaluations, column by column, with the seconds trained until each; NaN is ``None``."""
+    evals, seconds = read_csv(directory / "eval.csv"), {0.0: 0.0}
+    for row in read_csv(directory / "metrics.csv"):
+        seconds[row["iteration"]] = seconds[row["iteration"] - 1] + row["seconds"]
+    for row in evals:
+        row["seconds"] = seconds[row["iteration"]]
+    names = [name for name in evals[0] if name not in _DROPPED and not name.endswith(("_low", "_high"))]
+    return {name: [_short(row[name]) for row in evals] for name in names}
+
+
+def held_out(directory: Path) -> dict[str, float]:
+    """Reward name → its mean on the held-out prompts, where the run asked for them."""
+    found = json.loads((directory / "finished.json").read_text())["held_out"]
+    return {name: found[name] for name in found if f"{name}_low" in found}
+
+
+def _short(value: float) -> float | None:
+    """Five significant digits, as an integer where it is one; ``None`` for NaN."""
+    if value != value:
+        return None
+    return int(value) if value == int(value) else float(f"{value:.5g}")

@@ -1,0 +1,162 @@
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from agents.config import AGENTS
+from agents.train import build
+from benchmarks.runs import Run, execute, work
+from benchmarks.suite import SEARCH_EVAL_SEED, SEARCH_SEED, SUITES, UNTUNED, grid, main, make_run
+
+REPOSITORY = Path(__file__).parents[2]
+PAIRS = [(name, where) for name, suite in SUITES.items() for where in suite.environments]
+TINY = {"model": "points", "network_budget": 3000, "eval_points": 2, "eval_images_per_prompt": 4, "eval_kl": True}
+
+
+def tiny(seed=0, **overrides):
+    return Run("points", "grpo", {**TINY, "device": "cpu", "seed": seed, **overrides})
+
+
+@pytest.mark.parametrize(("name", "where"), PAIRS)
+def test_every_agent_has_as_many_trials_under_the_same_budget(name, where):
+    suite = SUITES[name]
+    for agent in suite.agents or AGENTS:
+        settings = grid(suite, suite.environments[where], agent)
+        assert len(settings) == (0 if agent in UNTUNED else suite.trials)
+        assert len({str(setting) for setting in settings}) == len(settings)
+        rates = {setting["agent.lr"] for setting in settings}
+        assert not settings or (min(rates), max(rates)) == suite.lr
+        for setting in settings:
+            trial = make_run(suite, where, agent, SEARCH_SEED, setting, search=True).config()
+            run = make_run(suite, where, agent, 0, setting).config()
+            assert trial.network_budget == run.network_budget == suite.budget
+            assert trial.eval_seed == SEARCH_EVAL_SEED != run.eval_seed
+            assert trial.agent == run.agent
+        assert suite.seeds <= SEARCH_SEED
+
+
+def test_clips_are_searched_where_they_can_bind():
+    suite = SUITES["points"]
+    environment = suite.environments["points"]
+    updates = [setting.get("agent.updates_per_rollout") for setting in grid(suite, environment, "grpo")]
+    assert updates == [1, 2] * 3
+    assert {setting["agent.clip_range"] for setting in grid(suite, environment, "grpo")} == {1e-4, 1e-2}
+    for agent in ("ddpo-sf", "nft"):  # one update by definition, and no clip
+        assert [list(setting) for setting in grid(suite, environment, agent)] == [["agent.lr"]] * 6
+
+
+@pytest.mark.parametrize("name", ["points", "points-flow"])
+def test_every_searched_setting_fits_its_agent(name):
+    suite = SUITES[name]
+    for agent in AGENTS:
+        for setting in grid(suite, suite.environments[name], agent) or [{}]:
+            build(make_run(suite, name, agent, 0, setting).config())
+
+
+def test_prompt_sets_grow_with_the_seed_and_are_the_same_for_all_agents():
+    suite = SUITES["prompt-growth"]
+    places = list(suite.environments)
+    sets = {
+        (i, seed): make_run(suite, place, "grpo", seed, {}).prompts for i, place in enumerate(places) for seed in (0, 1)
+    }
+    assert [len(sets[i, 0]) for i in range(3)] == [1, 10, 60]
+    assert set(sets[0, 0]) < set(sets[1, 0]) < set(sets[2, 0])
+    assert sets[1, 0] != sets[1, 1]
+    assert make_run(suite, places[1], "ddpo-sf", 1, {}).prompts == sets[1, 1]
+
+
+def test_a_runs_key_is_its_whole_configuration():
+    keys = [tiny(), tiny(seed=1), tiny(**{"agent.lr": 1.0}), dataclasses.replace(tiny(), agent="rloo")]
+    keys += [dataclasses.replace(tiny(), prompts=("ring",)), dataclasses.replace(tiny(), held_out="points")]
+    assert len({run.key for run in keys}) == len(keys)
+    assert tiny().key == tiny(**{"agent.clip_range": 1e-4}).key  # what it is anyway
+    with pytest.raises(AttributeError, match="learning_rate"):
+        _ = tiny(**{"agent.learning_rate": 1.0}).key
+
+
+def test_trials_must_divide_among_the_clips():
+    suite = dataclasses.replace(SUITES["points"], trials=5)
+    with pytest.raises(ValueError, match="multiple of 2, not 5"):
+        grid(suite, suite.environments["points"], "nft")
+
+
+def test_an_unknown_agent_is_refused_with_the_nearest_name(capsys):
+    assert main(["run", "points", "--agents", "gpro"]) == 2
+    assert "grpo" in capsys.readouterr().err
+
+
+def test_prompts_are_trained_and_evaluated_on_and_held_out_ones_measured_after(tmp_path):
+    run = dataclasses.replace(tiny(), prompts=("ring", "line"), held_out="points")
+    (tmp_path / "run.json").write_text(json.dumps(dataclasses.asdict(run)))
+    work(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert Path(config["prompts"]).read_text().split() == ["ring", "line"]
+    assert config["eval_prompts"] == config["prompts"]
+    with (tmp_path / "eval.csv").open() as file:
+        assert {row["images"] for row in csv.DictReader(file)} == {"8"}  # 2 prompts · 4
+    assert json.loads((tmp_path / "finished.json").read_text())["held_out"]["images"] == 24  # 6 prompts · 4
+
+
+@pytest.mark.slow
+def test_a_failing_run_is_reported_and_stops_no_other(tmp_path):
+    runs = [tiny(), tiny(**{"agent.clip_range": -1.0}), tiny(seed=1)]
+    errors = execute(runs, tmp_path, jobs=2, description="test")
+    assert list(errors) == [runs[1].key]
+    assert errors[runs[1].key].startswith("ValueError: ")
+    assert "clip_range" in errors[runs[1].key]
+    assert [(tmp_path / run.key / "finished.json").exists() for run in runs] == [True, False, True]
+
+
+@pytest.mark.slow
+def test_a_killed_suite_repeats_no_finished_run_and_resumes_the_others(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.suite", "run", "points", "--agents", "grpo", "--seeds", "3"]
+    command += ["--trials", "0", "--budget", "12000", "--build", str(tmp_path / "build"), "--results", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
+    finished = lambda: {p: p.stat().st_mtime_ns for p in (tmp_path / "build").glob("*/finished.json")}  # noqa: E731
+    started = lambda: list((tmp_path / "build").glob("*/metrics.csv"))  # noqa: E731
+    deadline = time.monotonic() + 120
+    while len(started()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)  # the runs too
+    process.wait()
+    before = finished()
+    assert 1 <= len(before) < 3
+    assert subprocess.run(command, cwd=REPOSITORY).returncode == 0
+    after = finished()
+    assert len(after) == 3
+    assert before.items() <= after.items()
+    data = json.loads((tmp_path / "points.json").read_text())
+    assert [run["seed"] for run in data["runs"]] == [0, 1, 2]
+    assert all(run["curve"]["network_calls"][-1] >= 12000 for run in data["runs"])
+
+
+@pytest.mark.slow
+def test_from_the_command_to_the_leaderboard(tmp_path, capsys):
+    options = ["--build", str(tmp_path / "build"), "--results", str(tmp_path)]
+    command = ["run", "points", "--agents", "grpo", "nft", "base", "best-of-n", "--seeds", "2", "--trials", "2"]
+    assert main([*command, "--budget", "6000", "--jobs", "2", *options]) == 0
+    data = json.loads((tmp_path / "points.json").read_text())
+    assert [trial["agent"] for trial in data["search"]] == ["grpo", "grpo", "nft", "nft"]
+    assert {trial["seed"] for trial in data["search"]} == {SEARCH_SEED}
+    for agent in ("grpo", "nft"):
+        best = max((t for t in data["search"] if t["agent"] == agent), key=lambda trial: trial["reward"])
+        assert all(run["setting"] == best["setting"] for run in data["runs"] if run["agent"] == agent)
+    curve = data["runs"][0]["curve"]
+    assert curve["network_calls"][0] == curve["seconds"][0] == curve["kl"][0] == 0
+    assert sorted(curve["seconds"]) == curve["seconds"]
+    assert data["versions"]["revision"]
+    assert main(["report", "--results", str(tmp_path)]) == 0
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert {"leaderboard.md", "index.html", "points-curves.svg", "points-kl.svg"} < set(files)
+    assert main(["report", "--results", str(tmp_path)]) == 0
+    assert files == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    text = files["leaderboard.md"].decode()
+    assert "| agent | reward | Δ base |" in text
+    assert text.count("\n| ") == 5

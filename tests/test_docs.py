@@ -1,0 +1,64 @@
+"""The pages in docs/ are followed to the letter."""
+
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agents.config import AGENTS
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page):
+    """(language, file name, text) of every fenced block."""
+    return re.findall(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.M | re.S)
+
+
+@pytest.mark.slow
+def test_add_an_agent(tmp_path):
+    for part in ("agents", "denoise_env"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    scripts = Path(sys.executable).parent
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PATH": f"{scripts}:{os.environ['PATH']}"}
+    found = blocks("add-an-agent.md")
+    assert [language for language, *_ in found] == ["bash", "python", "bash", "bash"]
+    printed = []
+    for language, name, text in found:
+        if language == "python":
+            assert (tmp_path / name).exists()  # copied by the step before
+            (tmp_path / name).write_text(text)
+            continue
+        command = ["bash", "-euo", "pipefail", "-c", text]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert "rank                     REINFORCE on ranks within the group." in printed[-1]
+    for run in ("rank", "rank-again"):
+        first, *_, last = (tmp_path / "runs" / run / "eval.csv").read_text().splitlines()[1:]
+        reward = [float(line.split(",")[2]) for line in (first, last)]
+        assert reward[1] > reward[0] + 0.1
+    assert (tmp_path / "runs" / "rank" / "metrics.csv").read_text().splitlines()[-1].startswith("25,")
+
+
+def test_the_shortest_agent_is_the_one_to_copy():
+    """Of the agents that train recorded steps, no file is shorter than the one the page says is shortest."""
+    lengths = {
+        path.name: len(path.read_text().splitlines())
+        for path in (ROOT / "agents").glob("*.py")
+        if "(TrajectoryAgent)" in path.read_text() and "name =" in path.read_text()
+    }
+    assert min(lengths, key=lengths.__getitem__) == "rloo.py"
+
+
+def test_agent_files_are_short_and_have_no_loop_of_their_own():
+    for agent in AGENTS.values():
+        text = Path(inspect.getfile(agent)).read_text()
+        assert len(text.splitlines()) <= 200
+        for foreign in ("collect(", "denoise(mdp", "optimizer.step", ".backward(", ".cuda(", "progress(", "wandb"):
+            assert foreign not in text, (agent.name, foreign)
