@@ -33,7 +33,8 @@ class GRPOConfig(TrajectoryConfig):
     """ε of the clipped ratio; for the mean log-prob, whose ratio is (true ratio)^(1/D)."""
     advantage_std: Literal["group", "batch"] = "group"
     """Divide by the std of the group (DanceGRPO), or by that of all the rollout's gaps to their group's mean, so
-    that groups with little left to tell weigh little (Flow-GRPO's global std)."""
+    that groups with little left to tell weigh little (like Flow-GRPO's global std, but without the differences between
+    prompts, which enlarge that one)."""
     advantage_clip: float = 5.0
     """Advantages are cut at ± this."""
     reward_aggregation: Literal["advantages", "losses"] = "advantages"

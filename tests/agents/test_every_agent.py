@@ -118,6 +118,17 @@ def test_final_samples_losses_are_float32_in_bf16(make_shapes, name):
         assert torch.equal(value, value.round()) or not torch.equal(coarse, value.detach())
 
 
+def test_awms_old_likelihoods_come_from_the_batches_of_the_first_update():
+    """A network's rounding may depend on the size of its batch."""
+    experiment = build(tiny("awm", {"reference_coef": 0.0}))
+    agent, sizes = experiment.agent, []
+    agent.microbatch = None
+    rollout = collect(experiment.mdp, agent.policy, row_generators(range(8)), ["ring", "line"], group_size=4)
+    experiment.mdp.model.network.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    agent.update(rollout, 1)
+    assert sizes == [4] * (2 * 3 + 2 * 2 * 3)  # two halves, three draws; the old ones once, then two epochs
+
+
 # --- Resuming ---
 
 
