@@ -125,7 +125,7 @@ def compare(environment: str, data: dict[str, Any], frontier: "Frontier | None" 
     ends = [np.nan_to_num(run["kl"]).max() for run in every]
     furthest = [kl for kl in ends if kl > 0]
     level = float(f"{np.quantile(furthest, 0.25):.1g}") if furthest else np.nan
-    grid = np.linspace(0, np.sqrt(max([1.0, *furthest])), 100) ** 2
+    grid = np.linspace(0, np.sqrt(max([1.0, *furthest])), 300) ** 2
     comparison = Comparison(
         environment,
         {key: value for key, value in data.items() if key not in ("runs", "search")},
@@ -238,7 +238,8 @@ def _curves(runs: Sequence[Curve]) -> dict[str, Any]:
         ends = np.array([run[x].max() for run in runs])
         if np.isnan(ends).any():
             continue
-        grid = np.unique(np.linspace(0, np.median(ends), POINTS))
+        share = np.linspace(0, 1, POINTS)
+        grid = np.unique(np.median(ends) * (share**2 if x == "kl" else share))  # even on the KL's root scale
         for y in runs[0]:
             if y in (x, "iteration", "network_calls", "seconds"):
                 continue
