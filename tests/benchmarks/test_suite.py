@@ -106,12 +106,12 @@ def test_prompts_are_trained_and_evaluated_on_and_held_out_ones_measured_after(t
 
 @pytest.mark.slow
 def test_a_failing_run_is_reported_and_stops_no_other(tmp_path):
-    runs = [tiny(), tiny(**{"agent.clip_range": -1.0}), tiny(seed=1)]
+    runs = [tiny(), tiny(**{"agent.clip_range": -1.0}), tiny(**{"agent.lr": 1e30}), tiny(seed=1)]
     errors = execute(runs, tmp_path, jobs=2, description="test")
-    assert list(errors) == [runs[1].key]
-    assert errors[runs[1].key].startswith("ValueError: ")
-    assert "clip_range" in errors[runs[1].key]
-    assert [(tmp_path / run.key / "finished.json").exists() for run in runs] == [True, False, True]
+    assert set(errors) == {runs[1].key, runs[2].key}
+    assert errors[runs[1].key].startswith("ValueError: clip_range")
+    assert errors[runs[2].key].startswith("FloatingPointError: ")
+    assert [(tmp_path / run.key / "finished.json").exists() for run in runs] == [True, False, False, True]
 
 
 @pytest.mark.slow
