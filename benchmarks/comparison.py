@@ -103,7 +103,11 @@ class Comparison:
 
 
 def compare_all(results: Path) -> list[Comparison]:
-    """A comparison per environment of the data files in ``results``, and one over all of them."""
+    """A comparison per environment of the data files in ``results``, and one over all of them.
+
+    Raises:
+        ValueError: there is no data file.
+    """
     found = []
     for path in sorted(results.glob("*.json"), key=lambda path: path.stem):
         data = json.loads(path.read_text())
@@ -113,6 +117,8 @@ def compare_all(results: Path) -> list[Comparison]:
             comparison = compare(environment, data, _frontier(results / "optimum-points.json", **about))
             if comparison.rows:
                 found.append((comparison, _gains(_finished(environment, data))))
+    if not found:
+        raise ValueError(f"{results} holds no suite's data: python -m benchmarks.suite run SUITE writes it")
     pooled = [(c, gains) for c, gains in found if c.about["pooled"] and gains]
     return [c for c, _ in found] + ([_overall(pooled)] if len(pooled) > 1 else [])
 

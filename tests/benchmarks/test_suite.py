@@ -92,6 +92,11 @@ def test_an_unknown_agent_is_refused_with_the_nearest_name(capsys):
     assert "grpo" in capsys.readouterr().err
 
 
+def test_a_report_of_nothing_says_what_to_run(tmp_path, capsys):
+    assert main(["report", "--results", str(tmp_path)]) == 2
+    assert "benchmarks.suite run" in capsys.readouterr().err
+
+
 def test_prompts_are_trained_and_evaluated_on_and_held_out_ones_measured_after(tmp_path):
     run = dataclasses.replace(tiny(), prompts=("ring", "line"), held_out="points")
     (tmp_path / "run.json").write_text(json.dumps(dataclasses.asdict(run)))
