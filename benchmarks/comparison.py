@@ -103,7 +103,11 @@ class Comparison:
 
 
 def compare_all(results: Path) -> list[Comparison]:
-    """A comparison per environment of the data files in ``results``, and one over all of them."""
+    """A comparison per environment of the data files in ``results``, and one over all of them.
+
+    Raises:
+        ValueError: there is no data file.
+    """
     found = []
     for path in sorted(results.glob("*.json"), key=lambda path: path.stem):
         data = json.loads(path.read_text())
@@ -113,6 +117,8 @@ def compare_all(results: Path) -> list[Comparison]:
             comparison = compare(environment, data, _frontier(results / "optimum-points.json", **about))
             if comparison.rows:
                 found.append((comparison, _gains(_finished(environment, data))))
+    if not found:
+        raise ValueError(f"{results} holds no suite's data: python -m benchmarks.suite run SUITE writes it")
     pooled = [(c, gains) for c, gains in found if c.about["pooled"] and gains]
     return [c for c, _ in found] + ([_overall(pooled)] if len(pooled) > 1 else [])
 
@@ -125,7 +131,7 @@ def compare(environment: str, data: dict[str, Any], frontier: "Frontier | None" 
     ends = [np.nan_to_num(run["kl"]).max() for run in every]
     furthest = [kl for kl in ends if kl > 0]
     level = float(f"{np.quantile(furthest, 0.25):.1g}") if furthest else np.nan
-    grid = np.linspace(0, np.sqrt(max([1.0, *furthest])), 100) ** 2
+    grid = np.linspace(0, np.sqrt(max([1.0, *furthest])), 300) ** 2
     comparison = Comparison(
         environment,
         {key: value for key, value in data.items() if key not in ("runs", "search")},
@@ -238,7 +244,8 @@ def _curves(runs: Sequence[Curve]) -> dict[str, Any]:
         ends = np.array([run[x].max() for run in runs])
         if np.isnan(ends).any():
             continue
-        grid = np.unique(np.linspace(0, np.median(ends), POINTS))
+        share = np.linspace(0, 1, POINTS)
+        grid = np.unique(np.median(ends) * (share**2 if x == "kl" else share))  # even on the KL's root scale
         for y in runs[0]:
             if y in (x, "iteration", "network_calls", "seconds"):
                 continue

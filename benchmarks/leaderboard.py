@@ -138,25 +138,19 @@ def curves_figure(comparison: Comparison) -> Figure:
 def kl_figure(comparison: Comparison) -> Figure:
     """The path of every agent through (KL, reward), its end named, and the optimum's frontier."""
     drawing, axis = plt.subplots(figsize=(8, 5))
-    for row in comparison.rows:
-        curve = comparison.curves.get(row.agent, {}).get("kl", {}).get("reward")
-        if curve is None or row.kl is None or row.reward is None:
-            continue
-        (line,) = axis.plot(curve["x"], curve["value"], lw=1, alpha=0.7)
-        axis.plot(row.kl, row.reward.value, "o", color=line.get_color(), ms=4)
-        axis.annotate(
-            row.agent,
-            (row.kl, row.reward.value),
-            (4, 2),
-            textcoords="offset points",
-            fontsize=8,
-            color=line.get_color(),
-        )
+    for agent, axes in comparison.curves.items():
+        if curve := axes.get("kl", {}).get("reward"):
+            (line,) = axis.plot(curve["x"], curve["value"], lw=1, alpha=0.7)
+            end, color = (curve["x"][-1], curve["value"][-1]), line.get_color()
+            axis.plot(*end, "o", color=color, ms=4)
+            axis.annotate(agent, end, (4, 2), textcoords="offset points", fontsize=8, color=color)
+    axis.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
+    right = axis.get_xlim()[1]
     if comparison.frontier:
-        axis.set_xlim(*axis.get_xlim())
         axis.plot(comparison.frontier["kl"], comparison.frontier["reward"], "k--", lw=1, label="optimum")
         axis.legend(frameon=False)
-    axis.set_xlabel("KL to the base model, nats")
+    axis.set_xlim(0, right)
+    axis.set_xlabel("KL to the base model, nats (square-root scale)")
     axis.set_ylabel("reward")
     return drawing
 

@@ -102,20 +102,26 @@ def _spawn(run: Run, directory: Path) -> str | None:
     """Do one run in a process of its own; returns the last line of its error, if it failed."""
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / "run.json", json.dumps(dataclasses.asdict(run), indent=1))
+    (directory / "error.txt").unlink(missing_ok=True)
     process = _PROCESSES.Process(target=_logged, args=(directory.resolve(),))
     process.start()
     process.join()
     if not process.exitcode:
         return None
-    lines = [line.strip() for line in (directory / "log.txt").read_text().splitlines() if line.strip()]
-    return lines[-1] if lines and process.exitcode > 0 else f"ended by signal {-process.exitcode}"
+    if (directory / "error.txt").exists():
+        return (directory / "error.txt").read_text().splitlines()[-1]
+    return f"ended without a word, exit status {process.exitcode}"
 
 
 def _logged(directory: Path) -> None:
     with (directory / "log.txt").open("w") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    work(directory)
+    try:
+        work(directory)
+    except Exception as error:
+        write_atomically(directory / "error.txt", f"{type(error).__name__}: {error}")
+        raise
 
 
 def work(directory: Path) -> None:

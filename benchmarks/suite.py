@@ -69,7 +69,7 @@ class Suite:
         description: a line for ``--help``.
         environments: name → environment.
         reward: the column of ``eval.csv`` that ranks, with a maximum of 1.
-        budget: network calls of a run, and of a search trial.
+        budget: network calls of a run, and of a search trial unless there is a ``trial_budget``.
         seeds: runs per agent and environment.
         trials: search trials per agent and environment; 0 takes the preset's settings.
         lr: the lowest and highest learning rate searched, the others log-spaced between.
@@ -93,6 +93,7 @@ class Suite:
     )
     agents: tuple[str, ...] = ()
     pooled: bool = True
+    trial_budget: int | None = None
 
 
 _POINTS = {"device": "cpu", "eval_points": 8, "eval_kl": True}
@@ -130,6 +131,7 @@ SUITES = {
         trials=4,
         lr=(1e-4, 3e-4),
         agents=_SHAPES_AGENTS,
+        trial_budget=30 * 64 * 28,
     ),
     "prompt-growth": Suite(
         "Shapes as the set of training prompts grows, evaluated on those prompts: an hour",
@@ -150,6 +152,7 @@ SUITES = {
         clips=((1, 1.0),),
         agents=("grpo", "ddpo-sf", "ddpo-is"),
         pooled=False,
+        trial_budget=18 * 64 * 28,
     ),
 }
 
@@ -190,6 +193,7 @@ def make_run(suite: Suite, where: str, agent: str, seed: int, setting: dict[str,
     # never reached, as an iteration costs more than one call; what does not train needs one to be evaluated after
     overrides["iterations"] = 1 if agent in UNTRAINED else suite.budget
     if search:
+        overrides["network_budget"] = suite.trial_budget or suite.budget
         overrides |= {"eval_points": 1, "eval_kl": False, "eval_seed": SEARCH_EVAL_SEED, **environment.search}
     prompts: tuple[str, ...] = ()
     if environment.prompts:
@@ -225,7 +229,7 @@ def run_suite(name: str, suite: Suite, jobs: int, build: Path, command: Sequence
         "suite": name,
         "command": shlex.join(command),
         "versions": _versions(build, [run for _, _, run in runs]),
-        **{key: getattr(suite, key) for key in ("description", "pooled", "budget", "seeds", "trials")},
+        **{key: getattr(suite, key) for key in ("description", "pooled", "budget", "trial_budget", "seeds", "trials")},
         "environments": {where: _about(suite, where) for where in suite.environments},
         "search": [_trial(record) for record in searched],
         "runs": records,
@@ -339,6 +343,7 @@ def _run(options: argparse.Namespace) -> int:
         if agent not in AGENTS:
             raise ValueError(f"unknown agent {agent!r}; {suggest(agent, AGENTS)}")
     changes = {key: getattr(options, key) for key in ("agents", "seeds", "budget", "trials")}
+    changes["trial_budget"] = options.budget
     suite = dataclasses.replace(SUITES[options.suite], **{k: v for k, v in changes.items() if v is not None})
     data = run_suite(options.suite, suite, options.jobs, options.build, options.command)
     path = options.results / f"{options.suite}.json"

@@ -103,6 +103,10 @@ class Browser:
             raise RuntimeError(answer["exceptionDetails"]["exception"]["description"])
         return answer["result"].get("value")
 
+    def resize(self, width, height):
+        """Lay the page out for another window."""
+        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
     def click(self, selector):
         """Click in the middle of an element, as a pointer does."""
         x, y = self.run(

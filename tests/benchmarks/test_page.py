@@ -127,3 +127,9 @@ def test_a_view_is_its_address(tab, page):
     tab.open("about:blank")
     tab.open(page + "#env=nowhere&agent=nobody&x=up&y=down&sort=sideways")
     assert tab.run("document.querySelector('#x').value") == "network_calls"
+
+
+def test_nothing_is_wider_than_a_narrow_window(tab):
+    tab.resize(400, 800)
+    assert tab.run("document.documentElement.scrollWidth") <= 400
+    tab.resize(1400, 1000)

@@ -92,6 +92,11 @@ def test_an_unknown_agent_is_refused_with_the_nearest_name(capsys):
     assert "grpo" in capsys.readouterr().err
 
 
+def test_a_report_of_nothing_says_what_to_run(tmp_path, capsys):
+    assert main(["report", "--results", str(tmp_path)]) == 2
+    assert "benchmarks.suite run" in capsys.readouterr().err
+
+
 def test_prompts_are_trained_and_evaluated_on_and_held_out_ones_measured_after(tmp_path):
     run = dataclasses.replace(tiny(), prompts=("ring", "line"), held_out="points")
     (tmp_path / "run.json").write_text(json.dumps(dataclasses.asdict(run)))
@@ -106,12 +111,12 @@ def test_prompts_are_trained_and_evaluated_on_and_held_out_ones_measured_after(t
 
 @pytest.mark.slow
 def test_a_failing_run_is_reported_and_stops_no_other(tmp_path):
-    runs = [tiny(), tiny(**{"agent.clip_range": -1.0}), tiny(seed=1)]
+    runs = [tiny(), tiny(**{"agent.clip_range": -1.0}), tiny(**{"agent.lr": 1e30}), tiny(seed=1)]
     errors = execute(runs, tmp_path, jobs=2, description="test")
-    assert list(errors) == [runs[1].key]
-    assert errors[runs[1].key].startswith("ValueError: ")
-    assert "clip_range" in errors[runs[1].key]
-    assert [(tmp_path / run.key / "finished.json").exists() for run in runs] == [True, False, True]
+    assert set(errors) == {runs[1].key, runs[2].key}
+    assert errors[runs[1].key].startswith("ValueError: clip_range")
+    assert errors[runs[2].key].startswith("FloatingPointError: ")
+    assert [(tmp_path / run.key / "finished.json").exists() for run in runs] == [True, False, False, True]
 
 
 @pytest.mark.slow
