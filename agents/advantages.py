@@ -5,17 +5,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+StdOver = Literal["group", "batch", "rewards"]
+
 
 def group_advantages(
-    values: Tensor, valid: Tensor, group_size: int, over: Literal["group", "batch"] = "group", epsilon: float = 1e-8
+    values: Tensor, valid: Tensor, group_size: int, over: StdOver = "group", epsilon: float = 1e-8
 ) -> Tensor:
-    """(r − mean of its group) / (std + epsilon), with the unbiased std.
+    """(r − mean of its group) / (std + epsilon).
 
     Args:
         values: ``[B]`` rewards; neighbouring rows form groups.
         valid: ``[B]`` bool; the others take no part and get 0.
         group_size: G.
-        over: whose std, the group's or that of all gaps to their groups' means.
+        over: whose std: that of the "group", unbiased; of all gaps to their groups' means ("batch"), unbiased; or of
+            all "rewards", differences between prompts included, not corrected (Flow-GRPO's code).
         epsilon: added to the std.
 
     Returns:
@@ -27,6 +30,8 @@ def group_advantages(
     if over == "batch":
         squares, freedom = squares.sum(), freedom.sum()
     std = (squares / freedom.clamp(min=1)).sqrt()
+    if over == "rewards" and mask.any():
+        std = r[mask].std(correction=0)
     high = r.where(mask, -torch.inf).amax(1, keepdim=True)
     low = r.where(mask, torch.inf).amin(1, keepdim=True)
     return (gap / (std + epsilon)).where((high > low) & mask, 0.0).flatten().float()

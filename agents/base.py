@@ -55,7 +55,8 @@ class Agent(ABC):
 
     Class attributes declare what the algorithm needs: ``smallest_group``, ``needs_density`` (a stochastic kernel),
     ``needs_means`` (of the rollout's Gaussians), ``needs_reference`` (the model before training), ``on_policy`` (one
-    optimizer step per rollout), and ``rows_per_example``, episodes that one example compares.
+    optimizer step per rollout), ``weighs_steps`` (in a way of its own), and ``rows_per_example``, episodes that one
+    example compares.
 
     Attributes:
         modules: what the agent trains or remembers beside the policy (a critic, say); checkpoints hold it.
@@ -72,6 +73,7 @@ class Agent(ABC):
     needs_means: bool = False
     needs_reference: bool = False
     on_policy: ClassVar[bool] = False
+    weighs_steps: ClassVar[bool] = False
     rows_per_example: ClassVar[int] = 1
     best_of: int = 1
     config: Any

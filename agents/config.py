@@ -235,8 +235,9 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
 def make_config(preset: str, agent: str | None = None, rows: int | None = None) -> TrainConfig:
     """A preset's configuration, with another agent in the place of its own.
 
-    The agent comes with its published settings, but for what the preset says of the optimizer, the step weighting and
-    the averaging, and with the largest group up to its own that divides the episodes.
+    The agent comes with its published settings, but for what the preset says of the learning rate, the averaging and,
+    where the algorithm has none of its own, the step weighting; and with the largest group up to its own that divides
+    the episodes.
 
     Args:
         preset: a name in `PRESETS`.
@@ -255,7 +256,7 @@ def make_config(preset: str, agent: str | None = None, rows: int | None = None) 
         return dataclasses.replace(config, prompts_per_iteration=rows // old.group_size)
     new = find_agent(agent).config_type()
     for name in ("lr", "step_weighting", "ema_decay"):
-        if hasattr(new, name) and not (agent == "tempflow" and name == "step_weighting"):
+        if hasattr(new, name) and not (name == "step_weighting" and AGENTS[agent].weighs_steps):
             setattr(new, name, getattr(old, name, getattr(new, name)))
     group = max(n for n in range(1, new.group_size + 1) if rows % n == 0)
     new.group_size = group

@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from agents.advantages import StdOver
 from agents.grpo import GRPO, GRPOConfig
 from denoise_env.kernels import Transition
 
@@ -28,8 +29,8 @@ class FlowGRPOConfig(GRPOConfig):
     """Share of the trainable steps that each update recomputes."""
     lr: float = 3e-4
     """AdamW's learning rate (published for LoRA)."""
-    advantage_std: Literal["group", "batch"] = "batch"
-    """Whose std divides the advantages; the code's default is the global one."""
+    advantage_std: StdOver = "rewards"
+    """Whose std divides the advantages; the code's default is that of all the rollout's rewards."""
     kl_coef: float = 0.04
     """β."""
     kl_scaling: Literal["code", "paper"] = "code"

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from agents.advantages import group_advantages
+from agents.advantages import StdOver, group_advantages
 from agents.rollout import Rollout
 from agents.trajectory import Batch, TrajectoryAgent, TrajectoryConfig
 
@@ -31,10 +31,9 @@ class GRPOConfig(TrajectoryConfig):
     """A group starts from the same initial noise (DanceGRPO)."""
     clip_range: float = 1e-4
     """ε of the clipped ratio; for the mean log-prob, whose ratio is (true ratio)^(1/D)."""
-    advantage_std: Literal["group", "batch"] = "group"
-    """Divide by the std of the group (DanceGRPO), or by that of all the rollout's gaps to their group's mean, so
-    that groups with little left to tell weigh little (like Flow-GRPO's global std, but without the differences between
-    prompts, which enlarge that one)."""
+    advantage_std: StdOver = "group"
+    """Divide by the std of the group (DanceGRPO); by that of all the rollout's gaps to their group's mean ("batch"), so
+    that groups with little left to tell weigh little; or by that of all its "rewards" (Flow-GRPO's global std)."""
     advantage_clip: float = 5.0
     """Advantages are cut at ± this."""
     reward_aggregation: Literal["advantages", "losses"] = "advantages"

@@ -30,6 +30,7 @@ class GRPOGuard(GRPO):
     """See the module's text; arguments as in `Agent`, with a `GRPOGuardConfig`."""
 
     name = "grpo-guard"
+    weighs_steps = True
     config_type = GRPOGuardConfig
     config: GRPOGuardConfig
     needs_means = True

@@ -31,5 +31,6 @@ class TempFlow(Windowed, GRPO):
     """See the module's text; arguments as in `Agent`, with a `TempFlowConfig`."""
 
     name = "tempflow"
+    weighs_steps = True
     config_type = TempFlowConfig
     config: TempFlowConfig

@@ -116,7 +116,8 @@ _SHAPES_SEARCH = {"eval_prompts": "shapes", "eval_images_per_prompt": 8}  # not 
 def _points(model: str, text: str) -> Suite:
     # 40 iterations of GRPO: 96 rows · (10 forwards + 6 steps · 3)
     environments = {model: Environment("points", {**_POINTS, "model": model})}
-    return Suite(text, environments, "points", 40 * 96 * 28, seeds=10, trials=6, lr=(2.5e-3, 4e-2))
+    strengths = {"beta": (0.01, 0.0025), "temperature": (1.0, 0.25)}  # β weighs a mean over two dimensions only
+    return Suite(text, environments, "points", 40 * 96 * 28, 10, 6, lr=(2.5e-3, 4e-2), strengths=strengths)
 
 
 SUITES = {

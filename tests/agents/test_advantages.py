@@ -272,3 +272,10 @@ def test_losses_and_advantages_differ_where_signs_differ_and_the_clip_binds(poin
     assert found["losses"] == pytest.approx(sum(parts), rel=1e-5)
     differ = a * b < 0 and log_ratio != 0
     assert (abs(found["advantages"] - found["losses"]) > 1e-4) == differ
+
+
+def test_whose_std_divides():
+    """Groups (0, 2) and (10, 10): the gaps are ±1, 0, 0; all rewards have the variance 83/4 about 5.5."""
+    rewards, valid = torch.tensor([0.0, 2.0, 10.0, 10.0]), torch.ones(4, dtype=torch.bool)
+    for over, size in (("group", 0.5**0.5), ("batch", 1.0), ("rewards", (4 / 83) ** 0.5)):
+        assert group_advantages(rewards, valid, 2, over, 0.0).tolist() == pytest.approx([-size, size, 0, 0])

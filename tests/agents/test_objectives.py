@@ -176,11 +176,13 @@ class Bench:
 
 
 def normalised(rewards, std="group", epsilon=1e-8):
-    """(r − group mean) / (std + ε), ``[B]``; std: of the group, or pooled over all groups (unbiased)."""
+    """(r − group mean) / (std + ε), ``[B]``; std: of the group, pooled over all groups, or of all rewards."""
     groups = rewards.view(-1, GROUP)
     gap = groups - groups.mean(1, keepdim=True)
     own = (gap**2).sum(1, keepdim=True) / (GROUP - 1)
     variance = own if std == "group" else (gap**2).sum() / (len(groups) * (GROUP - 1))
+    if std == "rewards":  # as numpy's std
+        variance = ((rewards - rewards.mean()) ** 2).mean()
     return (gap / (variance.sqrt() + epsilon)).flatten()
 
 
@@ -284,9 +286,9 @@ def test_grpo_of_two_rewards_adds_up_their_advantages_or_their_losses():
 
 @pytest.mark.parametrize(("scaling", "beta"), [("code", 40.0), ("paper", 4.0)])
 def test_flow_grpo(scaling, beta):
-    options = {"kl_scaling": scaling, "kl_coef": beta, "clip_range": 0.03, "advantage_std": "batch"}
+    options = {"kl_scaling": scaling, "kl_coef": beta, "clip_range": 0.03}
     bench = Bench("flow-grpo", "points-flow", "flow_sde", off=0.03, **options)
-    advantage = normalised(bench.total, "batch", 1e-4)
+    advantage = normalised(bench.total, "rewards", 1e-4)
 
     def kl(k):
         """As published: the paper's in terms of v and s, the code's in terms of the means."""
@@ -333,7 +335,7 @@ def test_windowed_agents(name, world, iteration):
         torch.testing.assert_close(bench.x[:, k + 1], ode)
     scores = bench.rollout.scores.total.double()
     published = name == "flow-grpo-fast"
-    advantage = normalised(scores, *(("batch", 1e-4) if published else ("group", 1e-8)))
+    advantage = normalised(scores, *(("rewards", 1e-4) if published else ("group", 1e-8)))
     stds = [bench.std(k) for k in range(STEPS - 1)]
     weights = [std / (sum(stds) / len(stds)) for std in stds] if name == "tempflow" else None
 
