@@ -127,9 +127,9 @@ class Control(ActionConvention):
 
     | control | numbers | what it does | low, neutral, high |
     |---|---|---|---|
-    | guidance_scale | 1 | w of classifier-free guidance; for models that have it, at twice the compute | 0, the model's w, 2w + 2 |
-    | noise_scale | 1 | multiplies the noise, and so the kernel's std | 0, 1, 2 |
-    | drift | channels | is added to the noise of a whole latent channel, in units of the std | −3, 0, 3 |
+    | guidance_scale | 1 | w of classifier-free guidance, where the model has it: twice the compute | 0, the model's, 2w + 2 |
+    | noise_scale | 1 | multiplies the noise, and so the kernel's std | 0, 1, 1.5 |
+    | drift | channels | shifts a latent channel's mean, in units of that mean's own noise | −3, 0, 3 |
 
     At its neutral value `guidance_scale` is the base sampler to rounding, and the others are to the bit.
 
@@ -159,7 +159,7 @@ class Control(ActionConvention):
     ) -> None:
         super().__init__(mdp, **options)
         scale, channels = mdp.model.guidance_scale, mdp.model.latent_shape[0]
-        known = {"noise_scale": (0.0, 1.0, 2.0), "drift": (-3.0, 0.0, 3.0)}
+        known = {"noise_scale": (0.0, 1.0, 1.5), "drift": (-3.0, 0.0, 3.0)}
         if scale is not None:
             known = {"guidance_scale": (0.0, scale, 2 * scale + 2), **known}
         self.names: list[str] = []
@@ -213,7 +213,9 @@ class Control(ActionConvention):
         if "noise_scale" in values:
             noise = noise * spread(values["noise_scale"])
         if "drift_0" in values:
-            noise = noise + spread(torch.stack([v for name, v in values.items() if name.startswith("drift")], -1))
+            drift = torch.stack([v for name, v in values.items() if name.startswith("drift")], -1)
+            # the mean of n draws has std 1/√n
+            noise = noise + spread(drift) / noise[0, 0].numel() ** 0.5
         return transition.sample(noise, self.mdp.model.dtype)
 
 

@@ -129,7 +129,9 @@ def _numpy(data: Any) -> Any:
 
 
 def _pick(observation: Any, i: int) -> Any:
-    return {name: values[i] for name, values in observation.items()} if isinstance(observation, dict) else observation[i]
+    return (
+        {name: values[i] for name, values in observation.items()} if isinstance(observation, dict) else observation[i]
+    )
 
 
 def _row(infos: dict[str, Any], i: int) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """PPO from TorchRL's own pieces, unmodified: `Collector`, `GAE`, `ClipPPOLoss`, as in its tutorial."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import InteractionType, TensorDictModule
 from tensordict.nn.distributions import NormalParamExtractor
 from torch import nn
 from torchrl.collectors import Collector
@@ -16,6 +16,8 @@ from torchrl.envs import EnvBase
 from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, ValueOperator
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
+
+from agents.progress import progress
 
 
 @dataclass
@@ -45,20 +47,111 @@ class TorchRLPPOConfig:
 class TorchRLPPO:
     """TorchRL's PPO on flat observations: `learn` in its own loop, or ``act``, ``observe``, ``update`` in `run`.
 
+    The policy starts as N(0, I), with the noise action the base sampler. Actions that leave the action space are
+    clipped by the environment's convention.
+
     Args:
         observation_size: F.
-        action_shape: of one row.
+        action_size: D.
         config: see there.
         seed: of the weights and of everything drawn; seeds torch's global generator.
+        device: of the networks.
     """
 
     def __init__(
         self,
         observation_size: int,
-        action_shape: tuple[int, ...],
+        action_size: int,
         config: TorchRLPPOConfig | None = None,
         seed: int = 0,
+        device: str | torch.device = "cpu",
     ) -> None:
         torch.manual_seed(seed)
         self.config = config = config or TorchRLPPOConfig()
-        ...
+        cells = [config.width, config.width]
+        body = MLP(observation_size, 2 * action_size, num_cells=cells, activation_class=nn.Tanh, device=device)
+        with torch.no_grad():
+            body[-1].weight.mul_(0.01)
+            body[-1].bias.zero_()
+        network = nn.Sequential(body, NormalParamExtractor())
+        self.actor = ProbabilisticActor(
+            TensorDictModule(network, in_keys=["observation"], out_keys=["loc", "scale"]),
+            in_keys=["loc", "scale"],
+            distribution_class=IndependentNormal,
+            return_log_prob=True,
+            default_interaction_type=InteractionType.RANDOM,
+        )
+        critic = MLP(observation_size, 1, num_cells=cells, activation_class=nn.Tanh, device=device)
+        self.critic = ValueOperator(critic, in_keys=["observation"])
+        self.advantage = GAE(gamma=config.gamma, lmbda=config.gae_lambda, value_network=self.critic)
+        self.loss = ClipPPOLoss(
+            self.actor,
+            self.critic,
+            clip_epsilon=config.clip_epsilon,
+            entropy_coeff=config.entropy_coeff,
+            normalize_advantage=True,
+        )
+        self.optimizer = torch.optim.Adam(self.loss.parameters(), config.lr)
+        self._steps: list[TensorDictBase] = []
+
+    def learn(self, env: EnvBase, episodes: int, desc: str = "episodes") -> np.ndarray:
+        """Collect whole episodes with TorchRL's collector and train on each batch of them.
+
+        Args:
+            env: with ``observation``, see `denoise_env.torchrl_transforms`.
+            episodes: a multiple of the environment's rows.
+            desc: the progress bar's title.
+
+        Returns:
+            Returns ``[episodes]``.
+        """
+        steps = env.base_env.mdp.num_steps
+        rows = env.batch_size.numel()
+        collector = Collector(env, self.actor, frames_per_batch=rows * steps, total_frames=episodes * steps)
+        returns = []
+        with progress(total=episodes, desc=desc, leave=False) as bar:
+            for batch in collector:
+                self._train(batch)
+                returns.append(batch["next", "reward"].sum(1)[:, 0].cpu().numpy())
+                bar.set_postfix({"return": f"{returns[-1].mean():.3g}"}, refresh=False)
+                bar.update(rows)
+        collector.shutdown()
+        return np.concatenate(returns)
+
+    @torch.no_grad()
+    def act(self, observation: Any) -> torch.Tensor:
+        """Sampled actions."""
+        self._step = self.actor(TensorDict({"observation": torch.as_tensor(observation)}, [len(observation)]))
+        return self._step["action"]
+
+    def observe(self, observation: Any, action: Any, reward: Any, done: Any, next_observation: Any) -> None:
+        """Keep a step."""
+        column = {"reward": torch.as_tensor(reward)[:, None], "done": torch.as_tensor(done)[:, None]}
+        after = {"observation": torch.as_tensor(next_observation), "terminated": column["done"], **column}
+        self._steps.append(self._step.set("next", TensorDict(after, self._step.batch_size)))
+
+    def update(self) -> dict[str, float]:
+        """Train on the episodes that were observed."""
+        batch = torch.stack(self._steps, 1)
+        self._steps = []
+        return self._train(batch)
+
+    def _train(self, batch: TensorDictBase) -> dict[str, float]:
+        """PPO on a batch ``[n, K]`` of whole episodes."""
+        config = self.config
+        with torch.no_grad():
+            self.advantage(batch)
+        flat = batch.select(*self.loss.in_keys, "advantage", "value_target", strict=False).reshape(-1)
+        buffer = ReplayBuffer(
+            storage=LazyTensorStorage(len(flat)), sampler=SamplerWithoutReplacement(), batch_size=config.minibatch
+        )
+        buffer.extend(flat)
+        for _ in range(config.epochs):
+            for minibatch in buffer:
+                losses = self.loss(minibatch)
+                loss = sum(losses[name] for name in ("loss_objective", "loss_critic", "loss_entropy") if name in losses)
+                self.optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(self.loss.parameters(), config.max_grad_norm)
+                self.optimizer.step()
+        return {"loss": float(loss), "kl": float(losses["kl_approx"])}
