@@ -137,8 +137,7 @@ def table(found: list[dict[str, Any]], command: str) -> str:
         return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
     lines = [
-        "| world | action | agent | seed | base sampler | agent, deterministic | agent, stochastic | gain, deterministic "
-        "| training |",
+        "| world | action | agent | seed | base sampler | deterministic | stochastic | gain | training |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found:

@@ -127,7 +127,7 @@ class Control(ActionConvention):
 
     | control | numbers | what it does | low, neutral, high |
     |---|---|---|---|
-    | guidance_scale | 1 | w of classifier-free guidance, where the model has it: twice the compute | 0, the model's, 2w + 2 |
+    | guidance_scale | 1 | w of classifier-free guidance, twice the compute of none | 0, the model's, 2w + 2 |
     | noise_scale | 1 | multiplies the noise, and so the kernel's std | 0, 1, 1.5 |
     | drift | channels | shifts a latent channel's mean, in units of that mean's own noise | −3, 0, 3 |
 
@@ -203,19 +203,17 @@ class Control(ActionConvention):
 
     def next_latents(self, state: State, action: Tensor, noise: Tensor | None = None) -> Tensor:
         """As in `ActionConvention.next_latents`."""
-        assert noise is not None
+        assert noise is not None, "Control needs noise"
         values = dict(zip(self.names, self.values(action).unbind(-1), strict=True))
         transition = self.transition(state, values.get("guidance_scale"))
 
-        def spread(numbers: Tensor) -> Tensor:
-            return numbers.reshape(len(noise), -1, *[1] * (noise.ndim - 2))
-
+        ones = [1] * (noise.ndim - 2)
         if "noise_scale" in values:
-            noise = noise * spread(values["noise_scale"])
+            noise = noise * values["noise_scale"].reshape(-1, 1, *ones)
         if "drift_0" in values:
             drift = torch.stack([v for name, v in values.items() if name.startswith("drift")], -1)
             # the mean of n draws has std 1/√n
-            noise = noise + spread(drift) / noise[0, 0].numel() ** 0.5
+            noise = noise + drift.reshape(*drift.shape, *ones) / noise[0, 0].numel() ** 0.5
         return transition.sample(noise, self.mdp.model.dtype)
 
 
@@ -268,7 +266,8 @@ class Flat:
         max_dimensions: int = 2048,
     ) -> None:
         self.mdp, self.parts = mdp, tuple(parts)
-        sizes = {"latents": torch.Size(mdp.model.latent_shape).numel(), "step": 1, "prompt": self._pooled().shape[1]}
+        self._table = mdp.model.pool(mdp.prompts.conditioning)
+        sizes = {"latents": torch.Size(mdp.model.latent_shape).numel(), "step": 1, "prompt": self._table.shape[1]}
         for part in self.parts:
             if part not in sizes:
                 raise ValueError(f"an observation has no part {part!r}; {suggest(part, sizes)}")
@@ -292,6 +291,6 @@ class Flat:
         return torch.cat([values[part]() for part in self.parts], 1)
 
     def _pooled(self) -> Tensor:
-        if not hasattr(self, "_table") or len(self._table) != len(self.mdp.prompts.texts):
+        if len(self._table) != len(self.mdp.prompts.texts):  # a reset has named new prompts
             self._table = self.mdp.model.pool(self.mdp.prompts.conditioning)
         return self._table

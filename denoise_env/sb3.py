@@ -83,7 +83,7 @@ class SB3VecEnv(VecEnv):
             last = observation
             observation, infos = self.env.reset(options={"reset_mask": done})
             observation = _numpy(observation)
-            for i in np.flatnonzero(done):
+            for i in np.flatnonzero(done).tolist():
                 rows[i]["terminal_observation"] = _pick(last, i)
                 rows[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
                 self.reset_infos[i] = _row(infos, i)
@@ -95,7 +95,7 @@ class SB3VecEnv(VecEnv):
 
     def get_images(self) -> Sequence[np.ndarray | None]:
         """One picture per row."""
-        return self.env.render() or [None] * self.num_envs
+        return cast(Any, self.env.render()) or [None] * self.num_envs
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """The environment's attribute, once per row: the rows share it."""

@@ -16,7 +16,6 @@ from gymnasium import spaces
 from gymnasium.vector import VectorActionWrapper, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 
-
 from denoise_env.conventions import ActionConvention, Control, Flat, Noise, RowNoise
 from denoise_env.gymnasium_vector import DenoiseVectorEnv
 from denoise_env.mdp import State

@@ -53,16 +53,20 @@ class PPO:
         self.steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def policy(self, observation: torch.Tensor) -> torch.distributions.Normal:
+        """A Gaussian whose std does not depend on the observation."""
         return torch.distributions.Normal(self.actor(observation), self.log_std.exp())
 
     @torch.no_grad()
     def act(self, observation: torch.Tensor) -> torch.Tensor:
+        """Sampled actions ``[n, D]`` for observations ``[n, F]``."""
         return self.policy(observation).sample()
 
     def observe(self, observation, action, reward, done, next_observation) -> None:  # type: ignore[no-untyped-def]
+        """Keep a step; GAE with whole episodes needs no next observation."""
         self.steps.append((observation, action, reward, done.float()))
 
     def update(self) -> dict[str, float]:
+        """Train on the episodes since the last call."""
         options = self.options
         observations, actions, rewards, done = (torch.stack(part) for part in zip(*self.steps, strict=True))  # [K, n]
         self.steps = []
