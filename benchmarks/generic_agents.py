@@ -3,7 +3,7 @@
     python -m benchmarks.generic_agents [--only shapes] [--seeds 3]
 
 Every agent trains from nothing beside the frozen pretrained model, through an action convention: on Points the
-*noise* action, on Shapes the *control* action (guidance scale, noise scale, drift of the four latent channels). Then
+*noise* action, on Shapes the *control* action (guidance scale and noise scale). Then
 base sampler and agent run the same episodes, the same first latents and prompts (Shapes: the held-out ones), so the
 differences are paired; intervals are 95 % bootstrap intervals over episodes. Writes ``generic-agents.json`` and
 ``generic-agents.md`` into ``benchmarks/results``.
@@ -11,12 +11,14 @@ differences are paired; intervals are 95 % bootstrap intervals over episodes. Wr
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,34 +39,59 @@ from denoise_env.sb3 import SB3VecEnv
 from denoise_env.torchrl_transforms import ActionTransform, FlatTransform
 from denoise_env.wrappers import ControlAction, FlatObservation, NoiseAction
 
-STEPS = 10
+STEPS, ROWS, LEARNING_RATE = 10, 64, 1e-3
 EVALUATION_SEED = 1_000_000
-WRAPPERS: dict[str, Any] = {"noise": NoiseAction, "control": ControlAction}
-CONVENTIONS: dict[str, type[ActionConvention]] = {"noise": Noise, "control": Control}
 Act = Callable[[Any, bool], Any]
 
-WORLDS: dict[str, dict[str, Any]] = {
-    "points": {"action": "noise", "rows": 64, "episodes": 6400, "evaluation": 2048, "prompts": "points"},
-    "shapes": {"action": "control", "rows": 128, "episodes": 6400, "evaluation": 512, "prompts": "shapes-held-out"},
-}
+
+@dataclass(frozen=True)
+class World:
+    """A model, and how agents meet it."""
+
+    model: str
+    convention: type[ActionConvention]
+    convention_options: dict[str, Any]
+    flat_options: dict[str, Any]
+    prompts: str
+    episodes: int
+    evaluation: int
+
+    def vector(self, mdp: DenoisingMDP, rows: int, **options: Any) -> FlatObservation:
+        wrapper: Any = NoiseAction if self.convention is Noise else ControlAction
+        env = DenoiseVectorEnv.from_mdp(mdp, rows, output="torch")
+        return FlatObservation(wrapper(env, **{**self.convention_options, **options}), **self.flat_options)
+
+    def torchrl(self, mdp: DenoisingMDP, rows: int) -> TransformedEnv:
+        action, flat = self.convention(mdp, **self.convention_options), Flat(mdp, **self.flat_options)
+        transforms = Compose(ActionTransform(action), FlatTransform(flat))
+        return TransformedEnv(DenoiseTorchRLEnv.from_mdp(mdp, rows), transforms)
 
 
-def sb3_ppo(mdp: DenoisingMDP, action: str, rows: int, episodes: int, seed: int) -> Act:
-    model = PPO(
-        "MlpPolicy", sb3_env(mdp, action, rows), n_steps=STEPS, batch_size=256, gamma=1.0, seed=seed, device="cpu"
-    )
-    return learn_sb3(model, episodes)
+WORLDS = [
+    World("points", Noise, {}, {}, "points", episodes=6400, evaluation=2048),
+    World(
+        "shapes",
+        Control,
+        {"controls": {"guidance_scale": (0.0, 4.0), "noise_scale": (0.0, 1.5)}},
+        {"parts": ("step", "prompt")},
+        "shapes-held-out",
+        episodes=2560,
+        evaluation=512,
+    ),
+]
 
 
-def sb3_sac(mdp: DenoisingMDP, action: str, rows: int, episodes: int, seed: int) -> Act:
+def sb3_ppo(world: World, mdp: DenoisingMDP, episodes: int, seed: int) -> Act:
+    env = SB3VecEnv(world.vector(mdp, ROWS))
+    options: dict[str, Any] = {"learning_rate": LEARNING_RATE, "n_steps": STEPS, "batch_size": 160, "gamma": 1.0}
+    return learn_sb3(PPO("MlpPolicy", env, seed=seed, device="cpu", **options), episodes)
+
+
+def sb3_sac(world: World, mdp: DenoisingMDP, episodes: int, seed: int) -> Act:
     # SAC's first actions are uniform in the box, so the box is small; a quarter of PPO's episodes
-    env = sb3_env(mdp, action, rows, bound=2.0)
-    model = SAC("MlpPolicy", env, learning_starts=2560, gradient_steps=8, gamma=1.0, seed=seed, device="cpu")
-    return learn_sb3(model, episodes // 4)
-
-
-def sb3_env(mdp: DenoisingMDP, action: str, rows: int, **options: Any) -> SB3VecEnv:
-    return SB3VecEnv(FlatObservation(WRAPPERS[action](vector_env(mdp, rows), **options)))
+    env = SB3VecEnv(world.vector(mdp, ROWS, bound=2.0))
+    options: dict[str, Any] = {"learning_rate": LEARNING_RATE, "learning_starts": 1280, "gradient_steps": 8}
+    return learn_sb3(SAC("MlpPolicy", env, gamma=1.0, seed=seed, device="cpu", **options), episodes // 4)
 
 
 def learn_sb3(model: Any, episodes: int) -> Act:
@@ -72,12 +99,11 @@ def learn_sb3(model: Any, episodes: int) -> Act:
     return lambda observation, deterministic: model.predict(observation.numpy(), deterministic=deterministic)[0]
 
 
-def torchrl_ppo(mdp: DenoisingMDP, action: str, rows: int, episodes: int, seed: int) -> Act:
-    flat = Flat(mdp)
-    transforms = Compose(ActionTransform(CONVENTIONS[action](mdp)), FlatTransform(flat))
-    env = TransformedEnv(DenoiseTorchRLEnv.from_mdp(mdp, rows), transforms)
+def torchrl_ppo(world: World, mdp: DenoisingMDP, episodes: int, seed: int) -> Act:
+    env = world.torchrl(mdp, ROWS)
     env.set_seed(seed)
-    agent = TorchRLPPO(flat.size, env.action_spec.shape[-1], TorchRLPPOConfig(), seed)
+    sizes = (env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1])
+    agent = TorchRLPPO(*sizes, TorchRLPPOConfig(lr=LEARNING_RATE, minibatch=160), seed)
     agent.learn(env, episodes)
 
     @torch.no_grad()
@@ -91,44 +117,42 @@ def torchrl_ppo(mdp: DenoisingMDP, action: str, rows: int, episodes: int, seed: 
 AGENTS: dict[str, Any] = {"SB3 PPO": sb3_ppo, "TorchRL PPO": torchrl_ppo, "SB3 SAC": sb3_sac}
 
 
-def vector_env(mdp: DenoisingMDP, rows: int) -> DenoiseVectorEnv:
-    return DenoiseVectorEnv.from_mdp(mdp, rows, output="torch")
-
-
-def evaluate(mdp: DenoisingMDP, action: str, rows: int, episodes: int, act: Any) -> np.ndarray:
+def evaluate(env: FlatObservation, episodes: int, act: Any) -> np.ndarray:
     """Returns ``[episodes]`` of fixed seeds."""
-    found = []
-    for first in range(0, episodes, rows):
-        env = FlatObservation(WRAPPERS[action](vector_env(mdp, rows)))
-        found.append(run(env, ScriptedAgent(act), rows, seed=EVALUATION_SEED + first, learn=False, desc="evaluate"))
-    return np.concatenate(found)
+    starts = range(EVALUATION_SEED, EVALUATION_SEED + episodes, env.num_envs)
+    parts = [run(env, ScriptedAgent(act), env.num_envs, seed=s, learn=False, desc="evaluate") for s in starts]
+    return np.concatenate(parts)
 
 
 def mean_and_interval(values: np.ndarray) -> list[float]:
     return [float(values.mean()), *bootstrap(values[None], seed=0)]
 
 
-def measure(world: str, agent: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    settings = WORLDS[world]
-    action, rows = settings["action"], settings["rows"]
-    episodes, evaluation = options.episodes or settings["episodes"], options.evaluation or settings["evaluation"]
-    mdp = DenoisingMDP.make(world, num_steps=STEPS)
-    test = DenoisingMDP(mdp.model, mdp.rewards, load_prompts(settings["prompts"]), STEPS)
-    base = evaluate(test, "control", rows, evaluation, lambda observation: neutral(test, len(observation)))
+def test_mdp(world: World, mdp: DenoisingMDP) -> DenoisingMDP:
+    """The same model with the prompts of the evaluation."""
+    return DenoisingMDP(mdp.model, mdp.rewards, load_prompts(world.prompts), STEPS)
+
+
+def base_sampler(world: World, episodes: int) -> np.ndarray:
+    """Returns of the neutral control, which is the base sampler to the bit where guidance is not among the controls."""
+    env = DenoiseVectorEnv.from_mdp(test_mdp(world, DenoisingMDP.make(world.model, num_steps=STEPS)), ROWS * 2)
+    controlled = FlatObservation(ControlAction(env, controls={"noise_scale": (0.0, 1.0)}))
+    return evaluate(controlled, episodes, lambda observation: np.zeros((len(observation), 1), np.float32))
+
+
+def measure(world: World, agent: str, seed: int, base: np.ndarray, episodes: int) -> dict[str, Any]:
+    mdp = DenoisingMDP.make(world.model, num_steps=STEPS)
     started = time.perf_counter()
-    act = AGENTS[agent](mdp, action, rows, episodes, seed)
+    act = AGENTS[agent](world, mdp, episodes, seed)
     seconds = time.perf_counter() - started
-    found = {"world": world, "action": action, "agent": agent, "seed": seed, "train_seconds": round(seconds, 1)}
-    found |= {"evaluation_episodes": evaluation, "base": mean_and_interval(base)}
+    env = world.vector(test_mdp(world, mdp), ROWS * 2)
+    found = {"world": world.model, "action": world.convention.__name__.lower(), "agent": agent, "seed": seed}
+    found |= {"train_seconds": round(seconds, 1), "base": mean_and_interval(base)}
     for name, deterministic in (("deterministic", True), ("stochastic", False)):
         torch.manual_seed(EVALUATION_SEED)
-        returns = evaluate(test, action, rows, evaluation, lambda observation, d=deterministic: act(observation, d))
+        returns = evaluate(env, len(base), lambda observation, mean=deterministic: act(observation, mean))
         found |= {name: mean_and_interval(returns), f"{name}_gain": mean_and_interval(returns - base)}
     return found
-
-
-def neutral(mdp: DenoisingMDP, rows: int) -> torch.Tensor:
-    return torch.zeros(rows, *Control(mdp).shape)
 
 
 def table(found: list[dict[str, Any]], command: str) -> str:
@@ -158,15 +182,18 @@ def main() -> None:
     command = shlex.join(["python", "-m", "benchmarks.generic_agents", *sys.argv[1:]])
     found = []
     for world in WORLDS:
-        for agent in AGENTS:
-            if options.only in f"{world} {agent}" and (world, agent) != ("shapes", "SB3 SAC"):
-                for seed in range(options.seeds):
-                    found.append(measure(world, agent, seed, options))
-                    print(table(found[-1:], command).splitlines()[-1], flush=True)
+        agents = [
+            a for a in AGENTS if options.only in f"{world.model} {a}" and (world.model, a) != ("shapes", "SB3 SAC")
+        ]
+        if agents:
+            base = base_sampler(world, options.evaluation or world.evaluation)
+        for agent, seed in itertools.product(agents, range(options.seeds)):
+            found.append(measure(world, agent, seed, base, options.episodes or world.episodes))
+            print(table(found[-1:], command).splitlines()[-1], flush=True)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchrl", "stable-baselines3")}
-    machine = {"cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
+    about = {"command": command, "versions": versions, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     options.output.mkdir(parents=True, exist_ok=True)
-    result = {"command": command, "versions": versions, "machine": machine, "worlds": WORLDS, "results": found}
+    result = {**about, "worlds": [str(world) for world in WORLDS], "results": found}
     (options.output / "generic-agents.json").write_text(json.dumps(result, indent=1) + "\n")
     (options.output / "generic-agents.md").write_text(table(found, command))
 
