@@ -128,14 +128,14 @@ def mean_and_interval(values: np.ndarray) -> list[float]:
     return [float(values.mean()), *bootstrap(values[None], seed=0)]
 
 
-def test_mdp(world: World, mdp: DenoisingMDP) -> DenoisingMDP:
+def evaluation_mdp(world: World, mdp: DenoisingMDP) -> DenoisingMDP:
     """The same model with the prompts of the evaluation."""
     return DenoisingMDP(mdp.model, mdp.rewards, load_prompts(world.prompts), STEPS)
 
 
 def base_sampler(world: World, episodes: int) -> np.ndarray:
     """Returns of the neutral control, which is the base sampler to the bit where guidance is not among the controls."""
-    env = DenoiseVectorEnv.from_mdp(test_mdp(world, DenoisingMDP.make(world.model, num_steps=STEPS)), ROWS * 2)
+    env = DenoiseVectorEnv.from_mdp(evaluation_mdp(world, DenoisingMDP.make(world.model, num_steps=STEPS)), ROWS * 2)
     controlled = FlatObservation(ControlAction(env, controls={"noise_scale": (0.0, 1.0)}))
     return evaluate(controlled, episodes, lambda observation: np.zeros((len(observation), 1), np.float32))
 
@@ -145,7 +145,7 @@ def measure(world: World, agent: str, seed: int, base: np.ndarray, episodes: int
     started = time.perf_counter()
     act = AGENTS[agent](world, mdp, episodes, seed)
     seconds = time.perf_counter() - started
-    env = world.vector(test_mdp(world, mdp), ROWS * 2)
+    env = world.vector(evaluation_mdp(world, mdp), ROWS * 2)
     found = {"world": world.model, "action": world.convention.__name__.lower(), "agent": agent, "seed": seed}
     found |= {"train_seconds": round(seconds, 1), "base": mean_and_interval(base)}
     for name, deterministic in (("deterministic", True), ("stochastic", False)):

@@ -85,7 +85,9 @@ class ActionConvention(ABC):
 
     def _need_noise(self, what: str) -> None:
         if not self.kernel.stochastic.any():
-            raise ValueError(f"no step of {self.kernel} has noise for {what}: use a stochastic kernel (eta > 0)")
+            raise ValueError(
+                f"no step of {self.kernel} has noise for {what}: use a stochastic kernel (eta > 0) and at least 2 steps"
+            )
 
 
 class Noise(ActionConvention):

@@ -15,10 +15,17 @@ class SB3OnPolicy:
     """PPO or A2C, with their own policy, buffer and ``train``, in a loop that is not theirs.
 
     Args:
-        model: built with ``n_steps`` a multiple of the episodes' length; it is trained whenever its buffer is full.
+        model: built with ``n_steps`` a multiple of the K steps of an episode; it is trained whenever its buffer is
+            full.
+
+    Raises:
+        ValueError: another ``n_steps``.
     """
 
     def __init__(self, model: OnPolicyAlgorithm) -> None:
+        steps = model.get_env().get_attr("mdp")[0].num_steps  # type: ignore[union-attr]
+        if model.n_steps % steps:
+            raise ValueError(f"n_steps must be a multiple of K steps, {steps}, not {model.n_steps}")
         self.model = model
         model.set_logger(configure(format_strings=[]))
         self._starts = np.ones(model.n_envs, bool)
@@ -33,8 +40,7 @@ class SB3OnPolicy:
 
     def observe(self, observation: Any, action: Any, reward: Any, done: Any, next_observation: Any) -> None:
         """Add a step to the model's rollout buffer."""
-        arrays = (_tensor(values).cpu().numpy() for values in (observation, reward))
-        observation, reward = arrays
+        observation, reward = _tensor(observation).cpu().numpy(), _tensor(reward).cpu().numpy()
         self.model.rollout_buffer.add(observation, self._action, reward, self._starts, self._value, self._log_prob)
         self._starts = _tensor(done).cpu().numpy()
         self.model.num_timesteps += len(reward)

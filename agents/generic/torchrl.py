@@ -30,6 +30,8 @@ class TorchRLPPOConfig:
     """Passes over every rollout."""
     minibatch: int = 256
     """Steps per gradient."""
+    max_batch: int = 16384
+    """The most steps a batch of episodes may have: rows times denoising steps."""
     clip_epsilon: float = 0.2
     """PPO's clip range."""
     entropy_coeff: float = 0.0
@@ -93,6 +95,8 @@ class TorchRLPPO:
         )
         self.optimizer = torch.optim.Adam(self.loss.parameters(), config.lr)
         self._steps: list[TensorDictBase] = []
+        storage = LazyTensorStorage(config.max_batch, device=device)
+        self._buffer = ReplayBuffer(storage=storage, sampler=SamplerWithoutReplacement(), batch_size=config.minibatch)
 
     def learn(self, env: EnvBase, episodes: int, desc: str = "episodes") -> np.ndarray:
         """Collect whole episodes with TorchRL's collector and train on each batch of them.
@@ -142,16 +146,14 @@ class TorchRLPPO:
         with torch.no_grad():
             self.advantage(batch)
         flat = batch.select(*self.loss.in_keys, "advantage", "value_target", strict=False).reshape(-1)
-        buffer = ReplayBuffer(
-            storage=LazyTensorStorage(len(flat)), sampler=SamplerWithoutReplacement(), batch_size=config.minibatch
-        )
-        buffer.extend(flat)
+        self._buffer.empty()
+        self._buffer.extend(flat)
         for _ in range(config.epochs):
-            for minibatch in buffer:
+            for minibatch in self._buffer:
                 losses = self.loss(minibatch)
                 loss = sum(losses[name] for name in ("loss_objective", "loss_critic", "loss_entropy") if name in losses)
                 self.optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.loss.parameters(), config.max_grad_norm)
                 self.optimizer.step()
-        return {"loss": float(loss), "kl": float(losses["kl_approx"])}
+        return {"loss": loss.item(), "kl": losses["kl_approx"].item()}
