@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from agents.progress import progress
 
-__all__ = ["GenericAgent", "RandomAgent", "ScriptedAgent", "run"]
+__all__ = ["GenericAgent", "RandomAgent", "ScriptedAgent", "check_rewards", "run"]
 
 
 class GenericAgent(Protocol):
@@ -86,7 +86,8 @@ def run(
         Returns ``[episodes]`` float64 in the order of the episodes, NaN where a reward could not be computed.
 
     Raises:
-        ValueError: another autoreset mode, or fewer than one episode.
+        ValueError: another autoreset mode, or fewer than one episode; while learning, a reward that could not be
+            computed.
     """
     if env.metadata.get("autoreset_mode") is not AutoresetMode.DISABLED:
         raise ValueError('the loop resets the rows itself: build the environment with autoreset_mode="disabled"')
@@ -109,11 +110,20 @@ def _episodes(env: VectorEnv[Any, Any, Any], agent: GenericAgent, seed: int | No
         action = agent.act(observation)
         following, reward, terminated, truncated, _ = env.step(action)
         done = terminated | truncated
+        numbers = torch.as_tensor(reward).cpu().numpy()
         if learn:
+            check_rewards(numbers)
             agent.observe(observation, action, reward, done, following)
         observation, over = following, bool(done.all())
-        total += torch.as_tensor(reward).cpu().numpy()
+        total += numbers
     return total
+
+
+def check_rewards(rewards: np.ndarray) -> None:
+    """Refuse NaN, which would end in the agent's weights, with a ``ValueError``."""
+    missing = int(np.isnan(rewards).sum())
+    if missing:
+        raise ValueError(f"the reward of {missing} rows could not be computed: mend the reward function")
 
 
 def _show(bar: tqdm, returns: np.ndarray, figures: dict[str, float]) -> None:

@@ -17,6 +17,7 @@ from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, ValueOpe
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
+from agents.generic import check_rewards
 from agents.progress import progress
 
 
@@ -69,6 +70,7 @@ class TorchRLPPO:
         device: str | torch.device = "cpu",
     ) -> None:
         torch.manual_seed(seed)
+        self.device = torch.device(device)
         self.config = config = config or TorchRLPPOConfig()
         cells = [config.width, config.width]
         body = MLP(observation_size, 2 * action_size, num_cells=cells, activation_class=nn.Tanh, device=device)
@@ -108,15 +110,20 @@ class TorchRLPPO:
 
         Returns:
             Returns ``[episodes]``.
+
+        Raises:
+            ValueError: a number of episodes that the rows do not divide; a reward that could not be computed.
         """
-        steps = env.base_env.mdp.num_steps
-        rows = env.batch_size.numel()
+        steps, rows = env.base_env.mdp.num_steps, env.batch_size.numel()
+        if episodes % rows:
+            raise ValueError(f"episodes must be a multiple of the environment's {rows} rows, not {episodes}")
         collector = Collector(env, self.actor, frames_per_batch=rows * steps, total_frames=episodes * steps)
         returns = []
         with progress(total=episodes, desc=desc, leave=False) as bar:
             for batch in collector:
-                self._train(batch)
                 returns.append(batch["next", "reward"].sum(1)[:, 0].cpu().numpy())
+                check_rewards(returns[-1])
+                self._train(batch)
                 bar.set_postfix({"return": f"{returns[-1].mean():.3g}"}, refresh=False)
                 bar.update(rows)
         collector.shutdown()
@@ -125,13 +132,13 @@ class TorchRLPPO:
     @torch.no_grad()
     def act(self, observation: Any) -> torch.Tensor:
         """Sampled actions."""
-        self._step = self.actor(TensorDict({"observation": torch.as_tensor(observation)}, [len(observation)]))
+        self._step = self.actor(TensorDict({"observation": self._tensor(observation)}, [len(observation)]))
         return self._step["action"]
 
     def observe(self, observation: Any, action: Any, reward: Any, done: Any, next_observation: Any) -> None:
         """Keep a step."""
-        column = {"reward": torch.as_tensor(reward)[:, None], "done": torch.as_tensor(done)[:, None]}
-        after = {"observation": torch.as_tensor(next_observation), "terminated": column["done"], **column}
+        column = {"reward": self._tensor(reward)[:, None], "done": self._tensor(done)[:, None]}
+        after = {"observation": self._tensor(next_observation), "terminated": column["done"], **column}
         self._steps.append(self._step.set("next", TensorDict(after, self._step.batch_size)))
 
     def update(self) -> dict[str, float]:
@@ -139,6 +146,9 @@ class TorchRLPPO:
         batch = torch.stack(self._steps, 1)
         self._steps = []
         return self._train(batch)
+
+    def _tensor(self, values: Any) -> torch.Tensor:
+        return torch.as_tensor(values, device=self.device)
 
     def _train(self, batch: TensorDictBase) -> dict[str, float]:
         """PPO on a batch ``[n, K]`` of whole episodes."""
