@@ -87,8 +87,8 @@ def test_ppo_and_sac_run_unmodified(action):
     assert ppo.ep_info_buffer[-1]["l"] == K
     assert 0 <= ppo.ep_info_buffer[-1]["r"] <= 1
     sac = SAC("MlpPolicy", env, learning_starts=N, batch_size=8, seed=0, device="cpu").learn(5 * N * K)
-    assert np.isfinite(sac.logger.name_to_value.get("train/actor_loss", 0.0))
-    assert len(sac.replay_buffer.observations) >= 5 * K
+    assert sac.num_timesteps == 5 * N * K
+    assert sac._n_updates > 0
 
 
 def test_refusals():

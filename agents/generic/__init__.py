@@ -127,6 +127,6 @@ def check_rewards(rewards: np.ndarray) -> None:
 
 
 def _show(bar: tqdm, returns: np.ndarray, figures: dict[str, float]) -> None:
-    shown = {"return": np.nanmean(returns), **figures}
+    shown = {"return": returns.mean(), **figures}
     bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
     bar.update(len(returns))

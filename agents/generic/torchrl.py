@@ -114,9 +114,10 @@ class TorchRLPPO:
         Raises:
             ValueError: a number of episodes that the rows do not divide; a reward that could not be computed.
         """
-        steps, rows = env.base_env.mdp.num_steps, env.batch_size.numel()
+        rows = env.batch_size.numel()
         if episodes % rows:
             raise ValueError(f"episodes must be a multiple of the environment's {rows} rows, not {episodes}")
+        steps = env.base_env.mdp.num_steps
         collector = Collector(env, self.actor, frames_per_batch=rows * steps, total_frames=episodes * steps)
         returns = []
         with progress(total=episodes, desc=desc, leave=False) as bar:

@@ -1,6 +1,7 @@
 """The loop of generic agents, with every kind of them."""
 
 import itertools
+import json
 import runpy
 from pathlib import Path
 
@@ -116,10 +117,43 @@ def test_what_an_agent_is_told():
     assert told == []
 
 
+@pytest.mark.filterwarnings("ignore:the reward 'points' failed")
+def test_nobody_learns_from_nan():
+    mdp = DenoisingMDP.make("points", num_steps=K)
+    mdp.rewards["points"] = lambda images, prompts, metadata: torch.full((len(images),), torch.nan)
+    env = FlatObservation(NoiseAction(DenoiseVectorEnv.from_mdp(mdp, 2, output="torch")))
+    still = ScriptedAgent(lambda observation: torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="reward of 2 rows could not be computed"):
+        run(env, still, 2)
+    assert np.isnan(run(env, still, 2, learn=False)).all()
+    transforms = Compose(ActionTransform(Noise(mdp)), FlatTransform(Flat(mdp)))
+    agent = TorchRLPPO(9, 2)
+    before = [p.clone() for p in agent.loss.parameters()]
+    with pytest.raises(ValueError, match="reward of 2 rows could not be computed"):
+        agent.learn(TransformedEnv(DenoiseTorchRLEnv.from_mdp(mdp, 2), transforms), 2)
+    assert all(torch.equal(a, b) for a, b in zip(before, agent.loss.parameters(), strict=True))
+
+
+def test_the_benchmark_writes_its_table(monkeypatch, tmp_path):
+    from benchmarks import generic_agents
+
+    arguments = ["--only", "points", "--seeds", "1", "--episodes", "256", "--evaluation", "128", "--output"]
+    monkeypatch.setattr("sys.argv", ["generic_agents", *arguments, str(tmp_path)])
+    generic_agents.main()
+    table = (tmp_path / "generic-agents.md").read_text()
+    assert [row.split(" | ")[2] for row in table.splitlines()[-3:]] == ["SB3 PPO", "TorchRL PPO", "SB3 SAC"]
+    for row in json.loads((tmp_path / "generic-agents.json").read_text())["results"]:
+        mean, low, high = row["deterministic_gain"]
+        assert low < mean < high
+        assert mean == pytest.approx(row["deterministic"][0] - row["base"][0])
+
+
 def test_refusals():
     with pytest.raises(ValueError, match='autoreset_mode="disabled"'):
         run(make(autoreset_mode="next_step"), ScriptedAgent(None), 1)
     with pytest.raises(ValueError, match="episodes must be at least 1"):
         run(make(), ScriptedAgent(None), 0)
+    with pytest.raises(ValueError, match="multiple of the environment's 2 rows, not 3"):
+        TorchRLPPO(9, 2).learn(DenoiseTorchRLEnv("points", 2), 3)
     with pytest.raises(ValueError, match="a multiple of K steps"):
         SB3OnPolicy(PPO("MlpPolicy", SB3VecEnv(make()), n_steps=K + 1, batch_size=N, device="cpu"))
