@@ -13,6 +13,7 @@ conventions are the exception to the rule that the environment never calls the n
 observation. `wrappers` brings all three to Gymnasium, `torchrl_transforms` to TorchRL.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -112,8 +113,8 @@ class Noise(ActionConvention):
 
     def __init__(self, mdp: DenoisingMDP, bound: float = 10.0, **options: Any) -> None:
         super().__init__(mdp, **options)
-        if not bound > 0:
-            raise ValueError(f"bound must be positive, not {bound}")
+        if not 0 < bound < math.inf:
+            raise ValueError(f"bound must be a positive, finite number, not {bound}")
         self._need_noise("the action to be")
         self.bound = float(bound)
         self.shape = mdp.model.latent_shape
@@ -165,9 +166,13 @@ class Control(ActionConvention):
         known = {"noise_scale": (0.0, 1.0, 1.5), "drift": (-3.0, 0.0, 3.0)}
         if scale is not None:
             known = {"guidance_scale": (0.0, scale, 2 * scale + 2), **known}
+        if controls is None:
+            controls = {name: (low, high) for name, (low, _, high) in known.items()}
+        if not controls:
+            raise ValueError(f"controls must name at least one of {list(known)}")
         self.names: list[str] = []
         rows = []
-        for name, (low, high) in (controls or {name: (low, high) for name, (low, _, high) in known.items()}).items():
+        for name, (low, high) in controls.items():
             if name not in known:
                 raise ValueError(f"{type(mdp.model).__name__} has no control {name!r}; {suggest(name, known)}")
             if name != "guidance_scale":
@@ -221,7 +226,7 @@ class Control(ActionConvention):
 
 
 class RowNoise:
-    """The base sampler's own noise for every row's episode: K draws from the row's stream when it takes its first step.
+    """The base sampler's own noise: K draws from a row's stream when it takes its first step, kept for the episode.
 
     Args:
         mdp: K and the latents' shape.

@@ -44,6 +44,8 @@ class _ActionWrapper(VectorActionWrapper[Any, Any, Any, Any]):
         if getattr(actions, "shape", None) != shape:
             raise ValueError(f"the action's shape must be {shape}, not {getattr(actions, 'shape', None)}")
         tensor = torch.as_tensor(actions, dtype=torch.float32, device=state.latents.device)
+        if self._base.mdp.check_finite and not tensor.isfinite().all():
+            raise ValueError("the action must be finite; it has NaN or infinity in it")
         noise = self._noise(state.step) if self._noise else None
         latents = self.convention.next_latents(state, tensor, noise)
         return latents.float().cpu().numpy() if numpy else latents
@@ -97,6 +99,8 @@ class FlatObservation(VectorWrapper[Any, Any, Any, Any, Any]):
     def __init__(self, env: Env, **options: Any) -> None:
         super().__init__(env)
         self._base = _base(env)
+        if env.single_observation_space != self._base.single_observation_space:
+            raise ValueError(f"{env} already has an observation of its own: wrap the environment beneath it")
         self.flat = Flat(self._base.mdp, **options)
         self.single_observation_space = spaces.Box(-np.inf, np.inf, (self.flat.size,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, env.num_envs)

@@ -174,7 +174,7 @@ def test_flat():
 
 def test_refusals(make_shapes):
     points, flow = DenoisingMDP.make("points"), DenoisingMDP.make("points-flow")
-    with pytest.raises(ValueError, match="bound must be positive, not 0"):
+    with pytest.raises(ValueError, match="bound must be a positive, finite number, not 0"):
         Noise(points, bound=0)
     with pytest.raises(ValueError, match=r"no step of ODE.* has noise for the action to be: use a stochastic kernel"):
         Noise(flow, kernel="ode")
@@ -186,6 +186,8 @@ def test_refusals(make_shapes):
         Control(points, {"guidance_scale": (0, 4)})
     with pytest.raises(ValueError, match="range of noise_scale must have its neutral value 1 inside"):
         Control(points, {"noise_scale": (0, 0.5)})
+    with pytest.raises(ValueError, match="controls must name at least one"):
+        Control(points, {})
     with pytest.raises(ValueError, match="unknown control 'drift'; did you mean 'drift_"):
         Control(points).action(drift=1.0)
     with pytest.raises(ValueError, match=r"noise_scale must lie in \[0, 1.5\], not 7"):

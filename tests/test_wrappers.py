@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from gymnasium import make_vec
 from gymnasium.error import ResetNeeded
 
 from denoise_env import ControlAction, DenoiseVectorEnv, FlatObservation, NoiseAction, check_vector_env
@@ -109,15 +110,24 @@ def test_order_and_bad_actions():
     env.reset(seed=0)
     with pytest.raises(ValueError, match=r"shape must be \(3, 2\), not \(3, 3\)"):
         env.step(np.zeros((3, 3), np.float32))
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_a_refused_action_changes_nothing(action):
+    env, other = make(action), make(action)
+    zeros = np.zeros(env.action_space.shape, np.float32)
+    env.reset(seed=0)
+    other.reset(seed=0)
     with pytest.raises(ValueError, match="must be finite"):
-        env.step(np.full((3, 2), np.nan, np.float32))
+        env.step(zeros + np.nan)
+    assert np.array_equal(env.step(zeros)[0], other.step(zeros)[0])
 
 
 def test_refusals():
     with pytest.raises(ValueError, match="already has an action of its own"):
         NoiseAction(ControlAction(DenoiseVectorEnv("points")))
-    from gymnasium import make_vec
-
+    with pytest.raises(ValueError, match="already has an observation of its own"):
+        FlatObservation(FlatObservation(DenoiseVectorEnv("points")))
     with pytest.raises(ValueError, match="this wraps a DenoiseVectorEnv"):
         NoiseAction(make_vec("CartPole-v1"))
     with pytest.raises(ValueError, match="max_dimensions=5"):
