@@ -185,11 +185,11 @@ def table(found: list[dict[str, Any]], command: str) -> str:
     return f"# Generic agents against the base sampler\n\n`{command}`\n\n{NOTES}\n\n" + "\n".join(lines) + "\n"
 
 
-NOTES = """Mean reward of the evaluation episodes with its 95 % bootstrap interval over episodes (Points 2048, Shapes 512,
-unless the command says otherwise). The gain is the deterministic policy's, over the same episodes of the base sampler
-(paired: same first latents, same prompts). Points: the noise action, all six mixtures. Shapes: the control action
-(guidance scale in [0, 4], noise scale in [0, 1.5]), prompts that were never trained on. "Constant control" learns
-nothing: it is guidance 2 and noise scale 0.5 at every step, the best of twelve on the training prompts."""
+NOTES = """Mean reward of the evaluation episodes with its 95 % bootstrap interval over episodes (Points 2048, Shapes
+512, unless the command says otherwise). The gain is the deterministic policy's, over the same episodes of the base
+sampler (paired: same first latents, same prompts). Points: the noise action, all six mixtures. Shapes: the control
+action (guidance scale in [0, 4], noise scale in [0, 1.5]), prompts that were never trained on. "Constant control"
+learns nothing: it is guidance 2 and noise scale 0.5 at every step, the best of twelve on the training prompts."""
 
 
 def main() -> None:
