@@ -17,7 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +188,9 @@ def table(found: list[dict[str, Any]], command: str) -> str:
 NOTES = """Mean reward of the evaluation episodes with its 95 % bootstrap interval over episodes (Points 2048, Shapes
 512, unless the command says otherwise). The gain is the deterministic policy's, over the same episodes of the base
 sampler (paired: same first latents, same prompts). Points: the noise action, all six mixtures. Shapes: the control
-action (guidance scale in [0, 4], noise scale in [0, 1.5]), prompts that were never trained on. "Constant control"
-learns nothing: it is guidance 2 and noise scale 0.5 at every step, the best of twelve on the training prompts."""
+action (guidance scale in [0, 4], noise scale in [0, 1.5]); its prompts were never trained on, unless the command has
+`--training-prompts`. "Constant control" learns nothing: it is guidance 2 and noise scale 0.5 at every step, the best
+of a sweep of twelve on the training prompts (128 episodes each)."""
 
 
 def main() -> None:
@@ -198,11 +199,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--episodes", type=int, help="of training, instead of the benchmark's")
     parser.add_argument("--evaluation", type=int, help="episodes of evaluation, instead of the benchmark's")
+    parser.add_argument("--training-prompts", action="store_true", help="evaluate on the prompts of training")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     command = shlex.join(["python", "-m", "benchmarks.generic_agents", *sys.argv[1:]])
     found = []
-    for world in WORLDS:
+    worlds = [replace(world, prompts=world.model) if options.training_prompts else world for world in WORLDS]
+    for world in worlds:
         agents = [agent for agent in world.agents if options.only in f"{world.model} {agent}"]
         if agents:
             base = base_sampler(world, options.evaluation or world.evaluation)
@@ -214,9 +217,10 @@ def main() -> None:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchrl", "stable-baselines3")}
     about = {"command": command, "versions": versions, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     options.output.mkdir(parents=True, exist_ok=True)
-    result = {**about, "worlds": [str(world) for world in WORLDS], "results": found}
-    (options.output / "generic-agents.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / "generic-agents.md").write_text(table(found, command))
+    result = {**about, "worlds": [str(world) for world in worlds], "results": found}
+    name = "generic-agents-training-prompts" if options.training_prompts else "generic-agents"
+    (options.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (options.output / f"{name}.md").write_text(table(found, command))
 
 
 if __name__ == "__main__":
