@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from denoise_env.models import DenoisingModel, load_model
     from denoise_env.rewards import Reward, load_reward
     from denoise_env.torchrl_env import DenoiseTorchRLEnv
+    from denoise_env.wrappers import ControlAction, FlatObservation, NoiseAction
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,14 +25,17 @@ __all__ = [
     "DDIM",
     "KERNELS",
     "ODE",
+    "ControlAction",
     "DanceSDE",
     "DenoiseEnv",
     "DenoiseTorchRLEnv",
     "DenoiseVectorEnv",
     "DenoisingMDP",
     "DenoisingModel",
+    "FlatObservation",
     "FlowSDE",
     "Kernel",
+    "NoiseAction",
     "Reward",
     "Schedule",
     "Scores",
@@ -51,6 +55,7 @@ _HOMES = {
     "models": ("DenoisingModel", "load_model"),
     "rewards": ("Reward", "load_reward"),
     "torchrl_env": ("DenoiseTorchRLEnv",),
+    "wrappers": ("ControlAction", "FlatObservation", "NoiseAction"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from denoise_env.mdp import DenoisingMDP, State, row_generators
 from denoise_env.naming import suggest
@@ -84,7 +85,7 @@ class ResetRequest:
 
 
 def _read_mask(mask: Any, num_envs: int) -> NDArray[np.bool_]:
-    array = np.array(mask.cpu().numpy() if isinstance(mask, torch.Tensor) else mask)
+    array = np.array(mask.cpu().numpy() if isinstance(mask, Tensor) else mask)
     if array.dtype != np.bool_ or array.shape != (num_envs,):
         raise ValueError(f"reset_mask must be {num_envs} bools, not {array.dtype} of shape {array.shape}")
     if not array.any():
@@ -138,6 +139,11 @@ class RowStreams:
         state = mdp.reset(rows, request.prompts, group_size=request.group_size, shared_noise=request.shared_noise)
         self._generators = streams
         return state
+
+    def normal(self, rows: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Standard normal draws ``[len(rows), *shape]``, each row's from its own stream."""
+        assert self._generators is not None
+        return torch.stack([torch.randn(*shape, generator=self._generators[i]) for i in rows])
 
 
 def _row_seeds(seed: int | Sequence[int | None] | None, rows: int) -> list[int | None]:

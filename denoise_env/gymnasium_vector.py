@@ -98,7 +98,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
             raise ValueError(f'output must be "numpy" or "torch", not {output!r}')
         if not isinstance(autoreset_mode, AutoresetMode) and autoreset_mode not in AUTORESET:
             raise ValueError(f"autoreset_mode must be one of {list(AUTORESET)}, not {autoreset_mode!r}")
-        self._streams = RowStreams(num_envs)
+        self.streams = RowStreams(num_envs)
         self._defaults: dict[str, Any] = {"group_size": group_size, "shared_noise": shared_noise}
         ResetRequest.parse(None, num_envs, **self._defaults)
         self.mdp = resolve_mdp(model, num_steps, max_episode_steps, rewards=rewards, prompts=prompts, **options)
@@ -106,7 +106,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         self.render_mode = render_mode
         self.autoreset_mode = autoreset_mode if isinstance(autoreset_mode, AutoresetMode) else AUTORESET[autoreset_mode]
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
-        self._numpy = output == "numpy"
+        self.output = output
         self._ode = ODE(self.mdp.schedule, self.mdp.model.prediction_type) if render_x0 else None
         self._state: State | None = None
         # On the host, so that deciding what ends needs no device sync.
@@ -146,6 +146,17 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
     def prompts(self) -> list[str]:
         """The texts that ``prompt_index`` points into."""
         return self.mdp.prompts.texts
+
+    @property
+    def state(self) -> State:
+        """The rows' states, as tensors on the model's device: read, never write.
+
+        Raises:
+            ResetNeeded: before the first reset.
+        """
+        if self._state is None:
+            raise ResetNeeded("call reset() first")
+        return self._state
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -235,7 +246,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         return ResetRequest.parse({"reset_mask": mask}, self.num_envs, **self._defaults)
 
     def _begin(self, request: ResetRequest, seed: int | Sequence[int | None] | None) -> None:
-        begun = self._streams.begin(self.mdp, request, seed, lambda: int(self.np_random.integers(2**31)))
+        begun = self.streams.begin(self.mdp, request, seed, lambda: int(self.np_random.integers(2**31)))
         rows = torch.from_numpy(np.flatnonzero(request.mask)).to(begun.latents.device)
         whole = self._state is None or len(rows) == self.num_envs
         self._state = begun if self._state is None or whole else self._state.replace_rows(rows, begun)
@@ -246,7 +257,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
     def _read_actions(self, actions: Any) -> Tensor:
         """A private copy of the actions as latents."""
         model = self.mdp.model
-        if self._numpy:
+        if self.output == "numpy":
             if not isinstance(actions, np.ndarray) or actions.dtype != np.float32:
                 what = f"dtype {actions.dtype}" if isinstance(actions, np.ndarray) else type(actions).__name__
                 raise ValueError(f'the action must be a float32 numpy array, not {what}; for tensors, output="torch"')
@@ -259,7 +270,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
     def _observation(self) -> dict[str, Any]:
         assert self._state is not None
         state = self._state
-        if self._numpy:
+        if self.output == "numpy":
             return {
                 "latents": state.latents.to("cpu", torch.float32, copy=True).numpy(),
                 "step": self._steps.copy(),
@@ -272,7 +283,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         }
 
     def _give(self, tensor: Tensor) -> Any:
-        return tensor.cpu().numpy() if self._numpy else tensor.to(self.mdp.model.device, non_blocking=True)
+        return tensor.cpu().numpy() if self.output == "numpy" else tensor.to(self.mdp.model.device, non_blocking=True)
 
     def _prompt_info(self, mask: Mask) -> dict[str, Any]:
         texts = np.full(self.num_envs, None, object)

@@ -16,14 +16,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
 
+from denoise_env.kernels import KERNELS, Kernel
 from denoise_env.models import DenoisingModel, check_name, load_model, world
+from denoise_env.naming import suggest
 from denoise_env.rewards import Reward, load_reward
 
 
@@ -215,6 +217,24 @@ class DenoisingMDP:
             microbatch=microbatch,
             check_finite=check_finite,
         )
+
+    def kernel(
+        self, name: str | None = None, eta: float | None = None, last_step: Literal["sde", "ode"] | None = None
+    ) -> Kernel:
+        """A transition kernel on this MDP's schedule.
+
+        Args:
+            name: in `denoise_env.kernels.KERNELS`; default: "ddim" on a diffusion, "dance_sde" on a flow.
+            eta: its noise level; default: the kernel's own.
+            last_step: see `denoise_env.kernels.Kernel`.
+
+        Raises:
+            ValueError: an unknown kernel, or one that does not fit the model's path.
+        """
+        name = name or ("ddim" if self.schedule.path == "diffusion" else "dance_sde")
+        if name not in KERNELS:
+            raise ValueError(f"unknown kernel {name!r}; {suggest(name, KERNELS)}")
+        return KERNELS[name](self.schedule, self.model.prediction_type, eta, last_step)
 
     def reset(
         self,

@@ -66,7 +66,7 @@ class DenoiseTorchRLEnv(EnvBase):
         super().__init__(device=mdp.model.device, batch_size=[num_envs])
         self.mdp = mdp
         self.num_envs = num_envs
-        self._streams = streams
+        self.streams = streams
         self._defaults = defaults
         self._make_specs()
 
@@ -103,7 +103,7 @@ class DenoiseTorchRLEnv(EnvBase):
         if tensordict is not None and "_reset" in tensordict.keys():  # noqa: SIM118
             options["reset_mask"] = tensordict["_reset"].reshape(self.num_envs)
         request = ResetRequest.parse(options, self.num_envs, **self._defaults)
-        state = self._streams.begin(self.mdp, request, None, lambda: int(torch.randint(2**31, ())))
+        state = self.streams.begin(self.mdp, request, None, lambda: int(torch.randint(2**31, ())))
         if not request.mask.all():
             rows = torch.from_numpy(request.mask).nonzero()[:, 0].to(self.device)
             blank = self.observation_spec.zero()  # TorchRL keeps the rows that were not to be reset.
@@ -138,7 +138,7 @@ class DenoiseTorchRLEnv(EnvBase):
         return self._pack(state, reward=reward, reward_terms=terms, done=done, terminated=done.clone())
 
     def _set_seed(self, seed: int | None) -> None:
-        self._streams.seed(seed)
+        self.streams.seed(seed)
 
     def _pack(self, state: State, **more: Any) -> TensorDict:
         return TensorDict({**vars(state), **more}, batch_size=self.batch_size, device=self.device)

@@ -9,9 +9,9 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(monkeypatch, name, *arguments):
+def run(monkeypatch, name, *arguments, **options):
     monkeypatch.setattr(sys, "argv", [name, *arguments])
-    return runpy.run_path(str(EXAMPLES / name))
+    return runpy.run_path(str(EXAMPLES / name), **options)
 
 
 @pytest.mark.parametrize("env", ["Points-v0", "Shapes-v0"])
@@ -25,6 +25,12 @@ def test_stepping_by_hand(monkeypatch, capsys, tmp_path, env):
     # the TorchRL half has the same seeds and the same noise as the Gymnasium half
     rollout = found["rollout"]
     assert float(rollout["next", "reward"][:, -1].mean()) == pytest.approx(float(found["reward"].mean()), abs=1e-5)
+
+
+def test_ppo_in_a_single_file(monkeypatch, capsys):
+    run(monkeypatch, "ppo_single_file.py", "--episodes", "1280", "--num-steps", "4", run_name="__main__")
+    before, after = (float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[::2])
+    assert after > before + 0.2
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ class DenoisingModel(ABC):
         device: where latents and conditioning live.
         rows_per_sample: rows that ``predict`` gives the network per row of latents (guidance: 2).
         vocabulary: the only prompts the model knows, or ``None`` where any text is a prompt.
+        guidance_scale: w of classifier-free guidance, 1 for none, or ``None`` where the model cannot guide.
     """
 
     network: nn.Module
@@ -33,6 +34,7 @@ class DenoisingModel(ABC):
     dtype: torch.dtype = torch.float32
     rows_per_sample: int = 1
     vocabulary: tuple[str, ...] | None = None
+    guidance_scale: float | None = None
     _frozen: nn.Module | None = None
 
     @property
@@ -61,13 +63,16 @@ class DenoisingModel(ABC):
         """One float32 vector per row ``[B, E]``, for critics and for agents that cannot read all of it."""
 
     @abstractmethod
-    def predict(self, latents: Tensor, timestep: Tensor, conditioning: TensorDict) -> Tensor:
+    def predict(
+        self, latents: Tensor, timestep: Tensor, conditioning: TensorDict, guidance_scale: Tensor | None = None
+    ) -> Tensor:
         """The network's output ``[B, *latent_shape]``, guidance applied: one network call.
 
         Args:
             latents: ``[B, *latent_shape]``.
             timestep: 0-d or ``[B]``, entries of the schedule's timesteps.
             conditioning: ``[B]`` rows of ``encode``'s.
+            guidance_scale: ``[B]``, instead of the model's; only where that is not ``None``.
         """
 
     @abstractmethod

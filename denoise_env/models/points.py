@@ -140,8 +140,12 @@ class Points(DenoisingModel):
         """The mixture's index, one-hot ``[B, 6]``."""
         return nn.functional.one_hot(conditioning["prompt_id"], len(MIXTURES)).float()
 
-    def predict(self, latents: Tensor, timestep: Tensor, conditioning: TensorDict) -> Tensor:
-        """As in `DenoisingModel.predict`."""
+    def predict(
+        self, latents: Tensor, timestep: Tensor, conditioning: TensorDict, guidance_scale: Tensor | None = None
+    ) -> Tensor:
+        """As in `DenoisingModel.predict`; there is no guidance."""
+        if guidance_scale is not None:
+            raise ValueError("Points has no guidance: leave guidance_scale out")
         return self.network(latents, timestep, conditioning["prompt_id"])
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -158,20 +158,24 @@ class StableDiffusion(DenoisingModel):
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def predict(self, latents: Tensor, timestep: Tensor, conditioning: TensorDict) -> Tensor:
+    def predict(
+        self, latents: Tensor, timestep: Tensor, conditioning: TensorDict, guidance_scale: Tensor | None = None
+    ) -> Tensor:
         """As in `DenoisingModel.predict`; guidance batches its two halves into one call."""
         embeds = conditioning["prompt_embeds"]
         rows = len(latents)
         timestep = timestep.to(latents.device).expand(rows)
-        if self.guidance_scale != 1:
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale.view(rows, 1, 1, 1)
+        guided = guidance_scale is not None or self.guidance_scale != 1
+        if guided:
             latents, timestep = torch.cat([latents, latents]), torch.cat([timestep, timestep])
             embeds = torch.cat([self._unconditional.expand_as(embeds), embeds])
         with self._autocast():
             output = self.network(latents, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
-        if self.guidance_scale == 1:
+        if not guided:
             return output
         unconditional, conditional = output.float().chunk(2)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
+        return unconditional + scale * (conditional - unconditional)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images ``[B, 3, H, W]`` float32 in [0, 1]."""
