@@ -7,9 +7,8 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from denoise_env.kernels import KERNELS, Kernel, Reduction, Transition
+from denoise_env.kernels import Kernel, Reduction, Transition
 from denoise_env.mdp import DenoisingMDP
-from denoise_env.naming import suggest
 
 
 class DenoisingPolicy(TensorDictModuleBase):
@@ -48,13 +47,10 @@ class DenoisingPolicy(TensorDictModuleBase):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        kernel = kernel or ("ddim" if mdp.schedule.path == "diffusion" else "dance_sde")
-        if kernel not in KERNELS:
-            raise ValueError(f"unknown kernel {kernel!r}; {suggest(kernel, KERNELS)}")
         self.mdp = mdp
         self.model = mdp.model
         self.network = mdp.model.network
-        self.kernel: Kernel = KERNELS[kernel](mdp.schedule, mdp.model.prediction_type, eta, last_step)
+        self.kernel: Kernel = mdp.kernel(kernel, eta, last_step)
         self.squared_error = reduction == "squared_error"
         self.reduction: Reduction = "mean" if reduction == "squared_error" else reduction
         self.register_buffer("timesteps", mdp.schedule.timesteps.to(mdp.model.device), persistent=False)
