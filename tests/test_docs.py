@@ -46,6 +46,28 @@ def test_add_an_agent(tmp_path):
     assert (tmp_path / "runs" / "rank" / "metrics.csv").read_text().splitlines()[-1].startswith("25,")
 
 
+def test_bring_your_agent(capsys):
+    found: dict = {}
+    for language, _, text in blocks("bring-your-agent.md"):
+        assert language == "python"
+        exec(text, found)
+    numbers = [float(x) for x in re.findall(r"\d+\.\d+", capsys.readouterr().out)]
+    base, cem_first, cem_last, still, _, sb3, torchrl_first, torchrl_last = numbers
+    assert base < 0.5
+    assert cem_last > cem_first + 0.2
+    assert cem_last > still + 0.2
+    assert sb3 > base + 0.3
+    assert torchrl_last > torchrl_first + 0.2
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_the_files_a_page_names_exist(page):
+    text = (ROOT / "docs" / page).read_text()
+    named = re.findall(r"`((?:examples|benchmarks|agents|denoise_env)/[\w/.-]+)`", text)
+    for path in named + [link.removeprefix("../") for link in re.findall(r"\]\((\.\./[\w/.]+)\)", text)]:
+        assert (ROOT / path).exists(), path
+
+
 def test_the_shortest_agent_is_the_one_to_copy():
     """Of the agents that train recorded steps, no file is shorter than the one the page says is shortest."""
     lengths = {

@@ -10,7 +10,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["gymnasium", "torchrl"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["gymnasium", "torchrl", "stable-baselines3"])
 def test_the_code_runs(block):
     found: dict = {}
     exec(block, found)
@@ -18,7 +18,7 @@ def test_the_code_runs(block):
         assert found["terminated"].all()
         assert found["infos"]["reward_terms"]["shapes"].shape == (16,)
         assert (found["infos"]["prompt"] == "a red circle on gray").all()
-    else:
+    elif "rollout" in found:
         assert found["rollout"]["action_log_prob"].shape == (16, 10)
         assert torch.isfinite(found["rollout"]["next", "reward"]).all()
 
