@@ -72,7 +72,9 @@ class Suite:
         budget: network calls of a run, and of a search trial unless there is a ``trial_budget``.
         seeds: runs per agent and environment.
         trials: search trials per agent and environment; 0 takes the preset's settings.
-        lr: the lowest and highest learning rate searched, the others log-spaced between.
+        lr: learning rates searched, from the lowest to the highest; where the trials ask for another number of them
+            they are log-spaced between its ends.
+        lr_alone: the same for agents with no second setting to search, which try more of them.
         clips: searched for agents with a clip: (updates per rollout, clip range relative to the agent's default).
             In the only update of a rollout every ratio is 1 and no clip binds; two updates make no more network calls.
         strengths: searched instead for agents with such a setting: factors of the agent's default.
@@ -86,7 +88,8 @@ class Suite:
     budget: int
     seeds: int
     trials: int
-    lr: tuple[float, float]
+    lr: tuple[float, ...]
+    lr_alone: tuple[float, ...] = ()
     clips: tuple[tuple[int, float], ...] = ((1, 1.0), (2, 100.0))
     strengths: dict[str, tuple[float, float]] = field(
         default_factory=lambda: {"beta": (1.0, 0.01), "temperature": (1.0, 0.25)}
@@ -129,8 +132,9 @@ SUITES = {
         "shapes",
         60 * 64 * 28,
         seeds=3,
-        trials=4,
-        lr=(1e-4, 3e-4),
+        trials=6,
+        lr=(1e-5, 1e-4, 3e-4),
+        lr_alone=(1e-5, 3e-5, 1e-4, 1.4e-4, 2.1e-4, 3e-4),
         agents=_SHAPES_AGENTS,
         trial_budget=30 * 64 * 28,
     ),
@@ -148,12 +152,10 @@ SUITES = {
         "shapes",
         36 * 64 * 28,
         seeds=3,
-        trials=2,
-        lr=(1e-4, 3e-4),
-        clips=((1, 1.0),),
+        trials=0,  # at the preset's learning rate, which the search on all prompts chooses for all three
+        lr=(1e-4,),
         agents=("grpo", "ddpo-sf", "ddpo-is"),
         pooled=False,
-        trial_budget=18 * 64 * 28,
     ),
 }
 
@@ -164,7 +166,7 @@ def grid(suite: Suite, environment: Environment, agent: str) -> list[dict[str, f
     Raises:
         ValueError: the trials cannot be divided among the clips.
     """
-    if agent in UNTUNED:
+    if agent in UNTUNED or not suite.trials:
         return []
     if suite.trials % len(suite.clips):
         raise ValueError(f"trials must be a multiple of {len(suite.clips)}, not {suite.trials}")
@@ -183,7 +185,9 @@ def grid(suite: Suite, environment: Environment, agent: str) -> list[dict[str, f
     for name, factors in suite.strengths.items():
         if hasattr(config.agent, name):
             others = [{f"agent.{name}": _round(getattr(config.agent, name) * factor)} for factor in factors]
-    rates = np.geomspace(*suite.lr, suite.trials // len(others))
+    count = suite.trials // len(others)
+    named = [rates for rates in (suite.lr, suite.lr_alone) if len(rates) == count]
+    rates = named[0] if named else np.geomspace(suite.lr[0], suite.lr[-1], count)
     return [{"agent.lr": _round(lr), **other} for lr in rates for other in others]
 
 
