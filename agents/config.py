@@ -1,7 +1,6 @@
 """A run's configuration, its presets, and the agents by name."""
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from agents.ppo import PPO
 from agents.rloo import RLOO
 from agents.rwr import RWR
 from agents.tempflow import TempFlow
-from denoise_env.naming import suggest
+from denoise_env.naming import load_attribute, suggest
 
 AGENTS: dict[str, type[Agent]] = {
     agent.name: agent
@@ -64,11 +63,7 @@ def find_agent(name: str) -> type[Agent]:
         return AGENTS[name]
     if ":" not in name:
         raise ValueError(f"unknown agent {name!r}; {suggest(name, AGENTS)} Or name your own as 'module:class'.")
-    module, attribute = name.split(":", 1)
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot load the agent {name!r}: {error}") from error
+    found = load_attribute(name, "agent")
     if not (isinstance(found, type) and issubclass(found, Agent)):
         raise ValueError(f"the agent {name!r} must be a subclass of agents.base.Agent")
     taken = [other for other, agent in AGENTS.items() if agent.config_type is found.config_type]

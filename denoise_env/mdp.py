@@ -11,7 +11,6 @@
 The network that proposes actions belongs to the policy; nothing here calls it.
 """
 
-import importlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from denoise_env.kernels import KERNELS, Kernel
 from denoise_env.models import DenoisingModel, check_name, load_model, world
-from denoise_env.naming import suggest
+from denoise_env.naming import load_attribute, suggest
 from denoise_env.rewards import Reward, load_reward
 
 
@@ -357,8 +356,7 @@ def load_prompts(source: str) -> list[str]:
         ValueError: neither, or a file without prompts.
     """
     if source in PROMPT_SETS:
-        module, attribute = PROMPT_SETS[source].split(":")
-        return list(getattr(importlib.import_module(module), attribute))
+        return list(load_attribute(PROMPT_SETS[source], "prompt set"))
     if not Path(source).is_file():
         raise ValueError(f"there is no prompt file {source!r}, and it is none of the named sets {list(PROMPT_SETS)}")
     prompts = [line.strip() for line in Path(source).read_text().splitlines() if line.strip()]

@@ -1,7 +1,9 @@
-"""What an error says about a name that is not known."""
+"""Names: what an error says about one that is not known, and what "module:attribute" stands for."""
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import Any
 
 
 def suggest(name: str, names: Iterable[str]) -> str:
@@ -13,3 +15,19 @@ def suggest(name: str, names: Iterable[str]) -> str:
     known = list(names)
     near = difflib.get_close_matches(name, known, 1)
     return f"did you mean {near[0]!r}?" if near else f"there are {known}"
+
+
+def load_attribute(target: str, what: str) -> Any:
+    """What "module:attribute" names.
+
+    Raises:
+        ValueError: it cannot be imported; the message calls it a ``what``.
+
+    >>> load_attribute("math:pi", "number")
+    3.141592653589793
+    """
+    module, attribute = target.split(":", 1)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot load the {what} {target!r}: {error}") from error

@@ -1,8 +1,6 @@
 """Rewards: one file each; `base.py` holds what a reward is, `load_reward` finds one by name."""
 
-import importlib
-
-from denoise_env.naming import suggest
+from denoise_env.naming import load_attribute, suggest
 from denoise_env.rewards.base import Reward
 
 NAMES = {
@@ -22,11 +20,7 @@ def load_reward(name: str) -> Reward:
     target = NAMES.get(name, name)
     if ":" not in target:
         raise ValueError(f"unknown reward {name!r}; {suggest(name, NAMES)} Or name your own as 'module:attribute'.")
-    module, attribute = target.split(":", 1)
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot load the reward {name!r}: {error}") from error
+    found = load_attribute(target, "reward")
     reward = found() if isinstance(found, type) else found
     if not callable(reward):
         raise ValueError(f"the reward {name!r} is not callable but {type(reward).__name__}")
