@@ -36,7 +36,8 @@ def test_every_agent_has_as_many_trials_under_the_same_budget(name, where):
         for setting in settings:
             trial = make_run(suite, where, agent, SEARCH_SEED, setting, search=True).config()
             run = make_run(suite, where, agent, 0, setting).config()
-            assert trial.network_budget == run.network_budget == suite.budget
+            assert trial.network_budget == (suite.trial_budget or suite.budget)
+            assert run.network_budget == suite.budget
             assert trial.eval_seed == SEARCH_EVAL_SEED != run.eval_seed
             assert trial.agent == run.agent
         assert suite.seeds <= SEARCH_SEED
