@@ -40,7 +40,7 @@ def _section(comparison: Comparison, results: Path) -> str:
     if comparison.environment != OVERALL:
         lines += [
             f"`{about['command']}`: {about['budget']:,} network calls a run, {about['seeds']} seeds, {about['trials']} "
-            f"search trials. The base model's reward is {comparison.base:.3f}, the target {comparison.target:.3f}.",
+            f"search trials of {about.get('trial_budget') or about['budget']:,}. The base model's reward is {comparison.base:.3f}, the target {comparison.target:.3f}.",
             "",
         ]
     lines += [table(comparison), ""]
