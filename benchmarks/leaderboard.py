@@ -38,9 +38,11 @@ def _section(comparison: Comparison, results: Path) -> str:
     about, lines = comparison.about, [f"## {comparison.environment[0].upper()}{comparison.environment[1:]}", ""]
     lines += [f"{about['description'][0].upper()}{about['description'][1:]}.", ""]
     if comparison.environment != OVERALL:
+        each = about.get("trial_budget") or about["budget"]
+        search = f"{about['trials']} search trials of {each:,}" if about["trials"] else "no search"
         lines += [
-            f"`{about['command']}`: {about['budget']:,} network calls a run, {about['seeds']} seeds, {about['trials']} "
-            f"search trials of {about.get('trial_budget') or about['budget']:,}. The base model's reward is {comparison.base:.3f}, the target {comparison.target:.3f}.",
+            f"`{about['command']}`: {about['budget']:,} network calls a run, {about['seeds']} seeds, {search}. "
+            f"The base model's reward is {comparison.base:.3f}, the target {comparison.target:.3f}.",
             "",
         ]
     lines += [table(comparison), ""]
