@@ -12,16 +12,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from agents.advantages import group_advantages
-from agents.final_samples import (
-    FinalSampleAgent,
-    FinalSampleConfig,
-    NoisedBatch,
-    RewardNormalisation,
-    check_groups,
-    mean_square,
-    precise,
-)
+from agents.advantages import StdOver, group_advantages
+from agents.final_samples import FinalSampleAgent, FinalSampleConfig, NoisedBatch, mean_square, precise
 from agents.rollout import Rollout
 
 
@@ -37,7 +29,7 @@ class AWMConfig(FinalSampleConfig):
     """β."""
     clip_range: float = 1e-3
     """ε of the clipped ratio."""
-    normalisation: RewardNormalisation = "batch"
+    normalisation: StdOver = "batch"
     """Whose std divides the advantages."""
     advantage_clip: float = 5.0
     """Advantages are cut at ± this."""
@@ -52,7 +44,6 @@ class AWM(FinalSampleAgent):
 
     def _validate(self) -> None:
         super()._validate()
-        check_groups(self, self.config.normalisation)
         self.require_positive("clip_range", "advantage_clip")
 
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:

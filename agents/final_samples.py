@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict
@@ -136,12 +135,3 @@ def precise(x: Tensor) -> Tensor:
 def mean_square(x: Tensor) -> Tensor:
     """Mean over all but the first dimension, ``[B]``."""
     return x.flatten(1).square().mean(1)
-
-
-RewardNormalisation = Literal["group", "batch"]
-
-
-def check_groups(agent: Any, over: RewardNormalisation) -> None:
-    """Refuse groups of one where rewards are normalised within them with a ``ValueError``."""
-    if over == "group" and agent.group_size < 2:
-        raise ValueError(f'{agent.name} needs group_size of at least 2, or normalisation="batch"')

@@ -16,16 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agents.advantages import group_advantages
+from agents.advantages import StdOver, group_advantages
 from agents.base import follow
-from agents.final_samples import (
-    FinalSampleAgent,
-    FinalSampleConfig,
-    NoisedBatch,
-    RewardNormalisation,
-    check_groups,
-    mean_square,
-)
+from agents.final_samples import FinalSampleAgent, FinalSampleConfig, NoisedBatch, mean_square
 from agents.policy import DenoisingPolicy
 from agents.rollout import Rollout
 
@@ -44,7 +37,7 @@ class NFTConfig(FinalSampleConfig):
     """b, how far the positive and the negative policy lie from the sampling one."""
     advantage_clip: float = 5.0
     """A_max."""
-    normalisation: RewardNormalisation = "group"
+    normalisation: StdOver = "group"
     """Whose std divides the advantages."""
     adaptive: bool = True
     """Divide by w±; otherwise by 1."""
@@ -70,7 +63,6 @@ class NFT(FinalSampleAgent):
 
     def _validate(self) -> None:
         super()._validate()
-        check_groups(self, self.config.normalisation)
         self.require_positive("strength", "advantage_clip")
         if self.config.old_decay >= 1:
             raise ValueError(f"old_decay must lie in [0, 1), not {self.config.old_decay}")
