@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agents.config import AGENTS, PRESETS, TrainConfig, as_dict, find_agent, make_config
+from agents.algorithms import AGENTS
+from agents.training.config import TrainConfig, as_dict
+from agents.training.presets import PRESETS, make_config
 from denoise_env.models import world
 
 _RESUMABLE = {
@@ -155,14 +157,15 @@ def _train(arguments: Sequence[str]) -> int:
         config = parse_config(rest, make_config(chosen.preset, agent))
         name = f"{chosen.preset}-{agent}".replace(":", "-") if agent else chosen.preset
         directory = Path(config.output_dir) if config.output_dir else _free(Path(f"runs/{name}-seed{config.seed}"))
-    from agents.report import headline, read_csv
-    from agents.train import train
+    from agents.training.loop import train
+    from agents.training.report import headline
+    from agents.training.tables import read_table
 
     train(config, directory, resume=bool(chosen.resume), command=["denoise-env", "train", *arguments])
     for what, name in (("report", "report.html"), ("picture", "before_after.png"), ("model", "export")):
         print(f"{what:<8} {directory / name}")
     kind = "held-out prompts" if config.model == "shapes" and not config.eval_prompts else "evaluation prompts"
-    for name, before, after in headline(read_csv(directory / "eval.csv")):
+    for name, before, after in headline(read_table(directory / "eval.csv")):
         what = "share with all attributes right" if name == "shapes-correct" else f"mean reward {name!r}"
         figures = f"{_figure(name, before)} before, {_figure(name, after)} after"
         print(f"{kind}, {what} ({after['images']:.0f} images each): {figures}")
@@ -216,11 +219,11 @@ def run_config(directory: Path) -> TrainConfig:
     if not (directory / "config.json").is_file():
         raise ValueError(f"there is no run in {directory} (no config.json)")
     agent, rest = _agent_of(read_config(str(directory / "config.json")))
-    return parse_config(rest, TrainConfig(agent=find_agent(agent or "grpo").config_type()))
+    return parse_config(rest, TrainConfig(agent=agent or "grpo"))
 
 
 def _experiment(target: str, options: argparse.Namespace) -> Any:
-    from agents.train import build, load_run
+    from agents.training.experiment import build, load_run
 
     path = Path(target)
     is_run = (path / "config.json").is_file() and (path / "metrics.csv").exists()
@@ -243,8 +246,8 @@ def _experiment(target: str, options: argparse.Namespace) -> Any:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from agents.evaluate import evaluate
-    from agents.progress import progress
+    from agents.training.evaluation import evaluate
+    from agents.training.progress import progress
 
     table = {}
     for target in options.targets:
@@ -269,7 +272,8 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from agents.evaluate import grid, sample
+    from agents.training.evaluation import sample
+    from agents.training.pictures import grid
 
     found = _experiment(options.targets[0], options)
     with found.agent.evaluation_weights():

@@ -11,7 +11,7 @@ from agents.base import Agent, AgentConfig
 from agents.grpo import GRPO, GRPOConfig
 from agents.policy import DenoisingPolicy
 from agents.rollout import Rollout
-from agents.seeding import generator
+from agents.training.seeding import generator
 
 
 @dataclass

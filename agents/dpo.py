@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from agents.final_samples import FinalSampleAgent, FinalSampleConfig, NoisedBatch, mean_square
 from agents.rollout import Rollout
-from agents.seeding import generator
+from agents.training.seeding import generator
 
 
 @dataclass

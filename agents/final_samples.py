@@ -9,7 +9,7 @@ from torch import Tensor
 
 from agents.base import Agent, AgentConfig
 from agents.rollout import Rollout
-from agents.seeding import generator
+from agents.training.seeding import generator
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor
 from agents.base import Agent, AgentConfig
 from agents.policy import DenoisingPolicy
 from agents.rollout import Rollout
-from agents.seeding import generator
+from agents.training.seeding import generator
 from denoise_env.kernels import Kernel, Transition
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from agents.seeding import generator
+from agents.training.seeding import generator
 from agents.trajectory import TrajectoryAgent
 from denoise_env.kernels import Kernel
 

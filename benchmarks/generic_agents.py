@@ -28,9 +28,9 @@ from tensordict import TensorDict
 from torchrl.envs import Compose, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from agents.evaluate import bootstrap
 from agents.generic import ScriptedAgent, run
 from agents.generic.torchrl import TorchRLPPO, TorchRLPPOConfig
+from agents.training.evaluation import bootstrap
 from denoise_env import DenoiseTorchRLEnv, DenoiseVectorEnv, DenoisingMDP
 from denoise_env.conventions import ActionConvention, Control, Flat, Noise
 from denoise_env.mdp import load_prompts

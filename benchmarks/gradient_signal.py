@@ -16,9 +16,9 @@ from torch import Tensor
 
 from agents.grpo import GRPO, GRPOConfig
 from agents.policy import DenoisingPolicy
-from agents.progress import progress
 from agents.rollout import collect
-from agents.seeding import epoch_order, row_seeds
+from agents.training.progress import progress
+from agents.training.seeding import epoch_order, row_seeds
 from denoise_env.mdp import DenoisingMDP, row_generators
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from agents.checkpoint import write_atomically
+from agents.training.checkpoints import write_atomically
 from benchmarks.comparison import OVERALL, REFERENCE, Comparison, compare_all
 from benchmarks.statistics import Estimate
 

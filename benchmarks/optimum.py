@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from agents.policy import DenoisingPolicy
-from agents.progress import progress
+from agents.training.progress import progress
 from denoise_env.mdp import DenoisingMDP
 
 Policies = Literal["any", "gaussian"]

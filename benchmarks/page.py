@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from agents.checkpoint import write_atomically
+from agents.training.checkpoints import write_atomically
 from benchmarks.comparison import REFERENCE, compare_all
 
 TEMPLATE = Path(__file__).with_name("page.html")

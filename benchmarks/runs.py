@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
-from agents.checkpoint import write_atomically
 from agents.cli import main as denoise_env
-from agents.config import TrainConfig, as_dict, make_config
-from agents.progress import progress
-from agents.report import read_csv
-from agents.train import train
+from agents.training.checkpoints import write_atomically
+from agents.training.config import TrainConfig, as_dict
+from agents.training.loop import train
+from agents.training.presets import make_config
+from agents.training.progress import progress
+from agents.training.tables import read_table
 
 _PROCESSES = multiprocessing.get_context("forkserver")  # imports once, forks for every run
 _PROCESSES.set_forkserver_preload(["__main__", __name__])
@@ -61,7 +62,7 @@ class Run:
             if name == "rows":
                 continue
             path, _, attribute = name.rpartition(".")
-            owner = getattr(config, path) if path else config
+            owner = getattr(config, f"{path}_options") if path else config
             getattr(owner, attribute)  # refuses an unknown setting
             setattr(owner, attribute, value)
         return config
@@ -148,8 +149,8 @@ def work(directory: Path) -> None:
 
 def curve(directory: Path) -> dict[str, list[float | None]]:
     """A finished run's evaluations, column by column, with the seconds trained until each; NaN is ``None``."""
-    evals, seconds = read_csv(directory / "eval.csv"), {0.0: 0.0}
-    for row in read_csv(directory / "metrics.csv"):
+    evals, seconds = read_table(directory / "eval.csv"), {0.0: 0.0}
+    for row in read_table(directory / "metrics.csv"):
         seconds[row["iteration"]] = seconds[row["iteration"] - 1] + row["seconds"]
     for row in evals:
         row["seconds"] = seconds[row["iteration"]]

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.checkpoint import write_atomically
-from agents.config import AGENTS
-from agents.seeding import generator
-from agents.train import build as build_run
+from agents.algorithms import AGENTS
+from agents.training.checkpoints import write_atomically
+from agents.training.experiment import build as build_run
+from agents.training.seeding import generator
 from benchmarks.runs import Run, curve, execute, held_out
 from denoise_env.naming import suggest
 from denoise_env.shapes import TRAIN
@@ -172,19 +172,19 @@ def grid(suite: Suite, environment: Environment, agent: str) -> list[dict[str, f
         raise ValueError(f"trials must be a multiple of {len(suite.clips)}, not {suite.trials}")
     config = Run(environment.preset, agent, environment.overrides).config()
     others: list[dict[str, float]] = [{}]
-    if hasattr(config.agent, "clip_range") and not AGENTS[agent].on_policy:
-        rows = config.prompts_per_iteration * config.agent.group_size
+    if hasattr(config.agent_options, "clip_range") and not AGENTS[agent].on_policy:
+        rows = config.prompts_per_iteration * config.agent_options.group_size
         others = [
             {
                 "agent.updates_per_rollout": updates,
-                "agent.clip_range": _round(config.agent.clip_range * factor),
+                "agent.clip_range": _round(config.agent_options.clip_range * factor),
                 "microbatch": min(config.microbatch or rows, rows // updates),
             }
             for updates, factor in suite.clips
         ]
     for name, factors in suite.strengths.items():
-        if hasattr(config.agent, name):
-            others = [{f"agent.{name}": _round(getattr(config.agent, name) * factor)} for factor in factors]
+        if hasattr(config.agent_options, name):
+            others = [{f"agent.{name}": _round(getattr(config.agent_options, name) * factor)} for factor in factors]
     count = suite.trials // len(others)
     named = [rates for rates in (suite.lr, suite.lr_alone) if len(rates) == count]
     rates = named[0] if named else np.geomspace(suite.lr[0], suite.lr[-1], count)

@@ -2,11 +2,11 @@
 
 import argparse
 
-from agents.evaluate import evaluate
 from agents.grpo import GRPO, GRPOConfig
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
-from agents.seeding import epoch_order, row_seeds
+from agents.training.evaluation import evaluate
+from agents.training.seeding import epoch_order, row_seeds
 from denoise_env.mdp import DenoisingMDP, row_generators
 from denoise_env.shapes.grammar import HELD_OUT, TRAIN
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agents.config import AGENTS
+from agents.algorithms import AGENTS
 
 ROOT = Path(__file__).parents[1]
 

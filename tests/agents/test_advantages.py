@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from agents.advantages import PromptTracker, group_advantages, leave_one_out, whiten
-from agents.config import AGENTS
+from agents.algorithms import AGENTS
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
 from denoise_env.mdp import Scores, row_generators

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from agents import cli
-from agents.config import PRESETS, TrainConfig, as_dict
+from agents.training.config import TrainConfig, as_dict
+from agents.training.presets import PRESETS
 
 FAST = ["--preset", "points", "--iterations", "2", "--agent.group-size", "4", "--eval-images-per-prompt", "2"]
 
@@ -54,7 +55,7 @@ def test_a_toml_file_and_flags_override_the_preset(tmp_path):
     file = tmp_path / "settings.toml"
     file.write_text('model = "points"\niterations = 7\n[agent]\nlr = 0.5\nshared_noise = false\n')
     config = cli.parse_config([*cli.read_config(str(file)), "--agent.lr", "0.25"], TrainConfig())
-    assert (config.model, config.iterations, config.agent.lr, config.agent.shared_noise) == (
+    assert (config.model, config.iterations, config.agent_options.lr, config.agent_options.shared_noise) == (
         "points",
         7,
         0.25,

@@ -6,11 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from agents.evaluate import bootstrap, evaluate, grid, sample
 from agents.policy import DenoisingPolicy
-from agents.report import headline
 from agents.rollout import collect
-from agents.seeding import epoch_order, row_seeds
+from agents.training.evaluation import bootstrap, evaluate, sample
+from agents.training.pictures import grid
+from agents.training.report import headline
+from agents.training.seeding import epoch_order, row_seeds
 from denoise_env.mdp import row_generators
 
 

@@ -9,12 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agents import cli, train
-from agents.config import AGENTS, TrainConfig, make_config, name_of
+from agents import cli
+from agents.algorithms import AGENTS
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
-from agents.train import build
-from agents.train import train as run
+from agents.training import loop
+from agents.training.config import TrainConfig, as_dict
+from agents.training.experiment import build
+from agents.training.loop import train as run
+from agents.training.presets import make_config
 from agents.trajectory import TrajectoryAgent
 from denoise_env.mdp import row_generators
 
@@ -37,10 +40,11 @@ def tiny(name, changes=None, **options):
     several = {"updates_per_rollout": 2, "epochs": 2} if name in SEVERAL else {}
     small = {"group_size": 4, "lr": 3e-3, "ema_decay": 0.5, "window_size": 2, "window_every": 1, "kl_coef": 0.01}
     small |= {"kl_reward": 0.01, "critic_width": 8, "tracker_size": 6, "tracker_min_count": 6, "draws_per_sample": 3}
-    agent = settings(name, **{**small, "old_decay_slope": 0.2, **several, **(changes or {})})
+    chosen = settings(name, **{**small, "old_decay_slope": 0.2, **several, **(changes or {})})
     base = TrainConfig(
         model="points",
-        agent=agent,
+        agent=name,
+        agent_options=chosen,
         iterations=4,
         prompts_per_iteration=2,
         microbatch=None,
@@ -153,7 +157,7 @@ def assert_same_run(one, other):
 
 def stop_and_resume(config, directory, monkeypatch, stop):
     """A run that is interrupted in iteration ``stop``, and continued."""
-    iterate = train._iterate
+    iterate = loop._iterate
 
     def stopping(experiment, iteration):
         if iteration == stop:
@@ -161,7 +165,7 @@ def stop_and_resume(config, directory, monkeypatch, stop):
         return iterate(experiment, iteration)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_iterate", stopping)
+        patch.setattr(loop, "_iterate", stopping)
         with pytest.raises(KeyboardInterrupt):
             run(config, directory, report=False)
     return run(config, directory, resume=True, report=False)
@@ -214,12 +218,12 @@ def test_a_budgeted_run_resumes_exactly(name, stop, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_agent_trains_from_the_command_line(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "write_report", lambda directory: None)
+    monkeypatch.setattr(loop, "write_report", lambda directory: None)
     flags = ["--iterations", "1", "--num-steps", "5", "--eval-images-per-prompt", "2", "--prompts-per-iteration", "2"]
     flags += ["--agent.group-size", "4", "--output-dir", str(tmp_path / "run")]
     assert cli.main(["train", "--preset", "points", "--agent", name, *flags]) == 0
     assert "evaluation prompts, mean reward 'points'" in capsys.readouterr().out
-    assert name_of(cli.run_config(tmp_path / "run").agent) == name
+    assert cli.run_config(tmp_path / "run").agent == name
 
 
 def changed(config):
@@ -243,10 +247,10 @@ def changed(config):
 def test_every_agents_configuration_survives_its_file(name, tmp_path):
     for preset in ("shapes", "points"):
         config = make_config(preset, name)
-        assert name_of(config.agent) == name
-        for agent in (config.agent, changed(config.agent)):
-            full = dataclasses.replace(config, agent=agent)
-            (tmp_path / "config.json").write_text(json.dumps(train.as_dict(full)))
+        assert config.agent == name
+        for agent in (config.agent_options, changed(config.agent_options)):
+            full = dataclasses.replace(config, agent_options=agent)
+            (tmp_path / "config.json").write_text(json.dumps(as_dict(full)))
             assert cli.run_config(tmp_path) == full
 
 
@@ -258,7 +262,7 @@ def test_every_agent_fits_its_presets(name, preset):
     experiment = build(config)
     own = make_config(preset)
     rows = config.prompts_per_iteration * experiment.agent.group_size
-    assert rows == own.prompts_per_iteration * own.agent.group_size
+    assert rows == own.prompts_per_iteration * own.agent_options.group_size
 
 
 @pytest.mark.parametrize("name", SEVERAL)
@@ -266,9 +270,12 @@ def test_several_updates_need_no_smaller_microbatch(name):
     """A microbatch is bounded by what one update has."""
     experiment = build(dataclasses.replace(make_config("points", name), microbatch=None))
     rows = experiment.config.prompts_per_iteration * experiment.agent.group_size
-    agent = dataclasses.replace(experiment.config.agent, updates_per_rollout=2)
-    assert build(dataclasses.replace(experiment.config, agent=agent)).agent.microbatch == rows // 2
-    assert build(dataclasses.replace(experiment.config, agent=agent, microbatch=1000)).agent.microbatch == rows // 2
+    agent = dataclasses.replace(experiment.config.agent_options, updates_per_rollout=2)
+    assert build(dataclasses.replace(experiment.config, agent_options=agent)).agent.microbatch == rows // 2
+    assert (
+        build(dataclasses.replace(experiment.config, agent_options=agent, microbatch=1000)).agent.microbatch
+        == rows // 2
+    )
 
 
 # --- Refusals ---
@@ -352,7 +359,7 @@ def test_without_a_learning_rate_nothing_changes(name):
     experiment = build(tiny(name, {"lr": 0.0, "weight_decay": 0.1}))
     before = [p.detach().clone() for p in experiment.agent.parameters]
     for iteration in (1, 2):
-        train._iterate(experiment, iteration)
+        loop._iterate(experiment, iteration)
     assert all(torch.equal(a, b) for a, b in zip(before, experiment.agent.parameters, strict=True))
 
 
@@ -361,7 +368,7 @@ def test_controls_change_nothing_whatever_their_learning_rate(name):
     experiment = build(tiny(name, {"lr": 1.0}))
     before = [p.detach().clone() for p in experiment.agent.parameters]
     for iteration in (1, 2):
-        figures = train._iterate(experiment, iteration)
+        figures = loop._iterate(experiment, iteration)
         assert figures["network_calls"] > 0
     assert all(torch.equal(a, b) for a, b in zip(before, experiment.agent.parameters, strict=True))
     assert figures.get("ratio_deviation", 0) == 0
@@ -371,17 +378,20 @@ def final(name, seed=0, iterations=30, **changes):
     """Mean final evaluation reward with its interval."""
     config = make_config("points", name)
     config = dataclasses.replace(
-        config, agent=dataclasses.replace(config.agent, **changes), seed=seed, eval_images_per_prompt=128
+        config,
+        agent_options=dataclasses.replace(config.agent_options, **changes),
+        seed=seed,
+        eval_images_per_prompt=128,
     )
     experiment = build(config)
     for iteration in range(1, iterations + 1):
-        train._iterate(experiment, iteration)
+        loop._iterate(experiment, iteration)
     with experiment.agent.evaluation_weights():
         return measure(experiment)
 
 
 def measure(experiment):
-    found = train.evaluate(
+    found = loop.evaluate(
         experiment.eval_mdp, experiment.policy, experiment.eval_prompts, 128, 1234, best_of=experiment.agent.best_of
     )
     return found.means["points"], *found.intervals["points"]

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from agents.config import AGENTS
+from agents.algorithms import AGENTS
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
 from denoise_env.mdp import DenoisingMDP, row_generators

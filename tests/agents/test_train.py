@@ -11,21 +11,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agents import checkpoint, train
-from agents.config import AGENTS, TrainConfig, make_config, points
+from agents.algorithms import AGENTS
 from agents.grpo import GRPOConfig
-from agents.train import Table, build
-from agents.train import train as run
+from agents.training import checkpoints, loop
+from agents.training.config import TrainConfig
+from agents.training.experiment import build
+from agents.training.loop import train as run
+from agents.training.presets import make_config, points
+from agents.training.tables import Table
 from denoise_env.shapes import WEIGHTS
 
 TIMING = {"seconds", "images_per_second"}
 
 
 def small(**changes):
-    agent = GRPOConfig(group_size=4, lr=1e-3, ema_decay=0.9, kl_coef=0.01)
+    options = GRPOConfig(group_size=4, lr=1e-3, ema_decay=0.9, kl_coef=0.01)
     base = TrainConfig(
         model="points",
-        agent=agent,
+        agent_options=options,
         iterations=6,
         prompts_per_iteration=2,
         microbatch=None,
@@ -45,8 +48,8 @@ def deterministic(path):
 def assert_same_run(one, other):
     for name in ("metrics.csv", "eval.csv"):
         assert deterministic(one / name) == deterministic(other / name)
-    newest = checkpoint.latest(one / "checkpoints")
-    assert newest.name == checkpoint.latest(other / "checkpoints").name
+    newest = checkpoints.latest(one / "checkpoints")
+    assert newest.name == checkpoints.latest(other / "checkpoints").name
     a, b = (load_file(run / "checkpoints" / newest.name / "state.safetensors") for run in (one, other))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -79,17 +82,17 @@ def test_a_run_writes_its_directory(whole):
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
 def test_a_resumed_run_equals_the_run_that_never_stopped(whole, tmp_path, monkeypatch, stop):
-    iterate = train._iterate
+    iterate = loop._iterate
 
     def stopping(experiment, iteration):
         if iteration == stop:
             raise KeyboardInterrupt
         return iterate(experiment, iteration)
 
-    monkeypatch.setattr(train, "_iterate", stopping)
+    monkeypatch.setattr(loop, "_iterate", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(small(), tmp_path / "stopped")
-    monkeypatch.setattr(train, "_iterate", iterate)
+    monkeypatch.setattr(loop, "_iterate", iterate)
     run(small(), tmp_path / "stopped", resume=True)
     assert_same_run(whole, tmp_path / "stopped")
 
@@ -99,7 +102,7 @@ def test_resuming_shapes_is_exact(tmp_path):
         num_steps=3,
         guidance_scale=3.0,
         lora_rank=2,
-        agent=GRPOConfig(group_size=4, ema_decay=0.5),
+        agent_options=GRPOConfig(group_size=4, ema_decay=0.5),
         iterations=2,
         prompts_per_iteration=2,
         microbatch=4,
@@ -118,12 +121,12 @@ def test_resuming_shapes_is_exact(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from agents import checkpoint
-from agents.config import TrainConfig
-from agents.train import train
+from agents.training import checkpoints
+from agents.training.config import TrainConfig
+from agents.training.loop import train
 sys.path.insert(0, {tests!r})
 from test_train import small
-sync, calls = checkpoint._sync, 0
+sync, calls = checkpoints._sync, 0
 def killing(path):
     global calls
     calls += 1
@@ -131,7 +134,7 @@ def killing(path):
         os.kill(os.getpid(), signal.SIGKILL)
     sync(path)
 if {call}:
-    checkpoint._sync = killing
+    checkpoints._sync = killing
 train(small(iterations={iterations}), Path({directory!r}), resume={resume})
 """
 
@@ -150,7 +153,7 @@ def in_process(directory, *, call=0, iterations=6, resume=False):
 @pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 3, 6, 9])
 def test_killed_during_a_save(whole, tmp_path, call):
-    """``call`` counts fsyncs: of versions and config, then of each part of each checkpoint."""
+    """``call`` counts fsyncs: of versions and config, then of each part of each checkpoints."""
     process = in_process(tmp_path / "killed", call=call)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -184,18 +187,18 @@ def test_killed_at_random_moments(tmp_path):
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(whole, tmp_path, monkeypatch):
     directory = tmp_path / "run"
-    save_file = checkpoint.save_file
+    save_file = checkpoints.save_file
 
     def full(tensors, path):
         save_file(tensors, path)
         if "000004" in str(path):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(checkpoint.CheckpointError, match=r"No space left.*last good checkpoint is .*000002"):
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(checkpoints.CheckpointError, match=r"No space left.*last good checkpoint is .*000002"):
         run(small(), directory)
     assert [p.name for p in (directory / "checkpoints").iterdir()] == ["000002"]
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(checkpoints, "save_file", save_file)
     run(small(), directory, resume=True)
     assert_same_run(whole, directory)
 
@@ -213,17 +216,17 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, file):
     directory = run(small(iterations=2), tmp_path / "run")
     path = directory / "checkpoints" / "000002" / file
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(checkpoint.CheckpointError, match="truncated or damaged"):
+    with pytest.raises(checkpoints.CheckpointError, match="truncated or damaged"):
         run(small(iterations=3), directory, resume=True)
 
 
 def test_a_checkpoint_of_another_version_or_architecture_is_refused(tmp_path):
     directory = run(small(iterations=2), tmp_path / "run")
-    with pytest.raises(checkpoint.CheckpointError, match="another architecture"):
+    with pytest.raises(checkpoints.CheckpointError, match="another architecture"):
         run(small(iterations=3, model="points-flow"), directory, resume=True)
     meta = directory / "checkpoints" / "000002" / "meta.json"
     meta.write_text(meta.read_text().replace('"version": 1', '"version": 99'))
-    with pytest.raises(checkpoint.CheckpointError, match="version 99"):
+    with pytest.raises(checkpoints.CheckpointError, match="version 99"):
         run(small(iterations=3), directory, resume=True)
 
 
@@ -256,7 +259,7 @@ def test_rows_that_cannot_be_scored_are_counted_and_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"agent": GRPOConfig(group_size=1)}, "group_size must be at least 2"),
+        ({"agent_options": GRPOConfig(group_size=1)}, "group_size must be at least 2"),
         ({"kernel": "ode"}, "deterministic"),
         ({"eta": 0.0}, "deterministic"),
         ({"kernel": "cps"}, "not defined on a diffusion"),
@@ -265,14 +268,14 @@ def test_rows_that_cannot_be_scored_are_counted_and_left_out(tmp_path):
         ({"num_steps": 1001}, "at most 1000"),
         ({"num_steps": 1}, "no step|deterministic"),
         ({"microbatch": 3}, "microbatches of 3"),
-        ({"agent": GRPOConfig(group_size=4, updates_per_rollout=3)}, "updates_per_rollout=3"),
+        ({"agent_options": GRPOConfig(group_size=4, updates_per_rollout=3)}, "updates_per_rollout=3"),
         ({"model": "pionts"}, "did you mean 'points'"),
         ({"rewards": {"pionts": 1.0}}, "did you mean 'points'"),
         ({"prompts": "nowhere.txt"}, "no prompt file"),
         ({"iterations": 0}, "at least 1"),
-        ({"agent": GRPOConfig(group_size=4, timestep_fraction=0.0)}, "timestep_fraction"),
-        ({"agent": GRPOConfig(group_size=4, lr=float("nan"))}, "lr must be"),
-        ({"agent": GRPOConfig(group_size=4, ema_decay=1.0)}, "ema_decay"),
+        ({"agent_options": GRPOConfig(group_size=4, timestep_fraction=0.0)}, "timestep_fraction"),
+        ({"agent_options": GRPOConfig(group_size=4, lr=float("nan"))}, "lr must be"),
+        ({"agent_options": GRPOConfig(group_size=4, ema_decay=1.0)}, "ema_decay"),
     ],
 )
 def test_bad_configurations_are_refused_before_anything_is_written(tmp_path, changes, message):
@@ -292,12 +295,12 @@ def test_the_table_forgets_what_lies_after_the_checkpoint(tmp_path):
 
 
 def test_the_dancegrpo_preset_is_danceGRPOs_setting():
-    from agents.config import dancegrpo
+    from agents.training.presets import dancegrpo
 
     config = dancegrpo()
-    assert config.prompts_per_iteration * config.agent.group_size == 512
+    assert config.prompts_per_iteration * config.agent_options.group_size == 512
     assert (config.num_steps, config.eta, config.guidance_scale, config.kernel) == (50, 1.0, 5.0, "ddim")
-    agent = config.agent
+    agent = config.agent_options
     assert (agent.group_size, agent.updates_per_rollout, agent.lr, agent.clip_range) == (16, 2, 1e-5, 1e-4)
     assert (agent.timestep_fraction, agent.drop_last, agent.timestep_selection) == (1.0, True, "per_sample")
     assert (agent.betas, agent.weight_decay, agent.max_grad_norm) == ((0.9, 0.999), 1e-4, 1.0)
@@ -353,14 +356,10 @@ def test_an_agent_of_ones_own_is_found_by_module_and_class(tmp_path, monkeypatch
         "from agents.grpo import GRPO, GRPOConfig\n"
         "class Config(GRPOConfig): pass\n"
         "class Mine(GRPO): config_type = Config\n"
-        "class Borrowed(GRPO): pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(AGENTS, "mine:Mine", None)  # forgotten again afterwards
-    del AGENTS["mine:Mine"]
     assert type(build(make_config("points", "mine:Mine")).agent).__name__ == "Mine"
     for name, message in (
-        ("mine:Borrowed", "config_type of its own"),
         ("mine:Config", "must be a subclass of agents.base.Agent"),
         ("mine:Absent", "cannot load the agent"),
         ("gpro", "did you mean 'grpo'"),
@@ -372,6 +371,6 @@ def test_an_agent_of_ones_own_is_found_by_module_and_class(tmp_path, monkeypatch
 def test_another_agent_keeps_the_episodes_of_a_preset():
     for name in AGENTS:
         config = make_config("points", name)
-        assert config.prompts_per_iteration * config.agent.group_size == 96
-        assert config.agent.lr == make_config("points").agent.lr
+        assert config.prompts_per_iteration * config.agent_options.group_size == 96
+        assert config.agent_options.lr == make_config("points").agent_options.lr
     assert make_config("shapes", "ppo", rows=64).prompts_per_iteration == 64

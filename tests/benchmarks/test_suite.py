@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from agents.config import AGENTS
-from agents.train import build
+from agents.algorithms import AGENTS
+from agents.training.experiment import build
 from benchmarks.runs import Run, execute, work
 from benchmarks.suite import SEARCH_EVAL_SEED, SEARCH_SEED, SUITES, UNTUNED, grid, main, make_run
 

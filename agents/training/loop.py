@@ -1,7 +1,5 @@
 """The one training loop: collect, update, log, evaluate, checkpoint, resume."""
 
-import csv
-import dataclasses
 import importlib.metadata
 import json
 import math
@@ -11,93 +9,21 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from agents import checkpoint
-from agents.base import Agent
-from agents.config import AGENTS, TrainConfig, as_dict, name_of
-from agents.evaluate import evaluate, grid, sample
-from agents.logging import Logger
-from agents.policy import DenoisingPolicy
-from agents.progress import progress
-from agents.report import write_report
 from agents.rollout import Rollout, collect
-from agents.seeding import epoch_order, row_seeds
-from denoise_env.mdp import DenoisingMDP, load_prompts, row_generators
-from denoise_env.rewards import load_reward
+from agents.training import checkpoints
+from agents.training.config import TrainConfig, as_dict
+from agents.training.evaluation import evaluate, sample
+from agents.training.experiment import Experiment, build, restore
+from agents.training.logging import Logger
+from agents.training.pictures import grid
+from agents.training.progress import progress
+from agents.training.report import write_report
+from agents.training.seeding import epoch_order, row_seeds
+from agents.training.tables import Table
+from denoise_env.mdp import row_generators
 
 GRID_PROMPTS, GRID_COLUMNS = 6, 8
-EVAL_PROMPTS = 32  # of the training prompts, where no others were named
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """Everything a configuration stands for, built and checked."""
-
-    config: TrainConfig
-    mdp: DenoisingMDP
-    eval_mdp: DenoisingMDP
-    policy: DenoisingPolicy
-    agent: Agent
-
-    @property
-    def eval_prompts(self) -> list[str]:
-        """The prompts that evaluation measures."""
-        return self.eval_mdp.prompts.texts
-
-
-def build(config: TrainConfig) -> Experiment:
-    """Build a run's parts.
-
-    Raises:
-        ValueError: whatever does not fit together, before any work is done.
-    """
-    counts = ("iterations", "prompts_per_iteration", "checkpoint_every", "keep_checkpoints", "eval_images_per_prompt")
-    for name in counts:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    if config.network_budget is not None and config.network_budget < 1:
-        raise ValueError(f"network_budget must be at least 1, not {config.network_budget}")
-    if config.eval_points and not config.network_budget:
-        raise ValueError("eval_points divides the network_budget: give one")
-    if config.microbatch is not None and config.microbatch < 1:
-        raise ValueError(f"microbatch must be at least 1, not {config.microbatch}")
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    defaults = TrainConfig()
-    names = ("height", "width", "dtype", "lora_rank", "lora_alpha", "gradient_checkpointing", "guidance_scale")
-    chosen = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)}
-    rows = config.prompts_per_iteration * config.agent.group_size
-    update = max(1, rows // max(1, config.agent.updates_per_rollout))  # what one update has at most
-    microbatch = min(config.microbatch or update, update)
-    mdp = DenoisingMDP.make(
-        config.model,
-        config.rewards or None,
-        config.prompts,
-        config.num_steps,
-        config.microbatch,
-        device=device,
-        **chosen,
-    )
-    held_out = config.eval_prompts or ("shapes-held-out" if config.model == "shapes" else None)
-    extra = {name: load_reward(name) for name in config.eval_rewards if name not in mdp.rewards}
-    eval_mdp = DenoisingMDP(
-        mdp.model,
-        {**mdp.rewards, **extra},
-        load_prompts(held_out) if held_out else mdp.prompts.texts[:EVAL_PROMPTS],
-        config.num_steps,
-        reward_weights={**mdp.reward_weights, **dict.fromkeys(extra, 0.0)},
-        microbatch=config.microbatch,
-    )
-    policy = DenoisingPolicy(mdp, config.kernel, config.eta, reduction=config.reduction)
-    agent = AGENTS[name_of(config.agent)](policy, config.agent, config.seed, microbatch)
-    agent.check_rows(rows)
-    if config.eval_kl:
-        mdp.model.keep_reference()
-    return Experiment(config, mdp, eval_mdp, policy, agent)
 
 
 def train(
@@ -118,7 +44,7 @@ def train(
     Raises:
         ValueError: a configuration that does not fit together.
         FileExistsError: the directory already holds a run.
-        agents.checkpoint.CheckpointError: a checkpoint cannot be read or written.
+        agents.training.checkpoints.CheckpointError: a checkpoint cannot be read or written.
         RuntimeError: too many images could not be scored.
     """
     if not resume and (directory / "config.json").exists():
@@ -126,15 +52,15 @@ def train(
             f"{directory} already holds a run: continue it with --resume {directory}, or choose another --output-dir"
         )
     experiment = build(config)
-    checkpoints = directory / "checkpoints"
-    newest = checkpoint.latest(checkpoints) if resume else None
-    done, spent = _restore(experiment, newest) if newest else (0, 0)
+    saved = directory / "checkpoints"
+    newest = checkpoints.latest(saved) if resume else None
+    done, spent = restore(experiment, newest) if newest else (0, 0)
     with Logger(directory, config) as logger:
         directory.mkdir(parents=True, exist_ok=True)
-        checkpoint.prune(checkpoints, config.keep_checkpoints)
+        checkpoints.prune(saved, config.keep_checkpoints)
         about = {"command": shlex.join(command), **_versions()}
-        checkpoint.write_atomically(directory / "versions.json", json.dumps(about, indent=1))
-        checkpoint.write_atomically(directory / "config.json", json.dumps(as_dict(config), indent=1))
+        checkpoints.write_atomically(directory / "versions.json", json.dumps(about, indent=1))
+        checkpoints.write_atomically(directory / "config.json", json.dumps(as_dict(config), indent=1))
         metrics, evals = Table(directory / "metrics.csv", done), Table(directory / "eval.csv", done)
         if newest is None:
             _look(experiment, directory, {"iteration": 0, "network_calls": 0}, evals, logger, report)
@@ -154,8 +80,8 @@ def train(
             _look(experiment, directory, counts, evals, logger, report, bool(due), last)
             if last or iteration % config.checkpoint_every == 0:
                 meta = {"config": as_dict(config), "network_calls": spent, "model": experiment.mdp.model.describe()}
-                checkpoint.save(checkpoints, iteration, experiment.agent.state(), meta)
-                checkpoint.prune(checkpoints, config.keep_checkpoints)
+                checkpoints.save(saved, iteration, experiment.agent.state(), meta)
+                checkpoints.prune(saved, config.keep_checkpoints)
             if last:
                 break
     if report:
@@ -207,7 +133,7 @@ def _look(
     experiment: Experiment,
     directory: Path,
     counts: dict[str, int],
-    evals: "Table",
+    evals: Table,
     logger: Logger,
     draw: bool,
     wanted: bool = False,
@@ -242,61 +168,9 @@ def _look(
             latents, _ = sample(experiment.eval_mdp, policy, prompts, GRID_COLUMNS, config.eval_seed, config.microbatch)
             path = directory / "samples" / f"{iteration:06d}.png"
             path.parent.mkdir(exist_ok=True)
-            checkpoint.write_atomically(path.with_name("prompts.txt"), "\n".join(prompts))
+            checkpoints.write_atomically(path.with_name("prompts.txt"), "\n".join(prompts))
             grid(experiment.mdp.model.render(latents), GRID_COLUMNS, path)
             logger.image(iteration, path)
-
-
-def _restore(experiment: Experiment, path: Path) -> tuple[int, int]:
-    """Load a checkpoint; its iteration, and the network calls up to there."""
-    tensors, meta = checkpoint.load(path)
-    if meta["model"] != json.loads(json.dumps(experiment.mdp.model.describe())):
-        raise checkpoint.CheckpointError(f"the checkpoint {path} holds another architecture than the configured model")
-    try:
-        experiment.agent.load_state(tensors)
-    except (ValueError, KeyError) as error:
-        raise checkpoint.CheckpointError(f"the checkpoint {path} does not fit: {error}") from error
-    return int(meta["iteration"]), int(meta["network_calls"])
-
-
-def load_run(directory: Path, config: TrainConfig) -> Experiment:
-    """A run's parts with the weights of its newest checkpoint.
-
-    Raises:
-        agents.checkpoint.CheckpointError: it has none, or it does not fit.
-    """
-    newest = checkpoint.latest(directory / "checkpoints")
-    if newest is None:
-        raise checkpoint.CheckpointError(f"{directory} has no checkpoint yet")
-    experiment = build(config)
-    _restore(experiment, newest)
-    return experiment
-
-
-class Table:
-    """A CSV file that grows a row at a time and forgets what lies after the iteration a run resumes from."""
-
-    def __init__(self, path: Path, keep_to: int) -> None:
-        self.path = path
-        self.columns: list[str] = []
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= keep_to]
-            if keep_to and kept:
-                self.columns = lines[0].strip().split(",")
-                checkpoint.write_atomically(path, "".join([lines[0], *kept]))
-            else:
-                path.unlink()
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Write one row; its first column is ``iteration``."""
-        new = not self.columns
-        self.columns = self.columns or list(row)
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
 
 
 def _versions() -> dict[str, str]:

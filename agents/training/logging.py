@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agents.config import TrainConfig, as_dict
+from agents.training.config import TrainConfig, as_dict
 
 
 class Logger:

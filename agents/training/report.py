@@ -1,13 +1,15 @@
 """One self-contained HTML page that tells what a run did."""
 
 import base64
-import csv
 import html
 import io
 import json
 import textwrap
 from pathlib import Path
 from typing import Any
+
+from agents.training.checkpoints import write_atomically
+from agents.training.tables import read_table
 
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
@@ -20,14 +22,6 @@ img,svg{max-width:100%;height:auto}
 table{border-collapse:collapse}td,th{padding:.15rem .8rem .15rem 0;text-align:left;font-size:14px}
 details{margin-top:1rem}
 """
-
-
-def read_csv(path: Path) -> list[dict[str, float]]:
-    """A metrics table as numbers, one mapping a row."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 def headline(evals: list[dict[str, float]]) -> list[tuple[str, dict[str, float], dict[str, float]]]:
@@ -47,9 +41,7 @@ def write_report(directory: Path) -> Path:
     Returns:
         The page's path.
     """
-    from agents.checkpoint import write_atomically
-
-    metrics, evals = read_csv(directory / "metrics.csv"), read_csv(directory / "eval.csv")
+    metrics, evals = read_table(directory / "metrics.csv"), read_table(directory / "eval.csv")
     config = json.loads((directory / "config.json").read_text())
     about = json.loads((directory / "versions.json").read_text())
     cards = "".join(_card(name, before, after) for name, before, after in headline(evals))

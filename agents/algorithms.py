@@ -1,0 +1,64 @@
+"""The agents by name."""
+
+from agents.awm import AWM
+from agents.base import Agent
+from agents.controls import Base, BestOfN, ShuffledReward, ZeroLR
+from agents.ddpo import DDPO, DDPOSF
+from agents.dpo import DCPO, DPO
+from agents.dpok import DPOK
+from agents.flow_dppo import FlowDPPO
+from agents.flow_grpo import FlowGRPO
+from agents.flow_grpo_fast import FlowGRPOFast
+from agents.grpo import GRPO
+from agents.grpo_guard import GRPOGuard
+from agents.mix_grpo import MixGRPO
+from agents.nft import NFT
+from agents.ppo import PPO
+from agents.rloo import RLOO
+from agents.rwr import RWR
+from agents.tempflow import TempFlow
+from denoise_env.naming import load_attribute, suggest
+
+AGENTS: dict[str, type[Agent]] = {
+    agent.name: agent
+    for agent in (
+        GRPO,
+        FlowGRPO,
+        FlowGRPOFast,
+        MixGRPO,
+        TempFlow,
+        GRPOGuard,
+        FlowDPPO,
+        DDPOSF,
+        DDPO,
+        DPOK,
+        PPO,
+        RLOO,
+        RWR,
+        NFT,
+        AWM,
+        DPO,
+        DCPO,
+        Base,
+        BestOfN,
+        ZeroLR,
+        ShuffledReward,
+    )
+}
+"""Name → agent; a new one is a file, an import and a line here."""
+
+
+def find_agent(name: str) -> type[Agent]:
+    """The agent of a name in `AGENTS`, or of ``module:attribute`` for one of your own.
+
+    Raises:
+        ValueError: no such agent, or it is none.
+    """
+    if name in AGENTS:
+        return AGENTS[name]
+    if ":" not in name:
+        raise ValueError(f"unknown agent {name!r}; {suggest(name, AGENTS)} Or name your own as 'module:class'.")
+    found = load_attribute(name, "agent")
+    if not (isinstance(found, type) and issubclass(found, Agent)):
+        raise ValueError(f"the agent {name!r} must be a subclass of agents.base.Agent")
+    return found

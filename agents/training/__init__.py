@@ -1,0 +1,1 @@
+"""What is no algorithm: experiment, loop, evaluation, report, checkpoints, logging, seeding."""

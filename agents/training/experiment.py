@@ -1,0 +1,111 @@
+"""Everything that a configuration stands for, built and checked; and a run's directory read back into it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from agents.algorithms import find_agent
+from agents.base import Agent
+from agents.policy import DenoisingPolicy
+from agents.training import checkpoints
+from agents.training.config import TrainConfig
+from denoise_env.mdp import DenoisingMDP, load_prompts
+from denoise_env.rewards import load_reward
+
+EVAL_PROMPTS = 32  # of the training prompts, where no others were named
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything a configuration stands for, built and checked."""
+
+    config: TrainConfig
+    mdp: DenoisingMDP
+    eval_mdp: DenoisingMDP
+    policy: DenoisingPolicy
+    agent: Agent
+
+    @property
+    def eval_prompts(self) -> list[str]:
+        """The prompts that evaluation measures."""
+        return self.eval_mdp.prompts.texts
+
+
+def build(config: TrainConfig) -> Experiment:
+    """Build a run's parts.
+
+    Raises:
+        ValueError: whatever does not fit together, before any work is done.
+    """
+    counts = ("iterations", "prompts_per_iteration", "checkpoint_every", "keep_checkpoints", "eval_images_per_prompt")
+    for name in counts:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+    if config.network_budget is not None and config.network_budget < 1:
+        raise ValueError(f"network_budget must be at least 1, not {config.network_budget}")
+    if config.eval_points and not config.network_budget:
+        raise ValueError("eval_points divides the network_budget: give one")
+    if config.microbatch is not None and config.microbatch < 1:
+        raise ValueError(f"microbatch must be at least 1, not {config.microbatch}")
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    defaults = TrainConfig()
+    names = ("height", "width", "dtype", "lora_rank", "lora_alpha", "gradient_checkpointing", "guidance_scale")
+    chosen = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)}
+    rows = config.prompts_per_iteration * config.agent_options.group_size
+    update = max(1, rows // max(1, config.agent_options.updates_per_rollout))  # what one update has at most
+    microbatch = min(config.microbatch or update, update)
+    mdp = DenoisingMDP.make(
+        config.model,
+        config.rewards or None,
+        config.prompts,
+        config.num_steps,
+        config.microbatch,
+        device=device,
+        **chosen,
+    )
+    held_out = config.eval_prompts or ("shapes-held-out" if config.model == "shapes" else None)
+    extra = {name: load_reward(name) for name in config.eval_rewards if name not in mdp.rewards}
+    eval_mdp = DenoisingMDP(
+        mdp.model,
+        {**mdp.rewards, **extra},
+        load_prompts(held_out) if held_out else mdp.prompts.texts[:EVAL_PROMPTS],
+        config.num_steps,
+        reward_weights={**mdp.reward_weights, **dict.fromkeys(extra, 0.0)},
+        microbatch=config.microbatch,
+    )
+    policy = DenoisingPolicy(mdp, config.kernel, config.eta, reduction=config.reduction)
+    agent = find_agent(config.agent)(policy, config.agent_options, config.seed, microbatch)
+    agent.check_rows(rows)
+    if config.eval_kl:
+        mdp.model.keep_reference()
+    return Experiment(config, mdp, eval_mdp, policy, agent)
+
+
+def restore(experiment: Experiment, path: Path) -> tuple[int, int]:
+    """Load a checkpoint; its iteration, and the network calls up to there."""
+    tensors, meta = checkpoints.load(path)
+    if meta["model"] != json.loads(json.dumps(experiment.mdp.model.describe())):
+        raise checkpoints.CheckpointError(f"the checkpoint {path} holds another architecture than the configured model")
+    try:
+        experiment.agent.load_state(tensors)
+    except (ValueError, KeyError) as error:
+        raise checkpoints.CheckpointError(f"the checkpoint {path} does not fit: {error}") from error
+    return int(meta["iteration"]), int(meta["network_calls"])
+
+
+def load_run(directory: Path, config: TrainConfig) -> Experiment:
+    """A run's parts with the weights of its newest checkpoints.
+
+    Raises:
+        agents.training.checkpoints.CheckpointError: it has none, or it does not fit.
+    """
+    newest = checkpoints.latest(directory / "checkpoints")
+    if newest is None:
+        raise checkpoints.CheckpointError(f"{directory} has no checkpoint yet")
+    experiment = build(config)
+    restore(experiment, newest)
+    return experiment

@@ -1,0 +1,120 @@
+"""Configurations that stand for an experiment."""
+
+import dataclasses
+from collections.abc import Callable
+
+from agents.algorithms import find_agent
+from agents.ddpo import DDPOConfig
+from agents.dpok import DPOKConfig
+from agents.grpo import GRPOConfig
+from agents.training.config import TrainConfig
+from denoise_env.naming import suggest
+
+
+def shapes() -> TrainConfig:
+    """GRPO on the shipped tiny Stable Diffusion: minutes on a laptop. The default."""
+    return TrainConfig(
+        agent_options=GRPOConfig(step_weighting="std", ema_decay=0.97),
+        iterations=130,
+        eval_rewards=("shapes-correct",),
+        eval_images_per_prompt=64,
+    )
+
+
+def points() -> TrainConfig:
+    """GRPO on 2-D Gaussian mixtures: seconds."""
+    agent = GRPOConfig(lr=3e-3, step_weighting="std", ema_decay=0.9)
+    return TrainConfig(
+        model="points",
+        agent_options=agent,
+        prompts_per_iteration=6,
+        microbatch=None,
+        iterations=100,
+        eval_images_per_prompt=128,
+        checkpoint_every=50,
+    )
+
+
+def dancegrpo() -> TrainConfig:
+    """DanceGRPO's Stable Diffusion 1.4 setting, choice for choice (give --model, --prompts and --rewards).
+
+    512 images an iteration in groups of 16 from shared noise, 50 DDIM steps with η = 1, guidance 5 in rollout
+    and training, the last step dropped and the other 49 trained in a random order drawn per sample, mean
+    log-prob, unbiased std, clip 1e-4, |A| ≤ 5, two updates, AdamW at 1e-5 with weight decay 1e-4.
+    """
+    return TrainConfig(
+        model="CompVis/stable-diffusion-v1-4",
+        num_steps=50,
+        guidance_scale=5.0,
+        height=512,
+        width=512,
+        dtype="bf16",
+        kernel="ddim",
+        eta=1.0,
+        agent_options=GRPOConfig(lr=1e-5, updates_per_rollout=2, timestep_fraction=1.0),
+        iterations=300,
+        prompts_per_iteration=32,
+        microbatch=8,
+        eval_images_per_prompt=4,
+        gradient_checkpointing=True,
+    )
+
+
+def ddpo() -> TrainConfig:
+    """DDPO-IS's Stable Diffusion 1.4 setting: 50 steps, η 1, guidance 5, LoRA at 3e-4 (give --prompts and --rewards).
+
+    256 images an iteration, two updates, clip 1e-4 on the mean log-prob, advantages per prompt, |A| ≤ 5.
+    """
+    agent = DDPOConfig(updates_per_rollout=2)
+    return dataclasses.replace(
+        dancegrpo(), agent="ddpo-is", agent_options=agent, lora_rank=4, prompts_per_iteration=256
+    )
+
+
+def dpok() -> TrainConfig:
+    """DPOK's Stable Diffusion 1.5 setting: 50 steps, η 1, LoRA at 1e-5, α 10, β 0.01 (give --prompts and --rewards)."""
+    model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    return dataclasses.replace(
+        ddpo(), model=model, agent="dpok", agent_options=DPOKConfig(), prompts_per_iteration=16, iterations=10_000
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "shapes": shapes,
+    "points": points,
+    "dancegrpo": dancegrpo,
+    "ddpo": ddpo,
+    "dpok": dpok,
+}
+
+
+def make_config(preset: str, agent: str | None = None, rows: int | None = None) -> TrainConfig:
+    """A preset's configuration, with another agent in the place of its own.
+
+    The agent comes with its published settings, but for what the preset says of the learning rate, the averaging and,
+    where the algorithm has none of its own, the step weighting; and with the largest group up to its own that divides
+    the episodes.
+
+    Args:
+        preset: a name in `PRESETS`.
+        agent: a name in `AGENTS`, or ``module:class``; default: the preset's.
+        rows: episodes per iteration; default: the preset's.
+
+    Raises:
+        ValueError: no such preset or agent.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; {suggest(preset, PRESETS)}")
+    config = PRESETS[preset]()
+    old = config.agent_options
+    rows = rows or config.prompts_per_iteration * old.group_size
+    if agent is None or agent == config.agent:
+        return dataclasses.replace(config, prompts_per_iteration=rows // old.group_size)
+    kind = find_agent(agent)
+    new = kind.config_type()
+    for name in ("lr", "step_weighting", "ema_decay"):
+        if hasattr(new, name) and not (name == "step_weighting" and kind.weighs_steps):
+            setattr(new, name, getattr(old, name, getattr(new, name)))
+    group = max(n for n in range(1, new.group_size + 1) if rows % n == 0)
+    new.group_size = group
+    return dataclasses.replace(config, agent=agent, agent_options=new, prompts_per_iteration=rows // group)
