@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium
 
+from denoise_env.worlds import WORLDS
+
 if TYPE_CHECKING:
     from denoise_env.checks import check_denoising_env, check_vector_env
     from denoise_env.gymnasium_env import DenoiseEnv, DenoiseVectorEnv
     from denoise_env.kernels import CPS, DDIM, KERNELS, ODE, DanceSDE, FlowSDE, Kernel, Schedule, Transition
     from denoise_env.mdp import DenoisingMDP, Scores, State
-    from denoise_env.models import DenoisingModel, load_model
+    from denoise_env.models import DenoisingModel, Family, ModelOptions, load_model
+    from denoise_env.prompts import Prompt, load_prompts
     from denoise_env.rewards import Reward, load_reward
     from denoise_env.torchrl_env import DenoiseTorchRLEnv
     from denoise_env.wrappers import ControlAction, FlatObservation, NoiseAction
@@ -32,10 +35,13 @@ __all__ = [
     "DenoiseVectorEnv",
     "DenoisingMDP",
     "DenoisingModel",
+    "Family",
     "FlatObservation",
     "FlowSDE",
     "Kernel",
+    "ModelOptions",
     "NoiseAction",
+    "Prompt",
     "Reward",
     "Schedule",
     "Scores",
@@ -44,6 +50,7 @@ __all__ = [
     "check_denoising_env",
     "check_vector_env",
     "load_model",
+    "load_prompts",
     "load_reward",
 ]
 
@@ -52,7 +59,8 @@ _HOMES = {
     "gymnasium_env": ("DenoiseEnv", "DenoiseVectorEnv"),
     "kernels": ("CPS", "DDIM", "KERNELS", "ODE", "DanceSDE", "FlowSDE", "Kernel", "Schedule", "Transition"),
     "mdp": ("DenoisingMDP", "Scores", "State"),
-    "models": ("DenoisingModel", "load_model"),
+    "models": ("DenoisingModel", "Family", "ModelOptions", "load_model"),
+    "prompts": ("Prompt", "load_prompts"),
     "rewards": ("Reward", "load_reward"),
     "torchrl_env": ("DenoiseTorchRLEnv",),
     "wrappers": ("ControlAction", "FlatObservation", "NoiseAction"),
@@ -72,10 +80,11 @@ def __dir__() -> list[str]:
 
 # No max_episode_steps here: `gymnasium.make` would add a TimeLimit that truncates at the very step that
 # terminates. The number of denoising steps is the environment's own `num_steps`.
-for _id, _model in (("denoise_env/Shapes-v0", "shapes"), ("denoise_env/Points-v0", "points")):
-    gymnasium.register(
-        _id,
-        entry_point="denoise_env.gymnasium_env:DenoiseEnv",
-        vector_entry_point="denoise_env.gymnasium_env:DenoiseVectorEnv",
-        kwargs={"model": _model},
-    )
+for _name, _world in WORLDS.items():
+    if _world.environment:
+        gymnasium.register(
+            _world.environment,
+            entry_point="denoise_env.gymnasium_env:DenoiseEnv",
+            vector_entry_point="denoise_env.gymnasium_env:DenoiseVectorEnv",
+            kwargs={"model": _name},
+        )

@@ -70,7 +70,7 @@ class ActionConvention(ABC):
             guidance_scale: ``[B]``; default: the model's.
         """
         model, step = self.mdp.model, state.step.clamp(max=self.mdp.num_steps - 1)
-        conditioning = self.mdp.prompts.conditioning[state.prompt_index]
+        conditioning = self.mdp.conditioning.rows(state.prompt_index)
         with model.reference():
             output = model.predict(state.latents, self._timesteps[step], conditioning, guidance_scale)
         return self.kernel.transition(state.latents, output, step)
@@ -274,8 +274,8 @@ class Flat:
         max_dimensions: int = 2048,
     ) -> None:
         self.mdp, self.parts = mdp, tuple(parts)
-        self._table = mdp.model.pool(mdp.prompts.conditioning)
-        sizes = {"latents": torch.Size(mdp.model.latent_shape).numel(), "step": 1, "prompt": self._table.shape[1]}
+        pooled = self._pool(mdp.drawn[:1])
+        sizes = {"latents": torch.Size(mdp.model.latent_shape).numel(), "step": 1, "prompt": pooled.shape[1]}
         for part in self.parts:
             if part not in sizes:
                 raise ValueError(f"an observation has no part {part!r}; {suggest(part, sizes)}")
@@ -294,11 +294,9 @@ class Flat:
         values = {
             "latents": lambda: state.latents.flatten(1).float(),
             "step": lambda: state.step[:, None] / self.mdp.num_steps,
-            "prompt": lambda: self._pooled()[state.prompt_index],
+            "prompt": lambda: self._pool(state.prompt_index),
         }
         return torch.cat([values[part]() for part in self.parts], 1)
 
-    def _pooled(self) -> Tensor:
-        if len(self._table) != len(self.mdp.prompts.texts):  # a reset has named new prompts
-            self._table = self.mdp.model.pool(self.mdp.prompts.conditioning)
-        return self._table
+    def _pool(self, index: Tensor) -> Tensor:
+        return self.mdp.model.pool(self.mdp.conditioning.rows(index))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from denoise_env.mdp import DenoisingMDP, State, row_generators
 from denoise_env.naming import suggest
+from denoise_env.prompts import Prompt
 
 RESET_OPTIONS = ("prompts", "group_size", "shared_noise", "reset_mask")
 
@@ -50,7 +51,7 @@ class ResetRequest:
     """
 
     mask: NDArray[np.bool_]
-    prompts: Sequence[str] | None
+    prompts: Sequence[str | Prompt] | None
     group_size: int
     shared_noise: bool
 

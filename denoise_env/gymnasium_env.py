@@ -7,6 +7,8 @@ from gymnasium.vector import AutoresetMode
 
 from denoise_env.gymnasium_vector import DenoiseVectorEnv
 from denoise_env.mdp import DenoisingMDP
+from denoise_env.prompts import Prompt
+from denoise_env.worlds import DEFAULT
 
 __all__ = ["DenoiseEnv", "DenoiseVectorEnv"]
 
@@ -34,7 +36,7 @@ class DenoiseEnv(gymnasium.Env[dict[str, Any], Any]):
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
-    def __init__(self, model: str | DenoisingMDP = "shapes", *, render_mode: str | None = None, **options: Any) -> None:
+    def __init__(self, model: str | DenoisingMDP = DEFAULT, *, render_mode: str | None = None, **options: Any) -> None:
         self.vector = DenoiseVectorEnv(
             model, 1, render_mode=render_mode, autoreset_mode=AutoresetMode.DISABLED, **options
         )
@@ -53,8 +55,8 @@ class DenoiseEnv(gymnasium.Env[dict[str, Any], Any]):
         return self.vector.mdp
 
     @property
-    def prompts(self) -> list[str]:
-        """The texts that ``prompt_index`` points into."""
+    def prompts(self) -> list[Prompt]:
+        """The prompts that ``prompt_index`` points into."""
         return self.vector.prompts
 
     def reset(

@@ -15,6 +15,8 @@ from torch import Tensor
 from denoise_env.faces import ResetRequest, RowStreams, resolve_mdp
 from denoise_env.kernels import ODE
 from denoise_env.mdp import DenoisingMDP, State
+from denoise_env.prompts import Prompt
+from denoise_env.worlds import DEFAULT
 from denoise_env.models import DenoisingModel
 from denoise_env.rewards import Reward
 
@@ -41,7 +43,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
     ended.
 
     Args:
-        model: a name or a checkpoint, see `denoise_env.models.load_model`; `from_mdp` takes live objects.
+        model: a name or a checkpoint, see `denoise_env.models.find_family`; `from_mdp` takes live objects.
         num_envs: the number of rows.
         num_steps: K, 10 by default; ``max_episode_steps`` is Gymnasium's name for it.
         max_episode_steps: the same as ``num_steps``.
@@ -77,13 +79,13 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
 
     def __init__(
         self,
-        model: str | DenoisingMDP = "shapes",
+        model: str | DenoisingMDP = DEFAULT,
         num_envs: int = 1,
         *,
         num_steps: int | None = None,
         max_episode_steps: int | None = None,
         rewards: Mapping[str, float] | str | None = None,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str | Prompt] | str | None = None,
         render_mode: str | None = None,
         render_x0: bool = False,
         autoreset_mode: AutoresetMode | str = AutoresetMode.DISABLED,
@@ -134,7 +136,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         cls,
         model: DenoisingModel,
         rewards: Mapping[str, Reward],
-        prompts: Sequence[str],
+        prompts: Sequence[str | Prompt],
         num_envs: int = 1,
         num_steps: int = 10,
         **options: Any,
@@ -143,9 +145,9 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         return cls(DenoisingMDP(model, rewards, prompts, num_steps), num_envs, **options)
 
     @property
-    def prompts(self) -> list[str]:
-        """The texts that ``prompt_index`` points into."""
-        return self.mdp.prompts.texts
+    def prompts(self) -> list[Prompt]:
+        """The prompts that ``prompt_index`` points into."""
+        return self.mdp.prompts
 
     @property
     def state(self) -> State:
@@ -239,8 +241,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         if self._state is None:
             raise ResetNeeded("call reset() before render()")
         latents = self._state.latents if self._ode is None else self._pred_x0(self._ode, self._state)
-        parts = latents.split(self.mdp.microbatch or self.num_envs)
-        return tuple(torch.cat([self.mdp.model.render(part) for part in parts]).numpy())
+        return tuple(self.mdp.render(latents).numpy())
 
     def _autoreset_request(self, mask: Mask) -> ResetRequest:
         return ResetRequest.parse({"reset_mask": mask}, self.num_envs, **self._defaults)
@@ -252,7 +253,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         self._state = begun if self._state is None or whole else self._state.replace_rows(rows, begun)
         self._steps[request.mask] = 0
         self._prompt_index[request.mask] = begun.prompt_index.cpu().numpy()
-        self._texts[request.mask] = [self.prompts[i] for i in self._prompt_index[request.mask]]
+        self._texts[request.mask] = [self.prompts[i].text for i in self._prompt_index[request.mask]]
 
     def _read_actions(self, actions: Any) -> Tensor:
         """A private copy of the actions as latents."""
@@ -334,7 +335,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
             return state.latents
         step = torch.from_numpy(self._steps).clamp(max=self.mdp.num_steps - 1)
         timestep = self.mdp.schedule.timesteps[step].to(state.latents.device)
-        conditioning = self.mdp.prompts.conditioning[state.prompt_index]
+        conditioning = self.mdp.conditioning.rows(state.prompt_index)
         output = self.mdp.model.predict(state.latents, timestep, conditioning)
         x0 = ode.pred_x0(state.latents, output, step).to(state.latents.dtype)
         x0[over.to(x0.device)] = state.latents[over.to(x0.device)]

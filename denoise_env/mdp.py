@@ -14,18 +14,18 @@ The network that proposes actions belongs to the policy; nothing here calls it.
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
-from tqdm import tqdm
 
+from denoise_env.conditioning import GIB, ConditioningStore
 from denoise_env.kernels import KERNELS, Kernel
-from denoise_env.models import DenoisingModel, check_name, load_model, world
-from denoise_env.naming import load_attribute, suggest
+from denoise_env.models import DenoisingModel, ModelOptions, find_family, load_model
+from denoise_env.naming import suggest
+from denoise_env.prompts import Prompt, check_prompts, load_prompts
 from denoise_env.rewards import Reward, load_reward
+from denoise_env.worlds import PROMPT_SETS, WORLDS
 
 
 @dataclass(frozen=True)
@@ -55,60 +55,6 @@ class State:
         )
 
 
-class PromptTable:
-    """Prompts and their conditioning, each encoded once; an index never changes its meaning.
-
-    Attributes:
-        texts: the N prompts.
-        metadata: their N mappings.
-        conditioning: ``[N]`` TensorDict on the model's device.
-    """
-
-    def __init__(
-        self,
-        model: DenoisingModel,
-        prompts: Sequence[str],
-        metadata: Sequence[Mapping[str, Any]] | None = None,
-    ) -> None:
-        self._model = model
-        self.texts: list[str] = []
-        self.metadata: list[Mapping[str, Any]] = []
-        self._index: dict[str, int] = {}
-        self.conditioning: TensorDict
-        self.indices(prompts, metadata)
-
-    def indices(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None) -> Tensor:
-        """Indices ``[P]`` of prompts; those not seen before are encoded and added.
-
-        Raises:
-            ValueError: no prompts, or one that is not a non-empty string.
-        """
-        check_prompts(prompts)
-        if metadata is not None and len(metadata) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts came with {len(metadata)} metadata entries")
-        extra = dict(zip(prompts, metadata or [{}] * len(prompts), strict=True))
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._index]
-        if new:
-            batches = tqdm(range(0, len(new), 64), desc="encode prompts", disable=len(new) < 1024)
-            rows = torch.cat([self._model.encode(new[i : i + 64]) for i in batches])
-            self.conditioning = torch.cat([self.conditioning, rows]) if self.texts else rows
-            self._index.update({prompt: len(self.texts) + i for i, prompt in enumerate(new)})
-            self.texts += new
-            self.metadata += [extra[prompt] for prompt in new]
-        return torch.tensor([self._index[prompt] for prompt in prompts])
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Refuse what is not a non-empty sequence of non-empty strings with a ``ValueError``."""
-    if isinstance(prompts, str):
-        raise ValueError(f"prompts must be a list of strings; put the one prompt in a list: [{prompts!r}]")
-    if len(prompts) == 0:
-        raise ValueError("prompts must not be empty")
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"prompt {i} must be a non-empty string, not {prompt!r}")
-
-
 @dataclass(frozen=True)
 class Scores:
     """Rewards of a batch.
@@ -129,18 +75,22 @@ class Scores:
 class DenoisingMDP:
     """K denoising steps of a model, scored at the end.
 
-    Stateless but for its prompt table: randomness comes in through generators, states through arguments.
+    Stateless but for the prompts that it knows: randomness comes in through generators, states through arguments.
 
     Args:
         model: supplies latent shape, noise schedule, prompt encoding and decoding.
         rewards: name → reward.
-        prompts: the prompts that a reset draws from. Others join the table when a reset names them, and are
-            not drawn.
+        prompts: the prompts that a reset draws from. Others become known when a reset names them, and are never
+            drawn.
         num_steps: K.
-        metadata: of the prompts, for rewards that need it.
         reward_weights: name → weight in the scalar reward; 1 each by default.
         microbatch: rows decoded and scored at a time; ``None`` takes the batch whole.
         check_finite: whether to refuse actions with NaN or infinity; off a CPU that is one sync per step.
+        conditioning: shared with other MDPs of the same model; default: one of its own.
+
+    Attributes:
+        conditioning: the prompts that ``prompt_index`` points into, and what they are encoded to.
+        drawn: indices of the prompts that a reset draws from.
 
     Raises:
         ValueError: no rewards, weights of other names, or what the parts refuse.
@@ -150,13 +100,13 @@ class DenoisingMDP:
         self,
         model: DenoisingModel,
         rewards: Mapping[str, Reward],
-        prompts: Sequence[str],
+        prompts: Sequence[str | Prompt],
         num_steps: int = 10,
         *,
-        metadata: Sequence[Mapping[str, Any]] | None = None,
         reward_weights: Mapping[str, float] | None = None,
         microbatch: int | None = None,
         check_finite: bool = True,
+        conditioning: ConditioningStore | None = None,
     ) -> None:
         if not rewards:
             raise ValueError("an environment needs at least one reward")
@@ -171,51 +121,89 @@ class DenoisingMDP:
         self.schedule = model.schedule(num_steps)
         self.microbatch = microbatch
         self.check_finite = check_finite
-        self.prompts = PromptTable(model, prompts, metadata)
-        self._drawn = len(self.prompts.texts)
+        self.conditioning = conditioning or ConditioningStore(model)
+        self.drawn = torch.tensor(list(dict.fromkeys(self.conditioning.index(prompts).tolist())))
 
     @classmethod
     def make(
         cls,
         model: str,
         rewards: Mapping[str, float] | str | None = None,
-        prompts: Sequence[str] | str | None = None,
+        prompts: Sequence[str | Prompt] | str | None = None,
         num_steps: int = 10,
         microbatch: int | None = None,
         check_finite: bool = True,
+        *,
+        device: str | torch.device = "cpu",
+        options: ModelOptions | None = None,
+        conditioning_cache: str | None = None,
+        conditioning_host_gib: float = 8.0,
+        conditioning_device_gib: float = 0.5,
         **model_options: Any,
     ) -> "DenoisingMDP":
         """Build from names and numbers.
 
         Args:
-            model: a name or a checkpoint, see `denoise_env.models.load_model`.
-            rewards: a reward's name, or name → weight; by default the embedded world's own.
-            prompts: a list, or what `load_prompts` takes; by default the embedded world's training prompts.
+            model: a name or a checkpoint, see `denoise_env.models.find_family`.
+            rewards: a reward's name, or name → weight; by default the world's own.
+            prompts: a list, or what `load_prompts` takes; by default the world's training prompts, or the model's
+                vocabulary.
             num_steps: K.
             microbatch: rows decoded and scored at a time.
             check_finite: whether to refuse actions with NaN or infinity.
-            model_options: passed to the model family.
+            device: where the model lives.
+            options: the model family's.
+            conditioning_cache: a directory that keeps encoded prompts between runs.
+            conditioning_host_gib: budget of encoded prompts in the host's memory.
+            conditioning_device_gib: budget of encoded prompts kept on the device.
+            model_options: the family's options by name, instead of ``options``.
+
+        Raises:
+            ValueError: what is missing or unknown.
         """
-        check_name(model)
-        home = world(model)
-        if rewards is None or prompts is None:
-            if home is None:
-                raise ValueError(f"{model!r} has no prompts and rewards of its own: name both")
-            rewards = home if rewards is None else rewards
-            prompts = home if prompts is None else prompts
+        find_family(model)
+        world = WORLDS.get(model)
+        if rewards is None:
+            if world is None:
+                raise ValueError(f"{model!r} has no rewards of its own: name them")
+            rewards = dict.fromkeys(world.rewards, 1.0)
+        if prompts is None and world:
+            prompts = next(iter(world.prompts))
         if isinstance(prompts, str):
-            prompts = load_prompts(prompts)
+            prompts = load_prompts(prompts, PROMPT_SETS)
         weights = {rewards: 1.0} if isinstance(rewards, str) else dict(rewards)
-        loaded = {name: load_reward(name) for name in weights}
-        return cls(
-            load_model(model, **model_options),
+        found = {name: load_reward(name) for name in weights}
+        loaded = load_model(model, options, device=device, **model_options)
+        if prompts is None:
+            if loaded.vocabulary is None:
+                raise ValueError(f"{model!r} has no prompts of its own: name them")
+            prompts = loaded.vocabulary
+        store = ConditioningStore(
             loaded,
+            host_bytes=conditioning_host_gib * GIB,
+            device_bytes=conditioning_device_gib * GIB,
+            directory=conditioning_cache,
+        )
+        return cls(
+            loaded,
+            found,
             prompts,
             num_steps,
             reward_weights=weights,
             microbatch=microbatch,
             check_finite=check_finite,
+            conditioning=store,
         )
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts that ``prompt_index`` points into."""
+        return self.conditioning.prompts
+
+    @property
+    def drawn_prompts(self) -> list[Prompt]:
+        """The prompts that a reset draws from: those of the constructor."""
+        return [self.prompts[i] for i in self.drawn.tolist()]
 
     def kernel(
         self, name: str | None = None, eta: float | None = None, last_step: Literal["sde", "ode"] | None = None
@@ -238,7 +226,7 @@ class DenoisingMDP:
     def reset(
         self,
         generators: Sequence[torch.Generator],
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str | Prompt] | None = None,
         *,
         group_size: int = 1,
         shared_noise: bool = False,
@@ -264,18 +252,18 @@ class DenoisingMDP:
             raise ValueError(f"{rows} rows cannot be divided into groups of {group_size}")
         index = None
         if prompts is not None:
-            check_prompts(prompts)
-            if len(prompts) * group_size != rows:
-                made = len(prompts) * group_size
+            made = len(check_prompts(prompts, allow_empty=True)) * group_size
+            if made != rows:
                 raise ValueError(f"{len(prompts)} prompts in groups of {group_size} make {made} rows, not {rows}")
-            index = self.prompts.indices(prompts)
+            index = self.conditioning.index(prompts)
         noise = torch.empty(rows, *self.model.latent_shape)
         for row, generator in zip(noise.unbind(), generators, strict=True):
             row.normal_(generator=generator)
         if index is None:
             index = torch.empty(rows // group_size, dtype=torch.long)
             for row, generator in zip(index.unbind(), generators[::group_size], strict=True):
-                row.random_(0, self._drawn, generator=generator)
+                row.random_(0, len(self.drawn), generator=generator)
+            index = self.drawn[index]
         if shared_noise:
             noise = noise[::group_size].repeat_interleave(group_size, 0)
         device = self.model.device
@@ -311,6 +299,11 @@ class DenoisingMDP:
             raise ValueError("the action must be finite; it has NaN or infinity in it")
 
     @torch.no_grad()
+    def render(self, latents: Tensor) -> Tensor:
+        """Pictures of ``latents [B, *latent]`` for a person, ``[B, H, W, 3]`` uint8 on the CPU, in microbatches."""
+        return torch.cat([self.model.render(part) for part in latents.split(self.microbatch or len(latents))])
+
+    @torch.no_grad()
     def score(self, latents: Tensor, prompt_index: Tensor) -> Scores:
         """Decode and score finished latents ``[B, *latent]``.
 
@@ -324,8 +317,8 @@ class DenoisingMDP:
         for start in range(0, len(latents), size):
             rows = slice(start, start + size)
             images = self.model.decode(latents[rows])
-            texts = [self.prompts.texts[i] for i in indices[rows]]
-            metadata = [self.prompts.metadata[i] for i in indices[rows]]
+            prompts = [self.prompts[i] for i in indices[rows]]
+            texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
             for name, reward in self.rewards.items():
                 try:
                     result = torch.as_tensor(reward(images, texts, metadata))
@@ -339,30 +332,6 @@ class DenoisingMDP:
         valid = torch.stack([v.isfinite() for v in values.values()]).all(0)
         total = sum(self.reward_weights[name] * v for name, v in values.items())
         return Scores(values, torch.as_tensor(total), valid, errors)
-
-
-PROMPT_SETS = {
-    "points": "denoise_env.models.points:MIXTURES",
-    "shapes": "denoise_env.shapes.grammar:TRAIN",
-    "shapes-held-out": "denoise_env.shapes.grammar:HELD_OUT",
-}
-"""Name → where the embedded worlds' prompts are; the held-out ones are never trained on."""
-
-
-def load_prompts(source: str) -> list[str]:
-    """The prompts of a name in `PROMPT_SETS`, or of a text file with one a line (blank lines are skipped).
-
-    Raises:
-        ValueError: neither, or a file without prompts.
-    """
-    if source in PROMPT_SETS:
-        return list(load_attribute(PROMPT_SETS[source], "prompt set"))
-    if not Path(source).is_file():
-        raise ValueError(f"there is no prompt file {source!r}, and it is none of the named sets {list(PROMPT_SETS)}")
-    prompts = [line.strip() for line in Path(source).read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"the prompt file {source!r} holds no prompts")
-    return prompts
 
 
 def row_generators(seeds: Sequence[int]) -> list[torch.Generator]:

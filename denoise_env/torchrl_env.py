@@ -10,6 +10,8 @@ from torchrl.envs import EnvBase
 
 from denoise_env.faces import ResetRequest, RowStreams, resolve_mdp
 from denoise_env.mdp import DenoisingMDP, State
+from denoise_env.prompts import Prompt
+from denoise_env.worlds import DEFAULT
 
 
 class DenoiseTorchRLEnv(EnvBase):
@@ -26,7 +28,7 @@ class DenoiseTorchRLEnv(EnvBase):
     ``shared_noise`` as keywords.
 
     Args:
-        model: a name or a checkpoint, see `denoise_env.models.load_model`; `from_mdp` takes a live one.
+        model: a name or a checkpoint, see `denoise_env.models.find_family`; `from_mdp` takes a live one.
         num_envs: the number of rows n.
         num_steps: K, 10 by default.
         max_episode_steps: the same as ``num_steps``.
@@ -48,13 +50,13 @@ class DenoiseTorchRLEnv(EnvBase):
 
     def __init__(
         self,
-        model: str | DenoisingMDP = "shapes",
+        model: str | DenoisingMDP = DEFAULT,
         num_envs: int = 1,
         *,
         num_steps: int | None = None,
         max_episode_steps: int | None = None,
         rewards: Mapping[str, float] | str | None = None,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str | Prompt] | str | None = None,
         group_size: int = 1,
         shared_noise: bool = False,
         **options: Any,
@@ -76,9 +78,9 @@ class DenoiseTorchRLEnv(EnvBase):
         return cls(mdp, num_envs, **options)
 
     @property
-    def prompts(self) -> list[str]:
-        """The texts that ``prompt_index`` points into."""
-        return self.mdp.prompts.texts
+    def prompts(self) -> list[Prompt]:
+        """The prompts that ``prompt_index`` points into."""
+        return self.mdp.prompts
 
     def _make_specs(self) -> None:
         n, model, device = self.num_envs, self.mdp.model, self.device

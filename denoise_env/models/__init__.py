@@ -1,56 +1,110 @@
-"""Model families: one file each; `base.py` holds their interface, `load_model` finds one by name."""
+"""Model families: one file each. `base.py` holds their interface, `pipeline.py` what diffusers families share."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
-from denoise_env.models.base import DenoisingModel
-from denoise_env.naming import suggest
+import torch
 
-NAMES = {
-    "points": "2-D Gaussian mixtures with an exact denoiser, as a diffusion",
-    "points-flow": "the same mixtures as a rectified flow",
-    "shapes": "a tiny Stable Diffusion of coloured shapes, shipped with the package",
-}
-"""Name → what it is. Anything else is the hub id or the path of a Stable Diffusion checkpoint."""
+from denoise_env.models.base import DenoisingModel, Family, ModelOptions
+from denoise_env.naming import load_attribute, suggest
+from denoise_env.worlds import WORLDS
 
-
-def check_name(name: str) -> None:
-    """Refuse what is neither a name, nor a directory, nor of a hub id's form with a ``ValueError``."""
-    if name in NAMES or Path(name).is_dir() or (name.count("/") == 1 and not name.startswith((".", "/"))):
-        return
-    hint = suggest(name, NAMES)
-    raise ValueError(f"unknown model {name!r}; {hint} Or give the directory or hub id of a checkpoint.")
+FAMILIES = (
+    "denoise_env.models.points:FAMILY",
+    "denoise_env.models.stable_diffusion:FAMILY",
+)
+"""Where the families' records are; a new family is a file and a line here."""
 
 
-def world(name: str) -> str | None:
-    """The embedded world a model belongs to, whose name its prompts, reward and preset have; ``None`` for others."""
-    return name.split("-")[0] if name in NAMES else None
-
-
-def load_model(name: str, **options: Any) -> DenoisingModel:
-    """The model of a name in `NAMES`, or a Stable Diffusion checkpoint by path or hub id.
+def find_family(model: str) -> tuple[Family, str | None, dict[str, Any]]:
+    """A model's family, its checkpoint, and the options that go with it.
 
     Args:
-        name: see above; a directory that a Points model exported loads as Points.
-        options: the family's own (Stable Diffusion: ``guidance_scale``, ``dtype``, ``lora_rank``, …).
+        model: a world's name; the directory or hub id of a checkpoint, recognised by the ``_class_name`` in its
+            ``model_index.json``; or "module:attribute" of a `Family` of your own, with "@directory" behind it for a
+            checkpoint of that family.
 
     Raises:
-        ValueError: no such model, or an option the family does not have.
+        ValueError: no such model, or no family claims its class.
     """
-    check_name(name)
-    if name in ("points", "points-flow") or (Path(name) / "model.safetensors").is_file():
-        from denoise_env.models.points import Points
+    if model in WORLDS:
+        world = WORLDS[model]
+        checkpoint = str(load_attribute(world.checkpoint, "checkpoint")) if world.checkpoint else None
+        return load_attribute(world.family, "model family"), checkpoint, dict(world.options)
+    if Path(model).is_dir() or (":" not in model and model.count("/") == 1 and not model.startswith((".", "/"))):
+        return _recognise(model), model, {}
+    if ":" in model:
+        target, _, checkpoint = model.partition("@")
+        family = load_attribute(target, "model family")
+        if not isinstance(family, Family):
+            raise ValueError(f"{target!r} must be a denoise_env.models.Family, not {type(family).__name__}")
+        return family, checkpoint or None, {}
+    raise ValueError(
+        f"unknown model {model!r}; {suggest(model, WORLDS)} Or give the directory or hub id of a checkpoint."
+    )
 
-        unknown = set(options) - {"device", "seed"}
-        if unknown:
-            raise ValueError(f"Points has no option {sorted(unknown)[0]!r}; it has device and seed")
-        if name in NAMES:
-            return Points("flow" if name == "points-flow" else "diffusion", **options)
-        return Points.from_export(Path(name), options.get("device", "cpu"))
-    from denoise_env.models.stable_diffusion import StableDiffusion
 
-    if name == "shapes":
-        from denoise_env.shapes import WEIGHTS
+def _recognise(checkpoint: str) -> Family:
+    path = Path(checkpoint)
+    index = path / "model_index.json"
+    if not path.is_dir():
+        from huggingface_hub import hf_hub_download
 
-        return StableDiffusion.from_pretrained(WEIGHTS, **{"guidance_scale": 1.0, **options})
-    return StableDiffusion.from_pretrained(name, **options)
+        try:
+            index = Path(hf_hub_download(checkpoint, index.name))
+        except Exception as error:  # the hub's client raises many kinds, network errors of its libraries among them
+            raise ValueError(
+                f"cannot find {checkpoint!r} on the hub ({type(error).__name__}): check the name and the connection, "
+                "or give the directory of a downloaded checkpoint"
+            ) from error
+    elif (path / "pytorch_lora_weights.safetensors").is_file() and not index.is_file():
+        raise ValueError(f"{checkpoint!r} holds LoRA weights: give the model that they adapt, and --model.lora {path}")
+    try:
+        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except FileNotFoundError:
+        raise ValueError(f"{checkpoint!r} is no checkpoint: there is no model_index.json in it") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the model_index.json of {checkpoint!r} cannot be read: {error!r}") from error
+    families = [load_attribute(target, "model family") for target in FAMILIES]
+    for family in families:
+        if name in family.classes:
+            return family
+    known = {cls: family.name for family in families for cls in family.classes}
+    raise ValueError(f"{checkpoint!r} holds a {name}, which no family claims; there are {known}")
+
+
+def model_options(model: str, **changes: Any) -> ModelOptions:
+    """The options of a model's family as this model has them, with changes.
+
+    Raises:
+        ValueError: no such model, or an option that its family lacks.
+    """
+    family, _, options = find_family(model)
+    known = [field.name for field in dataclasses.fields(family.options)]
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"{family.name} has no option {name!r}; {suggest(name, known)}")
+    return family.options(**{**options, **changes})
+
+
+def load_model(
+    model: str, options: ModelOptions | None = None, *, device: str | torch.device = "cpu", **changes: Any
+) -> DenoisingModel:
+    """Load a model.
+
+    Args:
+        model: as in `find_family`.
+        options: its family's; default: as the model has them.
+        device: where it lives.
+        changes: options by name, instead of ``options``.
+
+    Raises:
+        ValueError: no such model, an option that its family lacks, or a checkpoint that cannot be loaded.
+    """
+    family, checkpoint, _ = find_family(model)
+    return family.load(checkpoint, options or model_options(model, **changes), device)
+
+
+__all__ = ["FAMILIES", "DenoisingModel", "Family", "ModelOptions", "find_family", "load_model", "model_options"]

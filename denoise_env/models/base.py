@@ -3,15 +3,44 @@
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from denoise_env.kernels import PredictionType, Schedule
+from denoise_env.prompts import Prompt
+
+
+@dataclass
+class ModelOptions:
+    """What a family lets one choose; each family has a subclass."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family's record: how it is recognised, its options, its loader.
+
+    Attributes:
+        name: of the family.
+        description: what it covers, in a line.
+        options: its dataclass of options, each with a default.
+        load: (checkpoint, options, device) → model. ``checkpoint`` is a directory or a hub id; or ``None``, for
+            families that make their model from the options alone.
+        outline: (checkpoint, options) → the model without weights, on the meta device; default: ``load`` on the CPU.
+        classes: the values of ``_class_name`` in a checkpoint's ``model_index.json`` that are this family's.
+    """
+
+    name: str
+    description: str
+    options: type[ModelOptions]
+    load: Callable[[str | None, Any, str | torch.device], "DenoisingModel"]
+    outline: Callable[[str | None, Any], "DenoisingModel"] | None = None
+    classes: tuple[str, ...] = ()
 
 
 class DenoisingModel(ABC):
@@ -24,8 +53,14 @@ class DenoisingModel(ABC):
         dtype: storage dtype of the latents, and the network's compute dtype.
         device: where latents and conditioning live.
         rows_per_sample: rows that ``predict`` gives the network per row of latents (guidance: 2).
-        vocabulary: the only prompts the model knows, or ``None`` where any text is a prompt.
+        vocabulary: the only prompts the model knows, or ``None`` where any text is a prompt. ``("",)`` for a model
+            without prompts.
         guidance_scale: w of classifier-free guidance, 1 for none, or ``None`` where the model cannot guide.
+        images_per_prompt: how many images a prompt must carry.
+        masks: entry of the conditioning → its mask. Such an entry is a sequence ``[P, L, ...]`` with mask ``[P, L]``
+            bool, True first: it is kept without its padding, and padded to the longest of every batch. Entries
+            without a mask have one fixed shape: their padding is attended to.
+        fixed_length: pad masked entries to this length instead, so that compiled code sees one shape.
     """
 
     network: nn.Module
@@ -35,6 +70,9 @@ class DenoisingModel(ABC):
     rows_per_sample: int = 1
     vocabulary: tuple[str, ...] | None = None
     guidance_scale: float | None = None
+    images_per_prompt: ClassVar[int] = 0
+    masks: ClassVar[Mapping[str, str]] = {}
+    fixed_length: int | None = None
     _frozen: nn.Module | None = None
 
     @property
@@ -50,17 +88,85 @@ class DenoisingModel(ABC):
             ValueError: fewer than 1, or more than the model was trained with.
         """
 
+    # --- Prompts ---
+
     @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> TensorDict:
+    def encode(self, prompts: Sequence[Prompt]) -> TensorDict:
         """Conditioning ``[P, ...]`` of P prompts, on the model's device.
 
-        Raises:
-            ValueError: a prompt the model cannot encode.
+        The prompts are alike: all have a negative text or none has one.
         """
 
     @abstractmethod
     def pool(self, conditioning: TensorDict) -> Tensor:
         """One float32 vector per row ``[B, E]``, for critics and for agents that cannot read all of it."""
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Refuse what the model cannot be conditioned on with a ``ValueError``, without encoding it."""
+        if self.vocabulary is not None and prompt.text not in self.vocabulary:
+            raise ValueError(
+                f"{type(self).__name__} knows no prompt {prompt.text!r}; its prompts are {list(self.vocabulary)}"
+            )
+        if self.guidance_scale is None and prompt.negative is not None:
+            raise ValueError(
+                f"{type(self).__name__} has no guidance, so a negative text has no meaning for it: leave "
+                f"{prompt.negative!r} out"
+            )
+        if len(prompt.images) != self.images_per_prompt:
+            raise ValueError(
+                f"{type(self).__name__} takes {self.images_per_prompt or 'no'} image(s) with a prompt; "
+                f"{prompt.text!r} has {len(prompt.images) or 'none'}"
+            )
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The frozen modules that ``encode`` calls, by name.
+
+        They are moved to the model's device while prompts are encoded, and to the host afterwards; a conditioning
+        cache on disk is known by their weights.
+        """
+        return {}
+
+    @contextlib.contextmanager
+    def encoding(self) -> Iterator[None]:
+        """Inside, the encoders are on the model's device."""
+        for encoder in self.encoders().values():
+            encoder.to(self.device)
+        try:
+            yield
+        finally:
+            if self.device.type != "meta":
+                for encoder in self.encoders().values():
+                    encoder.to("cpu")
+
+    def split(self, conditioning: TensorDict) -> list[dict[str, Tensor]]:
+        """The rows of ``encode``'s conditioning, each without padding and with storage of its own."""
+        lengths = {entry: conditioning[mask].sum(1).tolist() for entry, mask in self.masks.items()}
+        kept = [name for name in conditioning.keys() if name not in self.masks.values()]  # noqa: SIM118
+        return [
+            {
+                name: (conditioning[name][i, : lengths[name][i]] if name in lengths else conditioning[name][i]).clone()
+                for name in kept
+            }
+            for i in range(len(conditioning))
+        ]
+
+    def collate(self, rows: Sequence[Mapping[str, Tensor]]) -> TensorDict:
+        """Rows of ``split`` as one batch ``[n]``, masked entries padded with zeros and their masks with them."""
+        batch: dict[str, Tensor] = {}
+        for name in rows[0]:
+            if name not in self.masks:
+                batch[name] = torch.stack([row[name] for row in rows])
+                continue
+            lengths = torch.tensor([len(row[name]) for row in rows], device=rows[0][name].device)
+            padded = nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True)
+            if self.fixed_length:
+                extra = padded.new_zeros(len(rows), self.fixed_length - padded.shape[1], *padded.shape[2:])
+                padded = torch.cat([padded, extra], 1)
+            batch[name] = padded
+            batch[self.masks[name]] = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+        return TensorDict(batch, batch_size=len(rows))
+
+    # --- Denoising ---
 
     @abstractmethod
     def predict(
@@ -83,11 +189,13 @@ class DenoisingModel(ABC):
         """Pictures of latents for a person, ``[B, H, W, 3]`` uint8 on the CPU."""
         return (self.decode(latents).float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
+    # --- Weights ---
+
     @abstractmethod
     def export(self, directory: Path) -> None:
         """Write the trained weights in the layout that the family's own library loads."""
 
-    def describe(self) -> dict[str, Any]:
+    def architecture(self) -> dict[str, Any]:
         """What identifies the architecture; checkpoints refuse to load where it differs."""
         return {
             "family": type(self).__name__,
@@ -99,6 +207,10 @@ class DenoisingModel(ABC):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name."""
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
+    def compile(self) -> None:
+        """Compile the network in place with `torch.compile`; names of parameters stay as they are."""
+        self.network.compile(dynamic=False)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ samples is all there is to see. A small residual network, zero at the start, is 
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,8 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from denoise_env.kernels import PredictionType, Schedule, check_num_steps
-from denoise_env.models.base import DenoisingModel
+from denoise_env.models.base import DenoisingModel, Family, ModelOptions
+from denoise_env.prompts import Prompt
 
 TRAIN_STEPS = 1000
 
@@ -95,29 +97,39 @@ class PointsNetwork(nn.Module):
         return (latents - (alpha if self.path == "diffusion" else 1) * x0) / sigma
 
 
+@dataclass
+class PointsOptions(ModelOptions):
+    """What Points lets one choose."""
+
+    path: Literal["diffusion", "flow"] = "diffusion"
+    """Stable Diffusion's ᾱ table, or a rectified flow without shift."""
+    seed: int = 0
+    """Of the residual network's hidden layers."""
+
+
 class Points(DenoisingModel):
     """The Points family.
 
     Args:
-        path: "diffusion" (Stable Diffusion's ᾱ table) or "flow" (rectified flow, no shift).
-        seed: of the residual network's hidden layers.
+        options: see there.
         device: where the network lives.
+
+    Raises:
+        ValueError: an unknown path.
     """
 
     latent_shape = (2,)
     vocabulary = tuple(MIXTURES)
 
-    def __init__(
-        self,
-        path: Literal["diffusion", "flow"] = "diffusion",
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        self.path = path
-        self.prediction_type: PredictionType = "epsilon" if path == "diffusion" else "flow_prediction"
+    def __init__(self, options: PointsOptions | None = None, device: str | torch.device = "cpu") -> None:
+        self.options = options or PointsOptions()
+        self.path = self.options.path
+        if self.path not in ("diffusion", "flow"):
+            raise ValueError(f'path must be "diffusion" or "flow", not {self.path!r}')
+        self.prediction_type: PredictionType = "epsilon" if self.path == "diffusion" else "flow_prediction"
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.network: PointsNetwork = PointsNetwork(path).to(device)
+            torch.manual_seed(self.options.seed)
+            self.network: PointsNetwork = PointsNetwork(self.path).to(device)
 
     def schedule(self, num_steps: int) -> Schedule:
         """As in `DenoisingModel.schedule`; "leading" spacing, ᾱ = 1 after the last step."""
@@ -127,13 +139,9 @@ class Points(DenoisingModel):
         timesteps = torch.arange(num_steps - 1, -1, -1) * (TRAIN_STEPS // num_steps) + (num_steps < TRAIN_STEPS)
         return Schedule.diffusion(self.network.alphas.double() ** 2, timesteps, 1.0)
 
-    def encode(self, prompts: Sequence[str]) -> TensorDict:
+    def encode(self, prompts: Sequence[Prompt]) -> TensorDict:
         """The mixtures' indices, ``prompt_id [P]``."""
-        ids = []
-        for prompt in prompts:
-            if prompt not in MIXTURES:
-                raise ValueError(f"Points knows no prompt {prompt!r}; its prompts are {list(MIXTURES)}")
-            ids.append(self.vocabulary.index(prompt))
+        ids = [self.vocabulary.index(prompt.text) for prompt in prompts]
         return TensorDict({"prompt_id": torch.tensor(ids)}, batch_size=len(ids)).to(self.device)
 
     def pool(self, conditioning: TensorDict) -> Tensor:
@@ -162,18 +170,39 @@ class Points(DenoisingModel):
         return (paper + dot * (torch.tensor([30.0, 90.0, 200.0]) - paper)).round().to(torch.uint8)
 
     def export(self, directory: Path) -> None:
-        """``model.safetensors`` and ``config.json``."""
+        """``model.safetensors`` and ``model_index.json``."""
         from safetensors.torch import save_file
 
         directory.mkdir(parents=True, exist_ok=True)
         save_file(self.network.state_dict(), directory / "model.safetensors")
-        (directory / "config.json").write_text(json.dumps({"family": "points", "path": self.path}))
+        (directory / "model_index.json").write_text(json.dumps({"_class_name": "Points", "path": self.path}))
 
     @classmethod
-    def from_export(cls, directory: Path, device: str | torch.device = "cpu") -> "Points":
-        """Load what ``export`` wrote."""
+    def load(cls, checkpoint: str | None, options: PointsOptions, device: str | torch.device = "cpu") -> "Points":
+        """A new model, or what ``export`` wrote, on its own path.
+
+        Raises:
+            ValueError: the checkpoint is damaged.
+        """
+        if checkpoint is None:
+            return cls(options, device)
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        model = cls(json.loads((directory / "config.json").read_text())["path"], device=device)
-        model.network.load_state_dict(load_file(directory / "model.safetensors", device=str(device)))
+        directory = Path(checkpoint)
+        try:
+            path = json.loads((directory / "model_index.json").read_text())["path"]
+            model = cls(replace(options, path=path), device)
+            model.network.load_state_dict(load_file(directory / "model.safetensors", device=str(device)))
+        except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"cannot load Points from {checkpoint!r}: {error}") from error
         return model
+
+
+FAMILY = Family(
+    name="points",
+    description="2-D Gaussian mixtures with an exact denoiser, as a diffusion or a rectified flow",
+    options=PointsOptions,
+    load=Points.load,
+    classes=("Points",),
+)

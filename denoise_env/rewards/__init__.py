@@ -2,11 +2,10 @@
 
 from denoise_env.naming import load_attribute, suggest
 from denoise_env.rewards.base import Reward
+from denoise_env.worlds import WORLDS
 
-NAMES = {
-    "points": "denoise_env.rewards.points:PointsReward",
-    "shapes": "denoise_env.rewards.shapes:ShapesReward",
-    "shapes-correct": "denoise_env.rewards.shapes:ShapesCorrect",
+NAMES: dict[str, str] = {
+    name: target for world in WORLDS.values() for name, target in {**world.rewards, **world.eval_rewards}.items()
 }
 """Name → ``module:attribute``; a class is instantiated without arguments, a function is the reward."""
 

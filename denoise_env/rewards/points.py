@@ -14,8 +14,6 @@ WIDTH = 0.5
 class PointsReward:
     """exp(−|x − target|²/(2·0.5²)) in (0, 1]; the target is the first component of the prompt's mixture."""
 
-    name = "points"
-
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         """Score points ``[B, 2]``; NaN for a prompt that names no mixture."""
         nowhere = [(float("nan"),) * 2]

@@ -30,8 +30,6 @@ def _captioned(prompts: Sequence[str]) -> list[int]:
 class ShapesReward:
     """The verifier's probability of the right caption, in [0, 1]; NaN where the prompt is no caption."""
 
-    name = "shapes"
-
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         """Score pictures ``[B, 3, H, W]`` in [0, 1]: ``[B]`` float32."""
@@ -48,8 +46,6 @@ class ShapesReward:
 
 class ShapesCorrect(ShapesReward):
     """1 where colour, shape and background are all right, else 0; NaN where the prompt is no caption."""
-
-    name = "shapes-correct"
 
     def _score(self, verifier: Verifier, images: Tensor, captions: Sequence[str]) -> Tensor:
         return verifier.correct(images, captions)["all"].float()

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from denoise_env.layout import save_pipeline
+from denoise_env.models.pipeline import save_pipeline
 from denoise_env.shapes.grammar import ALL, HELD_OUT, TRAIN, parse
 from denoise_env.shapes.renderer import BASE_SIZE, render
 from denoise_env.shapes.tokenizer import build_tokenizer

@@ -1,0 +1,256 @@
+"""Prompts by index, and what they are encoded to: made once, kept on the host or on disk, on the device by row."""
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from tqdm import tqdm
+
+from denoise_env.models import DenoisingModel
+from denoise_env.prompts import Prompt, check_prompts
+
+GIB = 2**30
+ENCODED_TOGETHER = 16
+Row = dict[str, Tensor]
+
+
+class ConditioningStore:
+    """The prompts that an environment knows, and their conditioning.
+
+    A prompt is encoded when its row is first asked for, in batches, and kept on the host. Rows go to the model's
+    device when they are asked for, and the last ones stay there. Prompts that differ by their metadata alone share
+    their conditioning.
+
+    Args:
+        model: encodes.
+        host_bytes: budget of rows kept on the host; beyond it the least recently used is dropped, and encoded (or
+            read) anew when it is asked for again.
+        device_bytes: budget of rows kept on the device, beside those that a caller holds. On a CPU model there is
+            no second copy.
+        directory: also keep rows on disk, there, memory-mapped; other processes may share it.
+
+    Attributes:
+        prompts: what indices point into; a prompt never changes its place.
+        encoded: how many prompts have been encoded.
+
+    Raises:
+        ValueError: the directory holds the conditioning of another checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: DenoisingModel,
+        *,
+        host_bytes: float = 8 * GIB,
+        device_bytes: float = GIB / 2,
+        directory: str | Path | None = None,
+    ) -> None:
+        self.model = model
+        self.prompts: list[Prompt] = []
+        self.encoded = 0
+        self._places: dict[Prompt, int] = {}
+        self._host = _Recent(host_bytes)
+        self._device = _Recent(device_bytes if model.device.type != "cpu" else 0)
+        self._files = _Files(Path(directory), fingerprint(model)) if directory else None
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the rows on the host."""
+        return self._host.size
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the rows kept on the device."""
+        return self._device.size
+
+    def index(self, prompts: Sequence[str | Prompt]) -> Tensor:
+        """Indices ``[P]`` int64 on the CPU; prompts not seen before join. Nothing is encoded.
+
+        Raises:
+            ValueError: no prompts, or one that the model does not take; none has joined then.
+        """
+        found = check_prompts(prompts, allow_empty=True)
+        for prompt in found:
+            if prompt not in self._places:
+                if not prompt.text.strip() and self.model.vocabulary is None:
+                    check_prompts([prompt])
+                self.model.check_prompt(prompt)
+        for prompt in found:
+            if self._places.setdefault(prompt, len(self.prompts)) == len(self.prompts):
+                self.prompts.append(prompt)
+        return torch.tensor([self._places[prompt] for prompt in found])
+
+    def rows(self, index: Tensor) -> TensorDict:
+        """Conditioning ``[n]`` of ``index [n]``, on the model's device.
+
+        Entries that the model masks are padded to the longest of these rows (`DenoisingModel.collate`).
+        """
+        wanted = [self.prompts[i].conditioning_key for i in index.tolist()]
+        first = {self.prompts[i].conditioning_key: i for i in index.tolist()}
+        rows = self._fetch(first)
+        batch = self.model.collate([rows[key] for key in first])
+        if len(first) == len(wanted):
+            return batch
+        places = {key: place for place, key in enumerate(first)}
+        return batch[torch.tensor([places[key] for key in wanted], device=self.model.device)]
+
+    def prepare(self, index: Tensor) -> None:
+        """Encode the prompts of ``index [n]`` that are neither on the host nor on disk, in large batches.
+
+        ``rows`` does so by itself, for the rows at hand: call this where many calls of ``rows`` are to follow.
+        """
+        missing = {self.prompts[i].conditioning_key: self.prompts[i] for i in index.unique().tolist()}
+        known = [key for key in missing if key in self._host or (self._files and self._files.has(key))]
+        for _ in self._encode({key: prompt for key, prompt in missing.items() if key not in known}):
+            pass
+
+    def _fetch(self, first: Mapping[str, int]) -> dict[str, Row]:
+        """Rows on the model's device, by conditioning key."""
+        device = self.model.device
+        found: dict[str, Row] = {}
+        unknown = {}
+        for key, place in first.items():
+            row = self._device.get(key) or self._host.get(key)
+            if row is None and self._files and (row := self._files.read(key)) is not None:
+                self._host.put(key, row)
+            if row is None:
+                unknown[key] = self.prompts[place]
+            else:
+                found[key] = {name: tensor.to(device) for name, tensor in row.items()}
+        for key, row in self._encode(unknown):
+            found[key] = {name: tensor.to(device) for name, tensor in row.items()}
+        for key, row in found.items():
+            self._device.put(key, row)
+        return found
+
+    @torch.no_grad()
+    def _encode(self, prompts: Mapping[str, Prompt]) -> Iterator[tuple[str, Row]]:
+        """Rows on the host, each as soon as it is kept."""
+        if not prompts:
+            return
+        alike: dict[bool, list[str]] = {}
+        for key, prompt in prompts.items():
+            alike.setdefault(prompt.negative is not None, []).append(key)
+        size = ENCODED_TOGETHER
+        batches = [keys[i : i + size] for keys in alike.values() for i in range(0, len(keys), size)]
+        with self.model.encoding(), tqdm(total=len(prompts), desc="encode prompts", disable=len(prompts) < 1024) as bar:
+            for keys in batches:
+                rows = self.model.split(self.model.encode([prompts[key] for key in keys]))
+                self.encoded += len(keys)
+                bar.update(len(keys))
+                for key, row in zip(keys, rows, strict=True):
+                    on_host = {name: tensor.cpu() for name, tensor in row.items()}
+                    self._host.put(key, on_host)
+                    if self._files:
+                        self._files.write(key, on_host)
+                    yield key, on_host
+
+
+class _Recent:
+    """The most recently used rows, up to a number of bytes."""
+
+    def __init__(self, limit: float) -> None:
+        if not limit >= 0:
+            raise ValueError(f"a budget of bytes must be at least 0, not {limit}")
+        self.limit = limit
+        self.size = 0
+        self._rows: OrderedDict[str, Row] = OrderedDict()
+
+    def get(self, key: str) -> Row | None:
+        if key in self._rows:
+            self._rows.move_to_end(key)
+        return self._rows.get(key)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def put(self, key: str, row: Row) -> None:
+        size = _bytes(row)
+        if key in self._rows or size > self.limit:
+            return
+        self._rows[key] = row
+        self.size += size
+        while self.size > self.limit:
+            self.size -= _bytes(self._rows.popitem(last=False)[1])
+
+
+def _bytes(row: Row) -> int:
+    return sum(tensor.nbytes for tensor in row.values())
+
+
+class _Files:
+    """Rows on disk: a file each, replaced whole, so that a reader never sees a part of one."""
+
+    def __init__(self, directory: Path, checkpoint: str) -> None:
+        self.directory = directory
+        label = directory / "checkpoint.json"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if not label.exists():
+                if any(directory.iterdir()):
+                    raise ValueError(
+                        f"{directory} is no conditioning cache and not empty: choose a directory of its own for it"
+                    )
+                _replace(label, json.dumps({"fingerprint": checkpoint}).encode())
+            found = json.loads(label.read_text())["fingerprint"]
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"the conditioning cache {directory} cannot be used: {error!r}") from error
+        if found != checkpoint:
+            raise ValueError(
+                f"the conditioning cache {directory} was made by another checkpoint or in another precision: choose "
+                "another directory for this one"
+            )
+
+    def _path(self, key: str) -> Path:
+        return self.directory / key[:2] / f"{key}.safetensors"
+
+    def has(self, key: str) -> bool:
+        return self._path(key).exists()
+
+    def read(self, key: str) -> Row | None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self._path(key)
+        try:
+            return load_file(path) if path.exists() else None
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"the file {path} of the conditioning cache is truncated or damaged ({error}): delete it, and it is "
+                "made again"
+            ) from error
+
+    def write(self, key: str, row: Row) -> None:
+        from safetensors.torch import save
+
+        path = self._path(key)
+        path.parent.mkdir(exist_ok=True)
+        _replace(path, save({name: tensor.contiguous() for name, tensor in row.items()}))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def fingerprint(model: DenoisingModel) -> str:
+    """What tells one checkpoint's conditioning from another's: a digest of its encoders, and the dtype.
+
+    Of every parameter its name, shape and up to 64 entries are read, so that billions of them take well under a
+    second.
+    """
+    digest = hashlib.sha256(f"{type(model).__name__} {model.dtype}".encode())
+    for name, encoder in model.encoders().items():
+        for key, tensor in encoder.state_dict().items():
+            digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            entries = tensor.detach().flatten()
+            entries = entries[:: max(1, len(entries) // 64)][:64]
+            digest.update(entries.double().cpu().numpy().tobytes())
+    return digest.hexdigest()

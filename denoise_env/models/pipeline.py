@@ -1,0 +1,278 @@
+"""What every diffusers family shares: precision, adapters, memory savers, decoding, reference, export, outline."""
+
+import contextlib
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from denoise_env.models.base import DenoisingModel, ModelOptions
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class PipelineOptions(ModelOptions):
+    """What every diffusers family lets one choose."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Compute and latent dtype; trained parameters are float32 either way."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on the network's attention; 0 trains every weight of the network."""
+    lora_alpha: float | None = None
+    """LoRA's alpha: the adapters are scaled by alpha / rank. Default: the rank."""
+    lora: str | None = None
+    """Start from exported LoRA weights: a directory or a file. They bring their rank and alpha."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    attention_backend: str | None = None
+    """A name of diffusers' attention backends ("native", "flash", "sage", …); default: diffusers' own choice."""
+    vae_slicing: bool = False
+    """Decode one image at a time."""
+    vae_tiling: bool = False
+    """Decode large images in overlapping tiles: less memory, and seams may show."""
+    seed: int = 0
+    """Of the adapters' first weights."""
+
+
+class PipelineModel(DenoisingModel):
+    """The components of a diffusers pipeline behind the model interface; a family adds its own four methods.
+
+    Args:
+        pipeline: with its network, VAE, encoders and tokenizers.
+        options: the family's.
+        device: where the network and the VAE live; encoders come there while they encode.
+
+    Raises:
+        ValueError: an option out of range, or one that this network does not have.
+    """
+
+    title: ClassVar[str]
+    pipeline_class: ClassVar[str]
+    network_name: ClassVar[str] = "transformer"
+    encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    lora_targets: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
+    pipeline_arguments: ClassVar[Mapping[str, Any]] = {}
+    network: Any
+
+    def __init__(self, pipeline: Any, options: Any, device: str | torch.device = "cpu") -> None:
+        if options.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {list(DTYPES)}, not {options.dtype!r}")
+        if options.lora_rank < 0:
+            raise ValueError(f"lora_rank must be 0 (train the whole network) or positive, not {options.lora_rank}")
+        self.pipeline = pipeline
+        self.options = options
+        self.dtype = DTYPES[options.dtype]
+        with quiet():
+            for frozen in (*self.encoders().values(), pipeline.vae):
+                frozen.requires_grad_(False).to(self.dtype).eval()
+            pipeline.vae.to(device)
+            self.network = getattr(pipeline, self.network_name).to(device).eval()
+            if options.lora or options.lora_rank:
+                self._adapt(options)
+            self._save_memory(options)
+
+    @classmethod
+    def load(cls, checkpoint: str | None, options: Any, device: str | torch.device = "cpu") -> Self:
+        """Load a checkpoint in the diffusers layout: a directory, or a hub id ("CompVis/stable-diffusion-v1-4").
+
+        Raises:
+            ValueError: nothing that can be loaded is there.
+        """
+        import diffusers
+
+        assert checkpoint is not None
+        kind = getattr(diffusers, cls.pipeline_class)
+        local = Path(checkpoint).is_dir()
+        try:
+            with quiet():
+                pipeline = kind.from_pretrained(checkpoint, local_files_only=local, **cls.pipeline_arguments)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"cannot load a {cls.title} checkpoint from {checkpoint!r}: {error}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline, options, device)
+
+    @classmethod
+    def outline(cls, checkpoint: str | None, options: Any) -> Self:
+        """The model on the meta device, from the checkpoint's configuration files alone: shapes, no weights.
+
+        Raises:
+            ValueError: a configuration cannot be read.
+        """
+        import diffusers
+
+        assert checkpoint is not None
+        kind = getattr(diffusers, cls.pipeline_class)
+        parts = dict(cls.pipeline_arguments)
+        try:
+            with quiet():
+                index = kind.load_config(checkpoint)
+                for name, entry in index.items():
+                    if not (isinstance(entry, list | tuple) and len(entry) == 2 and entry[0]):
+                        continue
+                    part = getattr(importlib.import_module(entry[0]), entry[1])
+                    if not issubclass(part, nn.Module):
+                        parts.setdefault(name, part.from_pretrained(checkpoint, subfolder=name))
+                        continue
+                    with torch.device("meta"):
+                        if entry[0] == "diffusers":
+                            module = part.from_config(part.load_config(checkpoint, subfolder=name))
+                        else:
+                            module = part(part.config_class.from_pretrained(checkpoint, subfolder=name))
+                    parts.setdefault(name, module)
+                pipeline = kind(**parts)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            raise ValueError(f"cannot read the {cls.title} checkpoint {checkpoint!r}: {error}") from error
+        options = type(options)(**{**vars(options), "lora": None})
+        return cls(pipeline, options, "meta")
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """As in `DenoisingModel.encoders`."""
+        return {name: getattr(self.pipeline, name) for name in self.encoder_names}
+
+    def _adapt(self, options: Any) -> None:
+        from diffusers.training_utils import cast_training_params
+        from peft import LoraConfig
+
+        self.network.requires_grad_(False).to(self.dtype)
+        if options.lora:
+            try:
+                self.pipeline.load_lora_weights(options.lora, adapter_name="default")
+                self._adapters  # noqa: B018  raises where the file had nothing for this network
+            except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+                raise ValueError(f"cannot load LoRA weights for this {self.title} from {options.lora!r}: {error}") from error
+            if options.lora_rank not in (0, self._adapters.r) or options.lora_alpha not in (None, self._adapters.lora_alpha):
+                raise ValueError(
+                    f"{options.lora!r} has rank {self._adapters.r} and alpha {self._adapters.lora_alpha:g}: leave "
+                    "lora_rank and lora_alpha out"
+                )
+        else:
+            alpha = options.lora_rank if options.lora_alpha is None else options.lora_alpha
+            config = LoraConfig(
+                r=options.lora_rank,
+                lora_alpha=alpha,
+                init_lora_weights="gaussian",
+                target_modules=self.lora_targets,
+            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(options.seed)
+                self.network.add_adapter(config)
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        cast_training_params(self.network, dtype=torch.float32)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether LoRA adapters are trained, rather than the network."""
+        return bool(getattr(self.network, "peft_config", None))
+
+    @property
+    def _adapters(self) -> Any:
+        return self.network.peft_config["default"]
+
+    def _save_memory(self, options: Any) -> None:
+        if options.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        if options.attention_backend:
+            try:
+                self.network.set_attention_backend(options.attention_backend)
+            except (AttributeError, ValueError, RuntimeError, ImportError, NotImplementedError) as error:
+                raise ValueError(f"attention_backend={options.attention_backend!r} cannot be used: {error}") from error
+        if options.vae_slicing:
+            self.pipeline.vae.enable_slicing()
+        if options.vae_tiling:
+            self.pipeline.vae.enable_tiling()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which the network computes in its dtype."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def pixels(self, decoded: Tensor) -> Tensor:
+        """What a VAE decodes, in about [−1, 1], as float32 in [0, 1]."""
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+    def export(self, directory: Path) -> None:
+        """A whole pipeline; or, of LoRA, ``pytorch_lora_weights.safetensors`` for ``load_lora_weights``."""
+        if not self.adapted:
+            with quiet():
+                save_pipeline(self.pipeline, directory)
+            return
+        from diffusers.utils import convert_state_dict_to_diffusers
+        from peft import get_peft_model_state_dict
+
+        layers = get_peft_model_state_dict(self.network)
+        if self.network_name == "unet":
+            layers = convert_state_dict_to_diffusers(layers)
+        # Without the metadata alpha is lost: whoever loads the file takes it for the rank.
+        named = {"lora_layers": layers, "lora_adapter_metadata": self._adapters.to_dict()}
+        self.pipeline.save_lora_weights(directory, **{f"{self.network_name}_{key}": value for key, value in named.items()})
+
+    def keep_reference(self) -> None:
+        """As in `DenoisingModel.keep_reference`; free with LoRA, whose base is the reference."""
+        if not self.adapted:
+            super().keep_reference()
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """As in `DenoisingModel.reference`; with LoRA the adapters are switched off."""
+        if not self.adapted:
+            with super().reference():
+                yield
+            return
+        self.network.disable_adapters()
+        try:
+            yield
+        finally:
+            self.network.enable_adapters()
+
+    def architecture(self) -> dict[str, Any]:
+        """As in `DenoisingModel.architecture`, with the network's config and the adapters' rank and alpha."""
+        config = {k: v for k, v in self.network.config.items() if not k.startswith("_")}
+        lora = {"rank": self._adapters.r, "alpha": self._adapters.lora_alpha} if self.adapted else None
+        return {**super().architecture(), "lora": lora, "network": config}
+
+
+def save_pipeline(pipeline: Any, directory: Path) -> None:
+    """Write a pipeline in the diffusers layout, so that every release of diffusers and transformers reads it.
+
+    transformers from 5.6 on names a `CLIPTextModel`'s weights without the prefix ``text_model.`` that hub
+    checkpoints have, and reads both; older releases find none of the bare names and silently start from random
+    weights. So the prefix is put back.
+
+    Args:
+        pipeline: to save.
+        directory: made if absent.
+    """
+    from safetensors.torch import load_file, save_file
+    from transformers import CLIPTextModel
+
+    pipeline.save_pretrained(directory)
+    for name, part in pipeline.components.items():
+        if type(part) is CLIPTextModel:
+            path = directory / name / "model.safetensors"
+            weights = load_file(path)
+            prefixed = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in weights.items()}
+            save_file(prefixed, path, metadata={"format": "pt"})
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what diffusers and transformers say about what is done on purpose here."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    loggers = (diffusers_logging, transformers_logging)
+    levels = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
+            logger.enable_progress_bar()

@@ -1,0 +1,72 @@
+"""The embedded worlds: models that come with the package, each with prompts and rewards of its own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class World:
+    """One world's record. Targets are "module:attribute".
+
+    Attributes:
+        description: what it is, in a line.
+        family: the target of its model's `denoise_env.models.Family`.
+        checkpoint: the target of its checkpoint's path, or ``None`` where the family makes it from its options.
+        options: the family's options that this world sets.
+        prompts: name → target of the set that is trained on.
+        held_out: name → target of the set that is evaluated on, never trained on; empty: the trained one.
+        rewards: name → target of the reward that is trained on.
+        eval_rewards: name → target of rewards that an evaluation measures beside it.
+        preset: of `agents.training.presets`.
+        environment: its Gymnasium id, if it has one.
+    """
+
+    description: str
+    family: str
+    preset: str
+    checkpoint: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    held_out: Mapping[str, str] = field(default_factory=dict)
+    rewards: Mapping[str, str] = field(default_factory=dict)
+    eval_rewards: Mapping[str, str] = field(default_factory=dict)
+    environment: str | None = None
+
+
+def _points(description: str, **changes: Any) -> World:
+    return World(
+        description,
+        family="denoise_env.models.points:FAMILY",
+        preset="points",
+        prompts={"points": "denoise_env.models.points:MIXTURES"},
+        rewards={"points": "denoise_env.rewards.points:PointsReward"},
+        **changes,
+    )
+
+
+DEFAULT = "shapes"
+"""The world that is meant where no model is named."""
+WORLDS: dict[str, World] = {
+    "shapes": World(
+        "a tiny Stable Diffusion of coloured shapes, shipped with the package",
+        family="denoise_env.models.stable_diffusion:FAMILY",
+        checkpoint="denoise_env.shapes:WEIGHTS",
+        options={"guidance_scale": 1.0},
+        prompts={"shapes": "denoise_env.shapes.grammar:TRAIN"},
+        held_out={"shapes-held-out": "denoise_env.shapes.grammar:HELD_OUT"},
+        rewards={"shapes": "denoise_env.rewards.shapes:ShapesReward"},
+        eval_rewards={"shapes-correct": "denoise_env.rewards.shapes:ShapesCorrect"},
+        preset="shapes",
+        environment="denoise_env/Shapes-v0",
+    ),
+    "points": _points(
+        "2-D Gaussian mixtures with an exact denoiser, as a diffusion", environment="denoise_env/Points-v0"
+    ),
+    "points-flow": _points("the same mixtures as a rectified flow", options={"path": "flow"}),
+}
+"""Name → record; a new world is an entry here."""
+PROMPT_SETS: dict[str, str] = {
+    name: target for world in WORLDS.values() for name, target in {**world.prompts, **world.held_out}.items()
+}
+"""Name → target of every world's prompts."""
