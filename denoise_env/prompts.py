@@ -1,0 +1,447 @@
+"""Prompts: a text with what belongs to it, and the files and named sets they are read from.
+
+| file | a prompt is | columns |
+|---|---|---|
+| `.txt` | a line | none, the line is the text |
+| `.jsonl` | an object on a line | `prompt`, `negative_prompt`, `image` (a path or a list of them), `metadata` (an object) |
+| `.csv` | a row below the header | `prompt`, `negative_prompt`, `image` (a path) |
+
+Only `prompt` is required. Every other column is metadata, in a `.csv` as a string. Image paths are relative to the
+file. A file is UTF-8, with or without a byte order mark; its blank lines are skipped.
+"""
+
+import codecs
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from tqdm import tqdm
+
+from denoise_env.naming import load_attribute, suggest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    ImageSource = str | os.PathLike[str] | Image | np.ndarray | Tensor
+
+
+@dataclass(frozen=True, init=False, eq=False, repr=False)
+class PromptImage:
+    """An RGB image; equal pixels are equal images, wherever they come from.
+
+    One made from a path keeps the path and the digest of its pixels and reads the file again when they are asked
+    for, so that many first frames take no memory. One made from memory keeps a copy of its pixels.
+
+    Args:
+        source: a path, a PIL image, a uint8 array ``[H, W, 3]``, or a tensor ``[3, H, W]``, uint8 or float in
+            [0, 1]. A file or PIL image is turned as its EXIF orientation says, and loses its transparency.
+
+    Attributes:
+        path: absolute; ``None`` for an image from memory.
+        size: width and height in pixels.
+        digest: of the size and the pixels, 32 hexadecimal digits.
+
+    Raises:
+        ValueError: a file that is missing or broken, or a source of another type, shape or range.
+    """
+
+    path: Path | None
+    size: tuple[int, int]
+    digest: str
+    _data: bytes | None
+
+    def __init__(self, source: "ImageSource") -> None:
+        path = Path(source).absolute() if isinstance(source, (str, os.PathLike)) else None
+        pixels = _rgb(source) if path is None else _read_image(path)
+        height, width, _ = pixels.shape
+        data = pixels.tobytes() if path is None else None
+        vars(self).update(path=path, size=(width, height), digest=_pixel_digest(pixels), _data=data)
+
+    def pixels(self) -> np.ndarray:
+        """The image as uint8 ``[H, W, 3]``, the caller's to change.
+
+        Raises:
+            ValueError: the file can no longer be read, or holds other pixels than when this was made.
+        """
+        width, height = self.size
+        if self._data is not None:
+            return np.frombuffer(self._data, np.uint8).reshape(height, width, 3).copy()
+        assert self.path is not None
+        pixels = _read_image(self.path)
+        if _pixel_digest(pixels) != self.digest:
+            raise ValueError(f"the image {str(self.path)!r} has changed since the prompt was made")
+        return pixels
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest == other.digest if isinstance(other, PromptImage) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        size = "{}x{}".format(*self.size)
+        return f"PromptImage({size})" if self.path is None else f"PromptImage({self.path.name!r}, {size})"
+
+
+@dataclass(frozen=True, init=False, eq=False)
+class Prompt:
+    """What an image or video is made for. It is read-only, and equal to every prompt of the same content.
+
+    Args:
+        text: the prompt; empty for an unconditional model.
+        negative: what guidance leads away from; ``None`` leaves it to the model.
+        images: first frames or references: one or several of what `PromptImage` takes.
+        metadata: for rewards: JSON values (strings, finite numbers, booleans, ``None``, lists, dicts) by name.
+
+    Raises:
+        ValueError: an argument of another type, or an image that cannot be read.
+
+    >>> a, b = Prompt("two cats", metadata={"count": 2}), Prompt("two cats", metadata={"count": 3})
+    >>> a == b, a.conditioning_key == b.conditioning_key, a == Prompt("two cats", metadata={"count": 2})
+    (False, True, True)
+    """
+
+    text: str
+    negative: str | None
+    images: tuple[PromptImage, ...]
+    metadata: Mapping[str, Any]
+
+    def __init__(
+        self,
+        text: str,
+        negative: str | None = None,
+        images: "PromptImage | ImageSource | Iterable[PromptImage | ImageSource]" = (),
+        metadata: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        _check_text(text, "text")
+        if negative is not None:
+            _check_text(negative, "negative text")
+        if not isinstance(metadata, Mapping):
+            raise ValueError(f"a prompt's metadata must be a mapping, not {metadata!r}")
+        several: Any = images if isinstance(images, (list, tuple)) else [images]
+        vars(self).update(
+            text=text,
+            negative=negative,
+            images=tuple(image if isinstance(image, PromptImage) else PromptImage(image) for image in several),
+            metadata=_read_only(metadata, "metadata"),
+        )
+
+    @classmethod
+    def of(cls, prompt: "str | Prompt") -> "Prompt":
+        """The prompt itself; a string is a prompt with nothing but this text."""
+        return prompt if isinstance(prompt, Prompt) else cls(prompt)
+
+    @property
+    def image(self) -> PromptImage | None:
+        """The first image, or ``None``."""
+        return self.images[0] if self.images else None
+
+    @cached_property
+    def conditioning_key(self) -> str:
+        """Digest of what a model encodes: text, negative text and images, not metadata; 32 hexadecimal digits."""
+        return _digest([self.text, self.negative, [image.digest for image in self.images]])
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of the whole content; equal prompts have equal keys, in every process; 32 hexadecimal digits."""
+        return _digest([self.conditioning_key, self.metadata])
+
+    def __eq__(self, other: object) -> bool:
+        return self.key == other.key if isinstance(other, Prompt) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __lt__(self, other: "Prompt") -> bool:
+        return (self.text, self.key) < (other.text, other.key) if isinstance(other, Prompt) else NotImplemented
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def check_prompts(prompts: Iterable[str | Prompt], allow_empty: bool = False) -> list[Prompt]:
+    """The prompts of a list of strings and prompts.
+
+    Args:
+        prompts: in an order that counts.
+        allow_empty: whether a text may be empty, as an unconditional model's is.
+
+    Raises:
+        ValueError: no prompts, one that is neither, or an empty text that is not allowed.
+    """
+    if isinstance(prompts, (str, Prompt)):
+        raise ValueError(f"prompts must be a list of strings; put the one prompt in a list: [{prompts!r}]")
+    if isinstance(prompts, Set) or not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts must be a list of strings, not {type(prompts).__name__}")
+    checked = []
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, (str, Prompt)) or not (allow_empty or str(prompt).strip()):
+            raise ValueError(f"prompt {i} must be a non-empty string, not {prompt!r}")
+        checked.append(Prompt.of(prompt))
+    if not checked:
+        raise ValueError("prompts must not be empty")
+    return checked
+
+
+def load_prompts(source: str, named: Mapping[str, str] = MappingProxyType({})) -> list[Prompt]:
+    """The prompts of a named set or of a file, in their order; what is there twice is twice in the list.
+
+    Args:
+        source: a name in ``named``, or the path of a `.txt`, `.jsonl` or `.csv` file (see the module).
+        named: name → "module:attribute", an iterable of strings and prompts.
+
+    Raises:
+        ValueError: neither; a file that cannot be read or holds no prompts; a bad line, by its number.
+    """
+    if source in named:
+        return check_prompts(load_attribute(named[source], "prompt set"), allow_empty=True)
+    if not os.path.isfile(source):
+        unknown = f", and it is none of the named sets; {suggest(source, named)}" if named else ""
+        raise ValueError(f"there is no prompt file {source!r}{unknown}")
+    path = Path(source)
+    if path.suffix.lower() not in _FORMATS:
+        raise ValueError(f"the prompt file {source!r} must end in one of {list(_FORMATS)}")
+    first: dict[Path, int] = {}
+    rows = []
+    for number, columns in _FORMATS[path.suffix.lower()](source, _decode(source)):
+        with _at(source, number):
+            prompt, names = _row(**columns)
+        paths = [path.parent / name for name in names]
+        for image in paths:
+            first.setdefault(image, number)
+        rows.append((prompt, paths))
+    if not rows:
+        raise ValueError(f"the prompt file {source!r} holds no prompts")
+    images = _read_images(source, first)
+    return [
+        replace(prompt, images=tuple(images[path] for path in paths)) if paths else prompt for prompt, paths in rows
+    ]
+
+
+# --- Content ---
+
+
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    raise TypeError("a prompt's metadata is read-only; make another prompt")
+
+
+class _Dict(dict[str, Any]):
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Dict, (dict(self),)
+
+
+class _List(list[Any]):
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = append = clear = extend = _refuse  # type: ignore
+    insert = pop = remove = reverse = sort = _refuse  # type: ignore
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _List, (list(self),)
+
+
+def _read_only(value: Any, where: str) -> Any:
+    """A read-only copy of a JSON value; ``where`` it is, for the error."""
+    if value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"the keys of {where} must be strings, not {key!r}")
+        return _Dict({key: _read_only(item, f"{where}[{key!r}]") for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return _List(_read_only(item, f"{where}[{i}]") for i, item in enumerate(value))
+    raise ValueError(
+        f"{where} must be a JSON value (string, finite number, boolean, None, list, dict), "
+        f"not {value if isinstance(value, float) else type(value).__name__}"
+    )
+
+
+def _check_text(text: Any, what: str) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"a prompt's {what} must be a string, not {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a prompt's {what} has half a character (a lone surrogate) in it: {text!r}") from error
+
+
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(_canonical(value).encode(), digest_size=16).hexdigest()
+
+
+# --- Images ---
+
+
+def _rgb(source: Any) -> np.ndarray:
+    """Pixels ``[H, W, 3]`` of what is in memory."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(source, torch.Tensor):
+        floating = source.is_floating_point()
+        if source.ndim != 3 or len(source) != 3 or not source.numel() or not (floating or source.dtype == torch.uint8):
+            raise ValueError(f"an image's tensor must be uint8 or float [3, H, W], not {_form(source)}")
+        if floating:
+            source = source.detach().float()
+            if not ((source >= 0) & (source <= 1)).all():
+                low, high = source.aminmax()
+                raise ValueError(f"an image's float tensor must lie in [0, 1]; this one goes from {low:g} to {high:g}")
+            source = (source * 255).round().to(torch.uint8)
+        return source.permute(1, 2, 0).cpu().numpy()
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
+            raise ValueError(f"an image's array must be uint8 [H, W, 3], not {_form(source)}")
+        return source
+    from PIL import Image, ImageOps
+
+    if not isinstance(source, Image.Image):
+        raise ValueError(f"an image must be a path, a PIL image, an array or a tensor, not {type(source).__name__}")
+    if source.mode.startswith(("I", "F")):
+        raise ValueError(f"an image must have 8 bits a channel; its mode is {source.mode!r}")
+    return np.array(ImageOps.exif_transpose(source).convert("RGB"))
+
+
+def _form(array: Any) -> str:
+    return f"{str(array.dtype).removeprefix('torch.')} {list(array.shape)}"
+
+
+def _read_image(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return _rgb(image)
+    except FileNotFoundError:
+        raise ValueError(f"there is no image {str(path)!r}") from None
+    except Exception as error:  # a broken file raises anything, SyntaxError included
+        raise ValueError(f"cannot read the image {str(path)!r}: {error}") from error
+
+
+def _pixel_digest(pixels: np.ndarray) -> str:
+    height, width, _ = pixels.shape
+    digest = hashlib.blake2b(b"%dx%d" % (width, height), digest_size=16)
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()
+
+
+def _read_images(source: str, first: Mapping[Path, int]) -> dict[Path, PromptImage]:
+    """The images of a prompt file, each read once; ``first`` is the line that names it first."""
+    images = {}
+    with ThreadPoolExecutor() as pool:
+        made = pool.map(PromptImage, first)
+        for path, number in tqdm(first.items(), f"images of {Path(source).name}", disable=len(first) < 1024):
+            with _at(source, number):
+                images[path] = next(made)
+    return images
+
+
+# --- Files ---
+
+
+@contextmanager
+def _at(source: str, number: int) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise ValueError(f"{source}, line {number}: {error}") from error
+
+
+def _decode(source: str) -> str:
+    try:
+        data = Path(source).read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise ValueError(f"cannot read the prompt file {source!r}: {error.strerror}") from error
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{source}, line {line}: not UTF-8 ({error.reason})") from error
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+        if line.strip():
+            yield number, line.strip()
+
+
+def _txt(source: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _lines(text):
+        yield number, {"prompt": line}
+
+
+def _jsonl(source: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _lines(text):
+        with _at(source, number):
+            try:
+                columns = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"invalid JSON: {error.msg} (character {error.colno})") from error
+            if not isinstance(columns, dict):
+                raise ValueError(f"a line must be a JSON object, not {line[:80]!r}")
+        yield number, columns
+
+
+def _csv(source: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    while True:
+        number = rows.line_num + 1
+        with _at(source, number):
+            cells = next(rows, None)
+            if cells is None:
+                return
+            if not cells:
+                continue
+            if not header:
+                header = [name.strip() for name in cells]
+                if len(set(header)) < len(header) or "prompt" not in header:
+                    raise ValueError(f"the header must have a column 'prompt' and no column twice, not {header}")
+                continue
+            if len(cells) != len(header):
+                raise ValueError(f"{len(cells)} cells, but the header has {len(header)}: {header}")
+        row: dict[str, Any] = dict(zip(header, cells, strict=True))
+        own = {name: row.pop(name, "") or None for name in ("negative_prompt", "image")}
+        yield number, {"prompt": row.pop("prompt"), **own, "metadata": row}
+
+
+def _row(
+    prompt: Any = None, negative_prompt: Any = None, image: Any = None, metadata: Any = None, **others: Any
+) -> tuple[Prompt, list[str]]:
+    """A prompt without its images, and their paths."""
+    if prompt is None:
+        raise ValueError(f"there is no 'prompt', only {sorted(others)}")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"'prompt' must be a non-empty string, not {prompt!r}")
+    if not isinstance(negative_prompt, str | None):
+        raise ValueError(f"'negative_prompt' must be a string, not {negative_prompt!r}")
+    paths = [] if image is None else [image] if isinstance(image, str) else image
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise ValueError(f"'image' must be a path or a list of paths, not {image!r}")
+    if not isinstance(metadata, dict | None):
+        raise ValueError(f"'metadata' must be an object, not {metadata!r}")
+    if both := others.keys() & (metadata or {}).keys():
+        raise ValueError(f"{min(both)!r} is both a column and in 'metadata'")
+    return Prompt(prompt, negative_prompt, metadata={**(metadata or {}), **others}), paths
+
+
+_FORMATS: dict[str, Callable[[str, str], Iterator[tuple[int, dict[str, Any]]]]] = {
+    ".txt": _txt,
+    ".jsonl": _jsonl,
+    ".csv": _csv,
+}
