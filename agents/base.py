@@ -194,7 +194,7 @@ class Agent(ABC):
 
     def conditioning(self, rollout: Rollout, examples: TensorDict) -> TensorDict:
         """The conditioning of a microbatch of examples ``[n, T]``."""
-        return rollout.conditioning[rollout.row[examples["row"][:, 0]]]
+        return rollout.conditioning(examples["row"][:, 0])
 
     def update(self, rollout: Rollout, iteration: int) -> dict[str, float]:
         """Train on a rollout.

@@ -1,6 +1,7 @@
-"""The command line: ``denoise-env train | eval | sample | list``."""
+"""The command line: ``denoise-env train | eval | sample | describe | list``."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -13,7 +14,10 @@ from typing import Any
 from agents.algorithms import AGENTS
 from agents.training.config import TrainConfig, as_dict
 from agents.training.presets import PRESETS, make_config
-from denoise_env.models import world
+from denoise_env.models import FAMILIES, ModelOptions, find_family, model_options
+from denoise_env.naming import load_attribute
+from denoise_env.rewards import load_reward
+from denoise_env.worlds import DEFAULT, PROMPT_SETS, WORLDS
 
 _RESUMABLE = {
     "iterations",
@@ -34,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Reinforcement learning in the denoising process of diffusion models.",
         epilog="Try: denoise-env train (the five-minute demo), denoise-env list, denoise-env train --help",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval | sample | list")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval | sample | describe | list")
     train = commands.add_parser("train", help="train an agent; --help lists every setting", add_help=False)
     train.set_defaults(run=_train)
     for name, run, text in (
@@ -52,25 +56,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument(
             "--prompts",
             metavar="FILE",
-            help="a text file with one prompt a line, or a named set (denoise-env list)",
+            help="a .txt, .jsonl or .csv file, or a named set (denoise-env list)",
         )
         command.add_argument("--images-per-prompt", type=int, default=8 if name == "sample" else 64, metavar="N")
         command.add_argument("--seed", type=int, default=1234, help="of the noise (default %(default)s)")
         command.add_argument("--num-steps", type=int, metavar="K", help="denoising steps (default: the run's, or 10)")
-        command.add_argument("--guidance-scale", type=float, metavar="W", help="default: the run's, or the model's")
+        command.add_argument("--conditioning-cache", metavar="DIR", help="keep encoded prompts there")
+        command.epilog = _MODEL_OPTIONS
         if name == "sample":
             command.add_argument("--output", default="samples.png", help="the picture (default %(default)s)")
         else:
             command.add_argument("--rewards", nargs="+", metavar="NAME", help="default: the run's, or the model's own")
             command.add_argument("--json", metavar="FILE", help="write the table there too")
+    command = commands.add_parser(
+        "describe",
+        help="latents, parameters and memory of a model, without loading weights",
+        description="Latents, parameters and memory of a model, from its configuration files, without its weights.",
+        epilog=_MODEL_OPTIONS,
+    )
+    command.set_defaults(run=_describe)
+    command.add_argument("model", metavar="MODEL", help="a world, a directory or a hub id (denoise-env list)")
+    command.add_argument("--num-steps", type=int, default=10, metavar="K", help="denoising steps (default %(default)s)")
+    command.add_argument("--json", metavar="FILE", help="write the figures there too, in bytes")
     commands.add_parser("list", help="models, rewards, kernels, agents, presets, environments").set_defaults(run=_list)
-    options, rest = parser.parse_known_args(typed)
+    sys.path.append(os.getcwd())  # where models, rewards and agents of one's own ("module:name") usually are
+    plain, model_flags = (typed, []) if typed[:1] == ["train"] else _split_model_flags(typed)
+    options, rest = parser.parse_known_args(plain)
     if rest and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.model_flags = model_flags
     for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("TRANSFORMERS_VERBOSITY", "error")):
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    sys.path.append(os.getcwd())  # where "module:name" rewards of one's own usually are
     try:
         return options.run(rest if options.command == "train" else options)
     except BrokenPipeError:
@@ -85,6 +102,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("denoise-env: stopped; continue with denoise-env train --resume DIRECTORY", file=sys.stderr)
         return 130
+
+
+_MODEL_OPTIONS = (
+    "The model's own settings go with it as they do in denoise-env train: --model.guidance-scale 3, --model.lora DIR."
+)
+
+
+def _split_model_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without those that begin with ``--model.``, and those, each "--model.name=value"."""
+    families = [load_attribute(target, "model family") for target in FAMILIES]
+    switches = {f.name for family in families for f in dataclasses.fields(family.options) if f.type in (bool, "bool")}
+    plain: list[str] = []
+    model: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name = argument.removeprefix("--model.").removeprefix("no-").replace("-", "_")
+        if not argument.startswith("--model."):
+            plain.append(argument)
+        elif "=" in argument or name in switches:
+            model.append(argument)
+        else:
+            model.append(f"{argument}={next(rest, '')}")
+    return plain, model
+
+
+def _with_flags(options: ModelOptions, flags: Sequence[str], command: str) -> ModelOptions:
+    """A model's options with ``--model.`` flags; an unknown one ends the program with the nearest name."""
+    import tyro
+
+    arguments = [f"--{flag.removeprefix('--model.')}" for flag in flags]
+    return tyro.cli(type(options), prog=f"denoise-env {command} MODEL --model.", args=arguments, default=options)
 
 
 def flags(values: dict[str, Any], prefix: str = "") -> list[str]:
@@ -152,9 +200,9 @@ def _train(arguments: Sequence[str]) -> int:
         config, directory = _resumed(Path(chosen.resume), rest)
     else:
         rest = [*(read_config(chosen.config) if chosen.config else []), *rest]
-        chosen.preset = chosen.preset or _preset_of(rest)
-        agent, rest = _agent_of(rest)
-        config = parse_config(rest, make_config(chosen.preset, agent))
+        model, agent, rest = _names(rest)
+        chosen.preset = chosen.preset or _preset_of(model or DEFAULT)
+        config = parse_config(rest, make_config(chosen.preset, agent, model=model))
         name = f"{chosen.preset}-{agent}".replace(":", "-") if agent else chosen.preset
         directory = Path(config.output_dir) if config.output_dir else _free(Path(f"runs/{name}-seed{config.seed}"))
     from agents.training.loop import train
@@ -164,28 +212,27 @@ def _train(arguments: Sequence[str]) -> int:
     train(config, directory, resume=bool(chosen.resume), command=["denoise-env", "train", *arguments])
     for what, name in (("report", "report.html"), ("picture", "before_after.png"), ("model", "export")):
         print(f"{what:<8} {directory / name}")
-    kind = "held-out prompts" if config.model == "shapes" and not config.eval_prompts else "evaluation prompts"
+    held_out = config.model in WORLDS and WORLDS[config.model].held_out and not config.eval_prompts
+    kind = "held-out prompts" if held_out else "evaluation prompts"
     for name, before, after in headline(read_table(directory / "eval.csv")):
-        what = "share with all attributes right" if name == "shapes-correct" else f"mean reward {name!r}"
+        what = getattr(load_reward(name), "meaning", f"mean reward {name!r}")
         figures = f"{_figure(name, before)} before, {_figure(name, after)} after"
         print(f"{kind}, {what} ({after['images']:.0f} images each): {figures}")
     return 0
 
 
-def _preset_of(arguments: Sequence[str]) -> str:
-    """The preset that goes with the model, where none was named."""
-    find = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    find.add_argument("--model", default="shapes")
-    model = find.parse_known_args(arguments)[0].model
-    return world(model) or "dancegrpo"
+def _preset_of(model: str) -> str:
+    """The preset that goes with a model, where none was named."""
+    return WORLDS[model].preset if model in WORLDS else find_family(model)[0].preset
 
 
-def _agent_of(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The agent's name, as a flag or a file gives it, and the other arguments."""
+def _names(arguments: Sequence[str]) -> tuple[str | None, str | None, list[str]]:
+    """The model's and the agent's name, as flags or a file give them, and the other arguments."""
     find = argparse.ArgumentParser(prog="denoise-env train", add_help=False, allow_abbrev=False)
+    find.add_argument("--model", "--model.name")
     find.add_argument("--agent", "--agent.name")
     found, rest = find.parse_known_args(arguments)
-    return found.agent, rest
+    return found.model, found.agent, rest
 
 
 def _free(path: Path) -> Path:
@@ -218,8 +265,8 @@ def run_config(directory: Path) -> TrainConfig:
     """
     if not (directory / "config.json").is_file():
         raise ValueError(f"there is no run in {directory} (no config.json)")
-    agent, rest = _agent_of(read_config(str(directory / "config.json")))
-    return parse_config(rest, TrainConfig(agent=agent or "grpo"))
+    model, agent, rest = _names(read_config(str(directory / "config.json")))
+    return parse_config(rest, TrainConfig(model=model or DEFAULT, agent=agent or "grpo"))
 
 
 def _experiment(target: str, options: argparse.Namespace) -> Any:
@@ -228,19 +275,19 @@ def _experiment(target: str, options: argparse.Namespace) -> Any:
     path = Path(target)
     is_run = (path / "config.json").is_file() and (path / "metrics.csv").exists()
     config = run_config(path) if is_run else TrainConfig(model=target)
-    if not is_run and target == "shapes":
-        config.eval_rewards = ("shapes-correct",)
+    config.model_options = _with_flags(config.model_options, options.model_flags, options.command)
+    config.conditioning_cache = options.conditioning_cache or config.conditioning_cache
     if options.num_steps is not None:
         config.num_steps = options.num_steps
-    if options.guidance_scale is not None:
-        config.guidance_scale = options.guidance_scale
     named = tuple(getattr(options, "rewards", None) or ())
     if options.prompts:
         config.eval_prompts = options.prompts
-    if not is_run and world(target) is None:
+    if not is_run and target in WORLDS:
+        config.eval_rewards = tuple(WORLDS[target].eval_rewards)
+    elif not is_run:
         config.prompts = options.prompts
         # sampling calls no reward, but an environment has one
-        config.rewards = dict.fromkeys(named if options.command == "eval" else ("shapes",), 1.0)
+        config.rewards = dict.fromkeys(named if options.command == "eval" else WORLDS[DEFAULT].rewards, 1.0)
     config.eval_rewards = named or config.eval_rewards
     return load_run(path, config) if is_run else build(config)
 
@@ -285,23 +332,67 @@ def _sample(options: argparse.Namespace) -> int:
             options.seed,
             found.config.microbatch,
         )
-    grid(found.mdp.model.render(latents), options.images_per_prompt, Path(options.output))
+    grid(found.mdp.render(latents), options.images_per_prompt, Path(options.output))
     for i, prompt in enumerate(found.eval_prompts):
         print(f"row {i + 1}: {prompt}")
     print(options.output)
     return 0
 
 
+def _describe(options: argparse.Namespace) -> int:
+    from denoise_env.models.description import describe
+
+    chosen = _with_flags(model_options(options.model), options.model_flags, options.command)
+    found = describe(options.model, chosen)
+    steps, per_row = options.num_steps, found.rows_per_sample
+    entries = ", ".join(f"{name} {list(shape)}" for name, shape in found.conditioning.items())
+    share = found.trainable / found.parameters
+    lines = {
+        "family": found.family,
+        "latents": f"{list(found.latents)}, {_size(found.latent_bytes)} a sample and step",
+        f"a sample, {steps} steps": f"{_size(found.latent_bytes * (steps + 1))}, {steps * per_row} rows of the network",
+        "conditioning": f"{entries}: {_size(found.conditioning_bytes)} a prompt",
+        "parameters": f"{found.parameters:,}, of which {found.trainable:,} are trained ({share:.2%})",
+        "weights": f"{_size(found.weight_bytes)}, encoders and decoder {_size(found.frozen_bytes)}",
+        "gradients": _size(found.gradient_bytes),
+        "optimizer (AdamW)": _size(found.optimizer_bytes),
+    }
+    for name, text in lines.items():
+        print(f"{name:<24} {text}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(found.as_dict(), indent=1))
+    return 0
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
 def _list(options: argparse.Namespace) -> int:
-    from denoise_env import mdp, models, rewards
+    from denoise_env import rewards
     from denoise_env.kernels import KERNELS
 
     for title, rows in (
-        ("models (--model)", models.NAMES | {"HUB ID or PATH": "any Stable Diffusion 1.x or 2.x checkpoint"}),
+        (
+            "models (--model)",
+            {name: world.description for name, world in WORLDS.items()}
+            | {
+                "HUB ID or DIRECTORY": "a checkpoint of one of the families below",
+                "module:attribute": "your own family",
+            },
+        ),
+        (
+            "families",
+            {f.name: f.description for f in (load_attribute(target, "model family") for target in FAMILIES)},
+        ),
         ("rewards (--rewards NAME WEIGHT …)", rewards.NAMES | {"module:attribute": "your own"}),
         (
             "prompts (--prompts)",
-            dict.fromkeys(mdp.PROMPT_SETS, "") | {"FILE": "a text file, one prompt a line"},
+            dict.fromkeys(PROMPT_SETS, "") | {"FILE": ".txt, .jsonl or .csv"},
         ),
         (
             "kernels (--kernel)",
@@ -316,7 +407,10 @@ def _list(options: argparse.Namespace) -> int:
             "presets (--preset)",
             {name: (make.__doc__ or "").splitlines()[0] for name, make in PRESETS.items()},
         ),
-        ("environments (gymnasium.make)", {"denoise_env/Shapes-v0": "", "denoise_env/Points-v0": ""}),
+        (
+            "environments (gymnasium.make)",
+            {world.environment: "" for world in WORLDS.values() if world.environment},
+        ),
     ):
         print(title)
         for name, text in rows.items():

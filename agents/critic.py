@@ -24,7 +24,7 @@ class Critic(nn.Module):
     def __init__(self, policy: DenoisingPolicy, width: int = 256, seed: int = 0) -> None:
         super().__init__()
         mdp = policy.mdp
-        pooled = mdp.model.pool(mdp.prompts.conditioning[:1]).shape[1]
+        pooled = mdp.model.pool(mdp.conditioning.rows(mdp.drawn[:1])).shape[1]
         size = self._shrink(torch.zeros(1, *mdp.model.latent_shape)).shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -52,6 +52,6 @@ class Critic(nn.Module):
     def values(self, policy: DenoisingPolicy, rollout: Rollout) -> Tensor:
         """Values ``[B, K]`` of a rollout's states."""
         rows, steps = rollout.steps.batch_size
-        pooled = policy.model.pool(rollout.conditioning)[rollout.row]
+        pooled = rollout.pooled()
         found = [self(rollout.steps["latents"][:, k], torch.full((rows,), k), pooled) for k in range(steps)]
         return torch.stack(found, 1)

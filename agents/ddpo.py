@@ -65,7 +65,7 @@ class DDPO(GRPO):
         """The trackers, one per reward."""
         if self.config.normalisation == "batch":
             return {}
-        prompts, config = len(self.policy.mdp.prompts.texts), self.config
+        prompts, config = int(self.policy.mdp.drawn.max()) + 1, self.config
         return {
             f"tracker {i}": PromptTracker(prompts, config.tracker_size, config.tracker_min_count)
             for i in range(len(self.policy.mdp.rewards))

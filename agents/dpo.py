@@ -47,7 +47,7 @@ class DPO(FinalSampleAgent):
     def _validate(self) -> None:
         super()._validate()
         self.require_positive("beta")
-        if self.config.loser_caption == "perturbed" and len(set(self.policy.mdp.prompts.texts)) < 2:
+        if self.config.loser_caption == "perturbed" and len(self.policy.mdp.drawn) < 2:
             raise ValueError(f"{self.name} needs at least two prompts for a loser's caption to differ")
 
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
@@ -74,19 +74,20 @@ class DPO(FinalSampleAgent):
         return draws.update({name: value[:, None].expand(draws.shape) for name, value in targets.items()})
 
     def _perturb(self, prompt: int, random: torch.Generator) -> int:
-        texts = self.policy.mdp.prompts.texts
-        words = set(texts[prompt].split())
-        shared = torch.tensor([-1 if i == prompt else len(words & set(t.split())) for i, t in enumerate(texts)])
+        mdp = self.policy.mdp
+        words = set(mdp.prompts[prompt].text.split())
+        others = [i for i in mdp.drawn.tolist() if i != prompt]
+        shared = torch.tensor([len(words & set(mdp.prompts[i].text.split())) for i in others])
         nearest = (shared == shared.max()).nonzero().flatten()
-        return int(nearest[torch.randint(len(nearest), (), generator=random)])
+        return others[int(nearest[torch.randint(len(nearest), (), generator=random)])]
 
     def conditioning(self, rollout: Rollout, examples: TensorDict) -> TensorDict:
         """The winners' and then the losers'."""
         first = examples[:, 0]
-        winner = rollout.conditioning[rollout.row[first["row"]]]
+        winner, loser = rollout.prompt_index[first["row"]], rollout.prompt_index[first["loser"]]
         if self.config.loser_caption == "perturbed":
-            return torch.cat([winner, self.policy.mdp.prompts.conditioning[first["caption"]]])
-        return torch.cat([winner, rollout.conditioning[rollout.row[first["loser"]]]])
+            loser = first["caption"].to(loser)
+        return rollout.store.rows(torch.cat([winner, loser]))
 
     def evaluate(
         self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict

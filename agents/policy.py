@@ -88,7 +88,7 @@ class DenoisingPolicy(TensorDictModuleBase):
         latents = tensordict["latents"].to(self.model.dtype)
         step = tensordict["step"].long()
         flat = latents.reshape(-1, *self.model.latent_shape)
-        rows = self.mdp.prompts.conditioning[tensordict["prompt_index"].reshape(-1).long()]
+        rows = self.mdp.conditioning.rows(tensordict["prompt_index"].reshape(-1))
         transition = self.transition(flat, step.reshape(-1), rows)
         noise = torch.empty_like(flat).normal_(generator=self.generator)
         action = transition.sample(noise)

@@ -100,7 +100,7 @@ class PPO(GRPO):
         with self.policy.model.reference():
             for start in range(0, len(rollout), size):
                 rows = slice(start, start + size)
-                conditioning = rollout.conditioning[rollout.row[rows]]
+                conditioning = rollout.conditioning(rows)
                 for k in rollout.kernel.stochastic.nonzero().flatten().tolist():
                     step = rollout.steps[rows, k]
                     reference = self.policy.transition(step["latents"], k, conditioning, rollout.kernel)

@@ -7,8 +7,10 @@ import torch
 from tensordict import TensorDict
 
 from agents.policy import DenoisingPolicy
+from denoise_env.conditioning import ConditioningStore
 from denoise_env.kernels import Kernel, Transition
 from denoise_env.mdp import DenoisingMDP, Scores
+from denoise_env.prompts import Prompt
 
 Visitor = Callable[[slice, int, torch.Tensor, Transition], None]
 
@@ -21,8 +23,7 @@ class Rollout:
         steps: TensorDict ``[B, K]`` with ``latents`` and ``action`` (two views of one ``[B, K+1, *latent]``
             tensor), ``action_log_prob`` (NaN at deterministic steps), and ``step`` and ``prompt_index``
             (expanded views); with ``keep_means`` also the Gaussians' ``mean``.
-        conditioning: ``[P]``, one row per distinct prompt.
-        row: ``[B]``, each episode's row in ``conditioning``.
+        store: knows the prompts' conditioning.
         final_latents: ``[B, *latent]``, a view.
         scores: the rewards of the episodes.
         group_size: G; groups are neighbouring rows with one prompt.
@@ -30,8 +31,7 @@ class Rollout:
     """
 
     steps: TensorDict
-    conditioning: TensorDict
-    row: torch.Tensor
+    store: ConditioningStore
     final_latents: torch.Tensor
     scores: Scores
     group_size: int
@@ -42,6 +42,15 @@ class Rollout:
         """``[B]`` into the MDP's prompts."""
         return self.steps["prompt_index"][:, 0]
 
+    def conditioning(self, episodes: torch.Tensor | slice) -> TensorDict:
+        """The conditioning ``[n]`` of some episodes."""
+        return self.store.rows(self.prompt_index[episodes])
+
+    def pooled(self) -> torch.Tensor:
+        """Every episode's pooled conditioning ``[B, E]``, a few prompts at a time."""
+        used, place = self.prompt_index.unique(return_inverse=True)
+        return torch.cat([self.store.model.pool(self.store.rows(part)) for part in used.split(16)])[place]
+
     def __len__(self) -> int:
         return len(self.steps)
 
@@ -49,7 +58,7 @@ class Rollout:
 def begin(
     mdp: DenoisingMDP,
     generators: Sequence[torch.Generator],
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str | Prompt] | None = None,
     *,
     group_size: int = 1,
     shared_noise: bool = False,
@@ -71,6 +80,7 @@ def begin(
         ValueError: numbers that do not divide, or bad prompts.
     """
     state = mdp.reset(generators, prompts, group_size=group_size, shared_noise=shared_noise)
+    mdp.conditioning.prepare(state.prompt_index)
     latents = state.latents.new_empty(len(generators), mdp.num_steps + 1, *mdp.model.latent_shape)
     latents[:, 0] = state.latents
     noise = torch.empty(mdp.num_steps, *mdp.model.latent_shape)
@@ -120,7 +130,7 @@ def denoise(
 
     def run(chunk: slice, first: int, last: int, share: int) -> None:
         x = latents[chunk, first]
-        conditioning = mdp.prompts.conditioning[prompt_index[chunk][::share]]
+        conditioning = mdp.conditioning.rows(prompt_index[chunk][::share])
         for k in range(first, last):
             transition = policy.transition(x[::share], k, conditioning, kernel)
             if share > 1:
@@ -146,7 +156,7 @@ def collect(
     mdp: DenoisingMDP,
     policy: DenoisingPolicy,
     generators: Sequence[torch.Generator],
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str | Prompt] | None = None,
     *,
     group_size: int = 1,
     shared_noise: bool = False,
@@ -203,7 +213,6 @@ def collect(
             "the policy's latents are no longer finite: lower the learning rate, clip the gradient (max_grad_norm), "
             "or use dtype fp32"
         )
-    used, row = prompt_index.unique(return_inverse=True)
     td = TensorDict(
         {
             "latents": latents[:, :-1],
@@ -216,5 +225,4 @@ def collect(
         batch_size=(rows, steps),
     )
     scores = mdp.score(final, prompt_index)
-    conditioning = mdp.prompts.conditioning[used]
-    return Rollout(td, conditioning, row, final, scores, group_size, kernel or policy.kernel)
+    return Rollout(td, mdp.conditioning, final, scores, group_size, kernel or policy.kernel)

@@ -15,10 +15,10 @@ from torch import Tensor
 from denoise_env.faces import ResetRequest, RowStreams, resolve_mdp
 from denoise_env.kernels import ODE
 from denoise_env.mdp import DenoisingMDP, State
-from denoise_env.prompts import Prompt
-from denoise_env.worlds import DEFAULT
 from denoise_env.models import DenoisingModel
+from denoise_env.prompts import Prompt
 from denoise_env.rewards import Reward
+from denoise_env.worlds import DEFAULT
 
 AUTORESET = {mode.name.lower(): mode for mode in AutoresetMode}
 Mask = NDArray[np.bool_]

@@ -8,36 +8,35 @@ import tyro
 
 from agents.algorithms import find_agent
 from agents.base import AgentConfig
+from denoise_env.models import ModelOptions, model_options
+from denoise_env.worlds import DEFAULT
 
 
 @dataclass
 class TrainConfig:
     """One training run."""
 
-    model: str = "shapes"
-    """"shapes", "points", "points-flow", or the path or hub id of a Stable Diffusion checkpoint."""
+    model: str = DEFAULT
+    """A world (denoise-env list), the directory or hub id of a checkpoint, or "module:attribute" of a family of your
+    own."""
+    model_options: Annotated[ModelOptions, tyro.conf.arg(name="model")] = None  # type: ignore[assignment]
+    """The model's settings, its family's; default: as the model has them."""
     rewards: dict[str, float] = field(default_factory=dict)
     """Reward name → weight; empty: the embedded world's own. Your own: "module:name"."""
     prompts: str | None = None
-    """"shapes", "points", or a text file with one prompt a line; default: the embedded world's training prompts."""
+    """A named set (denoise-env list), or a .txt, .jsonl or .csv file; default: the world's training prompts."""
     num_steps: int = 10
     """Denoising steps per image, K."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance w, in rollout and training alike; 1 is none. Default: 1 for shapes, else 5."""
-    height: int | None = None
-    """Image height in pixels; default: what the checkpoint was trained for."""
-    width: int | None = None
-    """Image width in pixels."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Compute and latent dtype; trained parameters are float32 either way."""
-    lora_rank: int = 0
-    """LoRA rank; 0 trains every weight of the denoiser."""
-    lora_alpha: float | None = None
-    """LoRA's alpha; default: the rank."""
-    gradient_checkpointing: bool = False
-    """Trade compute for memory in the update."""
     device: str = "auto"
     """"cpu", "cuda", …; "auto" takes the GPU where there is one."""
+    compile: bool = False
+    """Compile the network with torch.compile: for accelerators and large networks."""
+    conditioning_cache: str | None = None
+    """Keep encoded prompts in this directory, for later runs with the same checkpoint."""
+    conditioning_host_gib: float = 8.0
+    """Host memory for encoded prompts, in GiB; those beyond it are encoded anew when they are drawn again."""
+    conditioning_device_gib: float = 0.5
+    """Device memory for encoded prompts beside those in use, in GiB."""
 
     kernel: str | None = None
     """Transition kernel: ddim, dance_sde, flow_sde, cps. Default: ddim on a diffusion, dance_sde on a flow."""
@@ -71,7 +70,8 @@ class TrainConfig:
     eval_kl: bool = False
     """Measure the KL of the policy's trajectories to the base model in every evaluation: twice its network calls."""
     eval_prompts: str | None = None
-    """Likewise, "shapes-held-out" too; default: that for shapes, else the first 32 training prompts."""
+    """Prompts to evaluate on, given as prompts are; default: the world's held-out ones, else the first 32 training
+    prompts."""
     eval_rewards: tuple[str, ...] = ()
     """Rewards measured in evaluation beside the trained ones."""
     eval_images_per_prompt: int = 8
@@ -93,12 +93,14 @@ class TrainConfig:
     """Log to TensorBoard too (extra: tensorboard)."""
 
     def __post_init__(self) -> None:
+        if self.model_options is None:
+            self.model_options = model_options(self.model)
         if self.agent_options is None:
             self.agent_options = find_agent(self.agent).config_type()
 
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:
-    """A configuration as JSON has it: ``agent`` holds the algorithm's ``name`` and its settings."""
+    """A configuration as JSON has it: ``model`` and ``agent`` hold their ``name`` and their settings."""
     values = dataclasses.asdict(config)
-    options = values.pop("agent_options")
-    return {**values, "agent": {"name": config.agent, **options}}
+    settings = {name: {"name": values[name], **values.pop(f"{name}_options")} for name in ("model", "agent")}
+    return {**values, **settings}

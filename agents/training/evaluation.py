@@ -12,6 +12,7 @@ from agents.rollout import Visitor, begin, denoise
 from agents.training.seeding import row_seeds
 from denoise_env.kernels import Transition
 from denoise_env.mdp import DenoisingMDP, row_generators
+from denoise_env.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Evaluation:
 def sample(
     mdp: DenoisingMDP,
     policy: DenoisingPolicy,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     images_per_prompt: int,
     seed: int,
     microbatch: int | None = None,
@@ -72,7 +73,7 @@ def sample(
 def evaluate(
     mdp: DenoisingMDP,
     policy: DenoisingPolicy,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     images_per_prompt: int,
     seed: int,
     microbatch: int | None = None,
@@ -107,12 +108,12 @@ def evaluate(
     def add_kl(rows: slice, k: int, x: torch.Tensor, transition: Transition) -> None:
         if transition.stochastic:
             with policy.model.reference():
-                reference = policy.transition(x, k, mdp.prompts.conditioning[place[rows]])
+                reference = policy.transition(x, k, mdp.conditioning.rows(place[rows]))
             divergence.add_(transition.kl(reference, "sum").double().sum().cpu())
 
     for first in range(0, len(prompts), size):
         chunk = prompts[first : first + size]
-        place = mdp.prompts.indices(chunk).repeat_interleave(drawn).to(mdp.model.device)
+        place = mdp.conditioning.index(chunk).repeat_interleave(drawn).to(mdp.model.device)
         latents, index = sample(
             mdp, policy, chunk, drawn, seed, microbatch, first * drawn, add_kl if kl and best_of == 1 else None
         )

@@ -11,8 +11,10 @@ from agents.base import Agent
 from agents.policy import DenoisingPolicy
 from agents.training import checkpoints
 from agents.training.config import TrainConfig
-from denoise_env.mdp import DenoisingMDP, load_prompts
+from denoise_env.mdp import DenoisingMDP
+from denoise_env.prompts import Prompt, load_prompts
 from denoise_env.rewards import load_reward
+from denoise_env.worlds import PROMPT_SETS, WORLDS
 
 EVAL_PROMPTS = 32  # of the training prompts, where no others were named
 
@@ -28,9 +30,9 @@ class Experiment:
     agent: Agent
 
     @property
-    def eval_prompts(self) -> list[str]:
+    def eval_prompts(self) -> list[Prompt]:
         """The prompts that evaluation measures."""
-        return self.eval_mdp.prompts.texts
+        return self.eval_mdp.drawn_prompts
 
 
 def build(config: TrainConfig) -> Experiment:
@@ -52,9 +54,6 @@ def build(config: TrainConfig) -> Experiment:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    defaults = TrainConfig()
-    names = ("height", "width", "dtype", "lora_rank", "lora_alpha", "gradient_checkpointing", "guidance_scale")
-    chosen = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)}
     rows = config.prompts_per_iteration * config.agent_options.group_size
     update = max(1, rows // max(1, config.agent_options.updates_per_rollout))  # what one update has at most
     microbatch = min(config.microbatch or update, update)
@@ -65,17 +64,22 @@ def build(config: TrainConfig) -> Experiment:
         config.num_steps,
         config.microbatch,
         device=device,
-        **chosen,
+        options=config.model_options,
+        conditioning_cache=config.conditioning_cache,
+        conditioning_host_gib=config.conditioning_host_gib,
+        conditioning_device_gib=config.conditioning_device_gib,
     )
-    held_out = config.eval_prompts or ("shapes-held-out" if config.model == "shapes" else None)
+    world = WORLDS.get(config.model)
+    held_out = config.eval_prompts or next(iter(world.held_out if world else ()), None)
     extra = {name: load_reward(name) for name in config.eval_rewards if name not in mdp.rewards}
     eval_mdp = DenoisingMDP(
         mdp.model,
         {**mdp.rewards, **extra},
-        load_prompts(held_out) if held_out else mdp.prompts.texts[:EVAL_PROMPTS],
+        load_prompts(held_out, PROMPT_SETS) if held_out else mdp.drawn_prompts[:EVAL_PROMPTS],
         config.num_steps,
         reward_weights={**mdp.reward_weights, **dict.fromkeys(extra, 0.0)},
         microbatch=config.microbatch,
+        conditioning=mdp.conditioning,
     )
     policy = DenoisingPolicy(mdp, config.kernel, config.eta, reduction=config.reduction)
     agent = find_agent(config.agent)(policy, config.agent_options, config.seed, microbatch)
@@ -88,7 +92,7 @@ def build(config: TrainConfig) -> Experiment:
 def restore(experiment: Experiment, path: Path) -> tuple[int, int]:
     """Load a checkpoint; its iteration, and the network calls up to there."""
     tensors, meta = checkpoints.load(path)
-    if meta["model"] != json.loads(json.dumps(experiment.mdp.model.describe())):
+    if meta["model"] != json.loads(json.dumps(experiment.mdp.model.architecture())):
         raise checkpoints.CheckpointError(f"the checkpoint {path} holds another architecture than the configured model")
     try:
         experiment.agent.load_state(tensors)

@@ -79,7 +79,7 @@ def train(
             counts = {"iteration": iteration, "network_calls": spent}
             _look(experiment, directory, counts, evals, logger, report, bool(due), last)
             if last or iteration % config.checkpoint_every == 0:
-                meta = {"config": as_dict(config), "network_calls": spent, "model": experiment.mdp.model.describe()}
+                meta = {"config": as_dict(config), "network_calls": spent, "model": experiment.mdp.model.architecture()}
                 checkpoints.save(saved, iteration, experiment.agent.state(), meta)
                 checkpoints.prune(saved, config.keep_checkpoints)
             if last:
@@ -99,7 +99,7 @@ def _iterate(experiment: Experiment, iteration: int) -> dict[str, float]:
     config, agent = experiment.config, experiment.agent
     started = time.perf_counter()
     count = config.prompts_per_iteration
-    prompts = epoch_order(experiment.mdp.prompts.texts, config.seed, (iteration - 1) * count, count)
+    prompts = epoch_order(experiment.mdp.drawn_prompts, config.seed, (iteration - 1) * count, count)
     seeds = row_seeds(config.seed, "rollout", iteration, count * agent.group_size)
     before = experiment.policy.network_calls
     options = agent.rollout_options(iteration)
@@ -168,8 +168,8 @@ def _look(
             latents, _ = sample(experiment.eval_mdp, policy, prompts, GRID_COLUMNS, config.eval_seed, config.microbatch)
             path = directory / "samples" / f"{iteration:06d}.png"
             path.parent.mkdir(exist_ok=True)
-            checkpoints.write_atomically(path.with_name("prompts.txt"), "\n".join(prompts))
-            grid(experiment.mdp.model.render(latents), GRID_COLUMNS, path)
+            checkpoints.write_atomically(path.with_name("prompts.txt"), "\n".join(prompt.text for prompt in prompts))
+            grid(experiment.mdp.render(latents), GRID_COLUMNS, path)
             logger.image(iteration, path)
 
 

@@ -8,7 +8,10 @@ from agents.ddpo import DDPOConfig
 from agents.dpok import DPOKConfig
 from agents.grpo import GRPOConfig
 from agents.training.config import TrainConfig
+from denoise_env.models import ModelOptions, model_options
+from denoise_env.models.stable_diffusion import StableDiffusionOptions
 from denoise_env.naming import suggest
+from denoise_env.worlds import WORLDS
 
 
 def shapes() -> TrainConfig:
@@ -44,11 +47,10 @@ def dancegrpo() -> TrainConfig:
     """
     return TrainConfig(
         model="CompVis/stable-diffusion-v1-4",
+        model_options=StableDiffusionOptions(
+            guidance_scale=5.0, height=512, width=512, dtype="bf16", gradient_checkpointing=True
+        ),
         num_steps=50,
-        guidance_scale=5.0,
-        height=512,
-        width=512,
-        dtype="bf16",
         kernel="ddim",
         eta=1.0,
         agent_options=GRPOConfig(lr=1e-5, updates_per_rollout=2, timestep_fraction=1.0),
@@ -56,7 +58,6 @@ def dancegrpo() -> TrainConfig:
         prompts_per_iteration=32,
         microbatch=8,
         eval_images_per_prompt=4,
-        gradient_checkpointing=True,
     )
 
 
@@ -65,9 +66,13 @@ def ddpo() -> TrainConfig:
 
     256 images an iteration, two updates, clip 1e-4 on the mean log-prob, advantages per prompt, |A| ≤ 5.
     """
-    agent = DDPOConfig(updates_per_rollout=2)
+    config = dancegrpo()
     return dataclasses.replace(
-        dancegrpo(), agent="ddpo-is", agent_options=agent, lora_rank=4, prompts_per_iteration=256
+        config,
+        model_options=StableDiffusionOptions(**{**vars(config.model_options), "lora_rank": 4}),
+        agent="ddpo-is",
+        agent_options=DDPOConfig(updates_per_rollout=2),
+        prompts_per_iteration=256,
     )
 
 
@@ -80,16 +85,14 @@ def dpok() -> TrainConfig:
 
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
-    "shapes": shapes,
-    "points": points,
-    "dancegrpo": dancegrpo,
-    "ddpo": ddpo,
-    "dpok": dpok,
+    make.__name__: make for make in (shapes, points, dancegrpo, ddpo, dpok)
 }
 
 
-def make_config(preset: str, agent: str | None = None, rows: int | None = None) -> TrainConfig:
-    """A preset's configuration, with another agent in the place of its own.
+def make_config(
+    preset: str, agent: str | None = None, rows: int | None = None, model: str | None = None
+) -> TrainConfig:
+    """A preset's configuration, with another agent or model in the place of its own.
 
     The agent comes with its published settings, but for what the preset says of the learning rate, the averaging and,
     where the algorithm has none of its own, the step weighting; and with the largest group up to its own that divides
@@ -99,13 +102,17 @@ def make_config(preset: str, agent: str | None = None, rows: int | None = None) 
         preset: a name in `PRESETS`.
         agent: a name in `AGENTS`, or ``module:class``; default: the preset's.
         rows: episodes per iteration; default: the preset's.
+        model: as in `TrainConfig`; default: the preset's. It comes with its own options, and with what the preset
+            chooses of those that both families have.
 
     Raises:
-        ValueError: no such preset or agent.
+        ValueError: no such preset, agent or model.
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; {suggest(preset, PRESETS)}")
     config = PRESETS[preset]()
+    if model is not None and model != config.model:
+        config = dataclasses.replace(config, model=model, model_options=_carry(config, model))
     old = config.agent_options
     rows = rows or config.prompts_per_iteration * old.group_size
     if agent is None or agent == config.agent:
@@ -118,3 +125,11 @@ def make_config(preset: str, agent: str | None = None, rows: int | None = None) 
     group = max(n for n in range(1, new.group_size + 1) if rows % n == 0)
     new.group_size = group
     return dataclasses.replace(config, agent=agent, agent_options=new, prompts_per_iteration=rows // group)
+
+
+def _carry(config: TrainConfig, model: str) -> ModelOptions:
+    """Another model's options, with what the configuration chose of its own model's."""
+    old, new = config.model_options, model_options(model)
+    plain = vars(type(old)()) | (dict(WORLDS[config.model].options) if config.model in WORLDS else {})
+    chosen = {name: value for name, value in vars(old).items() if value != plain[name] and hasattr(new, name)}
+    return dataclasses.replace(new, **chosen)

@@ -2,9 +2,12 @@
 
 import zlib
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
+
+T = TypeVar("T")
 
 
 def _sequence(seed: int, purpose: str, iteration: int) -> np.random.SeedSequence:
@@ -21,9 +24,9 @@ def generator(seed: int, purpose: str, iteration: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(row_seeds(seed, purpose, iteration, 1)[0])
 
 
-def epoch_order(items: Sequence[str], seed: int, start: int, count: int) -> list[str]:
+def epoch_order(items: Sequence[T], seed: int, start: int, count: int) -> list[T]:
     """Items ``start`` to ``start + count`` of an endless reading, each epoch in an order of its own."""
-    picked: list[str] = []
+    picked: list[T] = []
     while len(picked) < count:
         epoch, place = divmod(start + len(picked), len(items))
         order = torch.randperm(len(items), generator=generator(seed, "prompt order", epoch))

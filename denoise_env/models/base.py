@@ -33,6 +33,7 @@ class Family:
             families that make their model from the options alone.
         outline: (checkpoint, options) → the model without weights, on the meta device; default: ``load`` on the CPU.
         classes: the values of ``_class_name`` in a checkpoint's ``model_index.json`` that are this family's.
+        preset: where a run's defaults come from unless another is named, see `agents.training.presets`.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Family:
     load: Callable[[str | None, Any, str | torch.device], "DenoisingModel"]
     outline: Callable[[str | None, Any], "DenoisingModel"] | None = None
     classes: tuple[str, ...] = ()
+    preset: str = "dancegrpo"
 
 
 class DenoisingModel(ABC):
@@ -125,6 +127,10 @@ class DenoisingModel(ABC):
         cache on disk is known by their weights.
         """
         return {}
+
+    def frozen(self) -> dict[str, nn.Module]:
+        """The modules beside the network, by name: encoders and decoder."""
+        return self.encoders()
 
     @contextlib.contextmanager
     def encoding(self) -> Iterator[None]:

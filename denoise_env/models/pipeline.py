@@ -68,7 +68,7 @@ class PipelineModel(DenoisingModel):
         self.options = options
         self.dtype = DTYPES[options.dtype]
         with quiet():
-            for frozen in (*self.encoders().values(), pipeline.vae):
+            for frozen in self.frozen().values():
                 frozen.requires_grad_(False).to(self.dtype).eval()
             pipeline.vae.to(device)
             self.network = getattr(pipeline, self.network_name).to(device).eval()
@@ -134,6 +134,10 @@ class PipelineModel(DenoisingModel):
         """As in `DenoisingModel.encoders`."""
         return {name: getattr(self.pipeline, name) for name in self.encoder_names}
 
+    def frozen(self) -> dict[str, nn.Module]:
+        """As in `DenoisingModel.frozen`."""
+        return {**self.encoders(), "vae": self.pipeline.vae}
+
     def _adapt(self, options: Any) -> None:
         from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
@@ -144,11 +148,11 @@ class PipelineModel(DenoisingModel):
                 self.pipeline.load_lora_weights(options.lora, adapter_name="default")
                 self._adapters  # noqa: B018  raises where the file had nothing for this network
             except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-                raise ValueError(f"cannot load LoRA weights for this {self.title} from {options.lora!r}: {error}") from error
-            if options.lora_rank not in (0, self._adapters.r) or options.lora_alpha not in (None, self._adapters.lora_alpha):
+                raise ValueError(f"cannot load {self.title} LoRA weights from {options.lora!r}: {error}") from error
+            rank, alpha = self._adapters.r, self._adapters.lora_alpha
+            if options.lora_rank not in (0, rank) or options.lora_alpha not in (None, alpha):
                 raise ValueError(
-                    f"{options.lora!r} has rank {self._adapters.r} and alpha {self._adapters.lora_alpha:g}: leave "
-                    "lora_rank and lora_alpha out"
+                    f"{options.lora!r} has rank {rank} and alpha {alpha:g}: leave lora_rank and lora_alpha out"
                 )
         else:
             alpha = options.lora_rank if options.lora_alpha is None else options.lora_alpha
@@ -209,7 +213,9 @@ class PipelineModel(DenoisingModel):
             layers = convert_state_dict_to_diffusers(layers)
         # Without the metadata alpha is lost: whoever loads the file takes it for the rank.
         named = {"lora_layers": layers, "lora_adapter_metadata": self._adapters.to_dict()}
-        self.pipeline.save_lora_weights(directory, **{f"{self.network_name}_{key}": value for key, value in named.items()})
+        self.pipeline.save_lora_weights(
+            directory, **{f"{self.network_name}_{key}": value for key, value in named.items()}
+        )
 
     def keep_reference(self) -> None:
         """As in `DenoisingModel.keep_reference`; free with LoRA, whose base is the reference."""

@@ -205,4 +205,5 @@ FAMILY = Family(
     options=PointsOptions,
     load=Points.load,
     classes=("Points",),
+    preset="points",
 )

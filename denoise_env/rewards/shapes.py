@@ -47,5 +47,7 @@ class ShapesReward:
 class ShapesCorrect(ShapesReward):
     """1 where colour, shape and background are all right, else 0; NaN where the prompt is no caption."""
 
+    meaning = "share with all attributes right"
+
     def _score(self, verifier: Verifier, images: Tensor, captions: Sequence[str]) -> Tensor:
         return verifier.correct(images, captions)["all"].float()

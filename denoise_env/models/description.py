@@ -1,0 +1,86 @@
+"""What a model asks of a machine, told from its configuration files alone."""
+
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from denoise_env.models import ModelOptions, find_family, model_options
+from denoise_env.models.base import DenoisingModel
+from denoise_env.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Description:
+    """Shapes, counts and bytes of a model.
+
+    Attributes:
+        family: its family's name.
+        latents: shape of one sample's latents.
+        rows_per_sample: rows through the network per sample and step.
+        parameters: of the network, adapters included.
+        trainable: how many of them are trained.
+        conditioning: entry → shape, of one prompt; of masked entries the longest.
+        latent_bytes: of one sample's latents at one step.
+        conditioning_bytes: of one prompt.
+        weight_bytes: of the network.
+        frozen_bytes: of encoders and decoder.
+        gradient_bytes: of the trained parameters' gradients.
+        optimizer_bytes: of AdamW's two moments.
+    """
+
+    family: str
+    latents: tuple[int, ...]
+    rows_per_sample: int
+    parameters: int
+    trainable: int
+    conditioning: dict[str, tuple[int, ...]]
+    latent_bytes: int
+    conditioning_bytes: int
+    weight_bytes: int
+    frozen_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def describe(model: str, options: ModelOptions | None = None) -> Description:
+    """Describe a model without loading weights.
+
+    Args:
+        model: as in `denoise_env.models.find_family`.
+        options: its family's; default: as the model has them.
+
+    Raises:
+        ValueError: no such model, or a configuration that cannot be read.
+    """
+    family, checkpoint, _ = find_family(model)
+    options = options or model_options(model)
+    outline = family.outline(checkpoint, options) if family.outline else family.load(checkpoint, options, "cpu")
+    parameters = list(outline.network.parameters())
+    trainable = list(outline.trainable().values())
+    conditioning = outline.encode([_prompt(outline)])
+    frozen = outline.frozen()
+    return Description(
+        family=family.name,
+        latents=tuple(outline.latent_shape),
+        rows_per_sample=outline.rows_per_sample,
+        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in trainable),
+        conditioning={name: tuple(tensor.shape[1:]) for name, tensor in conditioning.items()},
+        latent_bytes=prod(outline.latent_shape) * outline.dtype.itemsize,
+        conditioning_bytes=sum(tensor.nbytes for tensor in conditioning.values()),
+        weight_bytes=sum(p.nbytes for p in parameters),
+        frozen_bytes=sum(p.nbytes for module in frozen.values() for p in module.parameters()),
+        gradient_bytes=sum(p.nbytes for p in trainable),
+        optimizer_bytes=2 * sum(p.nbytes for p in trainable),
+    )
+
+
+def _prompt(model: DenoisingModel) -> Prompt:
+    import numpy as np
+
+    text = model.vocabulary[0] if model.vocabulary else "a prompt"
+    return Prompt(text, images=[np.zeros((64, 64, 3), np.uint8)] * model.images_per_prompt)
