@@ -127,10 +127,21 @@ def _split_model_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return plain, model
 
 
-def _with_flags(options: ModelOptions, flags: Sequence[str], command: str) -> ModelOptions:
-    """A model's options with ``--model.`` flags; an unknown one ends the program with the nearest name."""
+def _check_model_flags(model: str, flags: Sequence[str]) -> None:
+    """Refuse ``--model.`` flags that the model's family lacks with a ``ValueError``."""
+    names = [flag.removeprefix("--model.").partition("=")[0] for flag in flags if flag.startswith("--model.")]
+    model_options(model, **{name.removeprefix("no-").replace("-", "_"): None for name in names})
+
+
+def _with_flags(model: str, options: ModelOptions, flags: Sequence[str], command: str) -> ModelOptions:
+    """A model's options with ``--model.`` flags.
+
+    Raises:
+        ValueError: the family lacks an option.
+    """
     import tyro
 
+    _check_model_flags(model, flags)
     arguments = [f"--{flag.removeprefix('--model.')}" for flag in flags]
     return tyro.cli(type(options), prog=f"denoise-env {command} MODEL --model.", args=arguments, default=options)
 
@@ -202,7 +213,9 @@ def _train(arguments: Sequence[str]) -> int:
         rest = [*(read_config(chosen.config) if chosen.config else []), *rest]
         model, agent, rest = _names(rest)
         chosen.preset = chosen.preset or _preset_of(model or DEFAULT)
-        config = parse_config(rest, make_config(chosen.preset, agent, model=model))
+        default = make_config(chosen.preset, agent, model=model)
+        _check_model_flags(default.model, rest)
+        config = parse_config(rest, default)
         name = f"{chosen.preset}-{agent}".replace(":", "-") if agent else chosen.preset
         directory = Path(config.output_dir) if config.output_dir else _free(Path(f"runs/{name}-seed{config.seed}"))
     from agents.training.loop import train
@@ -275,7 +288,7 @@ def _experiment(target: str, options: argparse.Namespace) -> Any:
     path = Path(target)
     is_run = (path / "config.json").is_file() and (path / "metrics.csv").exists()
     config = run_config(path) if is_run else TrainConfig(model=target)
-    config.model_options = _with_flags(config.model_options, options.model_flags, options.command)
+    config.model_options = _with_flags(config.model, config.model_options, options.model_flags, options.command)
     config.conditioning_cache = options.conditioning_cache or config.conditioning_cache
     if options.num_steps is not None:
         config.num_steps = options.num_steps
@@ -342,7 +355,7 @@ def _sample(options: argparse.Namespace) -> int:
 def _describe(options: argparse.Namespace) -> int:
     from denoise_env.models.description import describe
 
-    chosen = _with_flags(model_options(options.model), options.model_flags, options.command)
+    chosen = _with_flags(options.model, model_options(options.model), options.model_flags, options.command)
     found = describe(options.model, chosen)
     steps, per_row = options.num_steps, found.rows_per_sample
     entries = ", ".join(f"{name} {list(shape)}" for name, shape in found.conditioning.items())

@@ -33,9 +33,10 @@ from agents.generic.torchrl import TorchRLPPO, TorchRLPPOConfig
 from agents.training.evaluation import bootstrap
 from denoise_env import DenoiseTorchRLEnv, DenoiseVectorEnv, DenoisingMDP
 from denoise_env.conventions import ActionConvention, Control, Flat, Noise
-from denoise_env.mdp import load_prompts
+from denoise_env.prompts import load_prompts
 from denoise_env.sb3 import SB3VecEnv
 from denoise_env.torchrl_transforms import ActionTransform, FlatTransform
+from denoise_env.worlds import PROMPT_SETS
 from denoise_env.wrappers import ControlAction, FlatObservation, NoiseAction
 
 STEPS, ROWS, LEARNING_RATE = 10, 64, 1e-3
@@ -144,7 +145,7 @@ def mean_and_interval(values: np.ndarray) -> list[float]:
 
 def evaluation_mdp(world: World, mdp: DenoisingMDP) -> DenoisingMDP:
     """The same model with the prompts of the evaluation."""
-    return DenoisingMDP(mdp.model, mdp.rewards, load_prompts(world.prompts), STEPS)
+    return DenoisingMDP(mdp.model, mdp.rewards, load_prompts(world.prompts, PROMPT_SETS), STEPS)
 
 
 def base_sampler(world: World, episodes: int) -> np.ndarray:

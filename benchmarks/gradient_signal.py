@@ -48,7 +48,7 @@ def main() -> None:
 def rollout_gradients(agent: GRPO, mdp: DenoisingMDP, options: argparse.Namespace, index: int, bar: Any) -> Tensor:
     """``[steps, parameters]`` of one rollout."""
     groups = options.images // options.group_size
-    prompts = epoch_order(mdp.prompts.texts, options.seed, index * groups, groups)
+    prompts = epoch_order([p.text for p in mdp.prompts], options.seed, index * groups, groups)
     generators = row_generators(row_seeds(options.seed, "signal", index, options.images))
     rollout = collect(
         mdp,
@@ -65,7 +65,7 @@ def rollout_gradients(agent: GRPO, mdp: DenoisingMDP, options: argparse.Namespac
         for start in range(0, options.images, options.microbatch):
             rows = torch.arange(start, start + options.microbatch)
             latents, action = rollout.steps["latents"][rows, step], rollout.steps["action"][rows, step]
-            transition = agent.policy.transition(latents, step, rollout.conditioning[rollout.row[rows]])
+            transition = agent.policy.transition(latents, step, rollout.conditioning(rows))
             log_prob = agent.policy.log_prob(transition, action)
             ((advantages[rows] * log_prob).sum() / options.images).backward()
         found.append(torch.cat([p.grad.flatten() for p in agent.parameters if p.grad is not None]))

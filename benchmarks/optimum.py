@@ -147,7 +147,7 @@ def solve(
     side = spacing * torch.arange(-half, half + 1, dtype=torch.float64)
     start = torch.softmax(-(side**2) / 2, 0)
     frontiers = {}
-    for prompt in policy.mdp.prompts.texts:
+    for prompt in [p.text for p in policy.mdp.drawn_prompts]:
         values, rewards, highest = backward(policy, prompt, betas, side, policies, steps)
         objective, reward = (torch.einsum("i,bij,j->b", start, v, start) for v in (values, rewards))
         kls = (reward - objective) / torch.tensor(betas, dtype=torch.float64)
@@ -180,8 +180,8 @@ def backward(
     """
     mdp, kernel, n = policy.mdp, policy.kernel, len(side)
     points = torch.cartesian_prod(side, side)
-    index = mdp.prompts.indices([prompt]).expand(len(points))
-    latents, conditioning = points.float(), mdp.prompts.conditioning[index]
+    index = mdp.conditioning.index([prompt]).expand(len(points))
+    latents, conditioning = points.float(), mdp.conditioning.rows(index)
     scores = mdp.score(latents, index).total.double()
     highest = scores.max().item()
     if highest - scores.min().item() > 600 * min(betas):
@@ -265,9 +265,9 @@ def measure(
         steps: where the policy acts, the reference acts at the others; default everywhere. The frontiers bound a
             policy that acts at (some of) the steps that they are for: at none that is deterministic.
     """
-    mdp, prompts = policy.mdp, policy.mdp.prompts
-    index = torch.arange(len(prompts.texts)).repeat_interleave(n)
-    conditioning = prompts.conditioning[index]
+    mdp = policy.mdp
+    index = mdp.drawn.repeat_interleave(n)
+    conditioning = mdp.conditioning.rows(index)
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(len(index), *mdp.model.latent_shape, generator=generator)
     kls = torch.zeros(len(index), dtype=torch.float64)
@@ -359,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--model {options.model} does not take --kernel {options.kernel}; the pairs are {CASES}")
     built = [DenoisingPolicy(DenoisingMDP.make(m, num_steps=options.num_steps), k, options.eta) for m, k in cases]
     records, panels = [], {}
-    total = sum(2 * len(policy.mdp.prompts.texts) for policy in built)
+    total = sum(2 * len(policy.mdp.drawn) for policy in built)
     with progress(total=total, desc="frontiers", leave=False) as bar:
         for (model, kernel), policy in zip(cases, built, strict=True):
             about = {"model": model, "kernel": kernel, "eta": policy.kernel.eta, "num_steps": options.num_steps}
@@ -372,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             title = f"{model}, {kernel}, η = {policy.kernel.eta:g}, K = {options.num_steps}"
             panels[title] = found
     for title, found in panels.items():
-        print(f"{title}; means over {len(policy.mdp.prompts.texts)} prompts\n\n{table(found)}\n")
+        print(f"{title}; means over {len(policy.mdp.drawn)} prompts\n\n{table(found)}\n")
     save(records, options.out)
     plot(panels, options.out.with_suffix(".png"))
 

@@ -64,7 +64,7 @@ def denoiser_figures(options: argparse.Namespace) -> dict[str, float]:
     noise = torch.randn(rows, options.num_steps + 1, *model.latent_shape).to(model.device, model.dtype)
     prompt_index = rollout.steps["prompt_index"][:, 0]
     chunks = [slice(i, i + size) for i in range(0, rows, size)]
-    inputs = [(noise[c, 0].contiguous(), mdp.prompts.conditioning[prompt_index[c]]) for c in chunks]
+    inputs = [(noise[c, 0].contiguous(), mdp.conditioning.rows(prompt_index[c])) for c in chunks]
     timesteps = mdp.schedule.timesteps.to(model.device)
     steps = agent.select_steps(rows, 0).shape[1]
 
@@ -129,7 +129,7 @@ def points_figures(repeats: int) -> dict[str, float]:
             for _ in range(10):
                 observation, _ = env.reset()
                 for k in range(steps):
-                    rows_ = env.mdp.prompts.conditioning[observation["prompt_index"]]
+                    rows_ = env.mdp.conditioning.rows(observation["prompt_index"])
                     transition = policy.transition(observation["latents"], k, rows_)
                     observation, *_ = env.step(transition.sample(noise[:, k]))
 

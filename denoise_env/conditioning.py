@@ -75,11 +75,9 @@ class ConditioningStore:
         Raises:
             ValueError: no prompts, or one that the model does not take; none has joined then.
         """
-        found = check_prompts(prompts, allow_empty=True)
+        found = check_prompts(prompts, allow_empty="" in (self.model.vocabulary or ()))
         for prompt in found:
             if prompt not in self._places:
-                if not prompt.text.strip() and self.model.vocabulary is None:
-                    check_prompts([prompt])
                 self.model.check_prompt(prompt)
         for prompt in found:
             if self._places.setdefault(prompt, len(self.prompts)) == len(self.prompts):

@@ -161,10 +161,10 @@ class DenoisingMDP:
         Raises:
             ValueError: what is missing or unknown.
         """
-        find_family(model)
         world = WORLDS.get(model)
         if rewards is None:
             if world is None:
+                find_family(model)
                 raise ValueError(f"{model!r} has no rewards of its own: name them")
             rewards = dict.fromkeys(world.rewards, 1.0)
         if prompts is None and world:

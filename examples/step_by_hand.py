@@ -15,7 +15,7 @@ import gymnasium
 import torch
 
 import denoise_env  # noqa: F401 - registers the environments
-from agents.training.evaluation import grid
+from agents.training.pictures import grid
 from denoise_env.kernels import DDIM
 from denoise_env.torchrl_env import DenoiseTorchRLEnv
 
@@ -49,7 +49,7 @@ film = [torch.stack([torch.from_numpy(frame) for frame in env.render()])]
 finished = False
 while not finished:
     latents, k = observation["latents"], int(observation["step"][0])
-    conditioning = mdp.prompts.conditioning[observation["prompt_index"]]
+    conditioning = mdp.conditioning.rows(observation["prompt_index"])
     with torch.no_grad():
         output = mdp.model.predict(latents, mdp.schedule.timesteps[k], conditioning)
     transition = kernel.transition(latents, output, k)  # N(mean, std² I)

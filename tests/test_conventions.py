@@ -200,5 +200,6 @@ def test_refusals(make_shapes):
         ValueError, match=r'256 of them latents, more than max_dimensions=100: .*parts=\("step", "prompt"'
     ):
         Flat(make_shapes(), max_dimensions=100)
+    rows = points.conditioning.rows(torch.arange(1))
     with pytest.raises(ValueError, match="no guidance"):
-        points.model.predict(torch.zeros(1, 2), torch.tensor(1), points.prompts.conditioning[:1], torch.ones(1))
+        points.model.predict(torch.zeros(1, 2), torch.tensor(1), rows, torch.ones(1))

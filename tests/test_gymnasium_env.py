@@ -19,6 +19,7 @@ from registered import IDS
 import denoise_env
 from denoise_env import DDIM, DenoiseEnv, DenoiseVectorEnv, DenoisingMDP, load_model
 from denoise_env.mdp import row_generators
+from denoise_env.prompts import Prompt
 from denoise_env.rewards.points import PointsReward
 
 K = 3
@@ -115,7 +116,7 @@ def test_an_episode():
     env = points()
     observation, infos = env.reset(seed=0)
     assert observation in env.observation_space
-    assert infos["prompt"].tolist() == [env.prompts[i] for i in observation["prompt_index"]]
+    assert infos["prompt"].tolist() == [env.prompts[i].text for i in observation["prompt_index"]]
     rng = np.random.default_rng(0)
     for k in range(1, K + 1):
         action = rng.normal(size=(4, 2)).astype(np.float32)
@@ -300,7 +301,7 @@ def test_groups_of_the_constructor_hold_in_autoresets():
 def test_named_prompts_do_not_join_the_draw():
     env = points(64, prompts=["ring"])
     env.reset(options={"prompts": ["line"] * 64})
-    assert env.prompts == ["ring", "line"]
+    assert env.prompts == [Prompt("ring"), Prompt("line")]
     assert set(env.reset(seed=0)[1]["prompt"]) == {"ring"}
 
 
@@ -539,7 +540,7 @@ def test_bad_seeds(seed):
         ({"autoreset_mode": "never"}, "autoreset_mode must be one of"),
         ({"group_size": 3}, "4 rows do not make groups of 3"),
         ({"rewards": "point"}, "did you mean 'points'"),
-        ({"guidance": 3}, "Points has no option 'guidance'"),
+        ({"guidance": 3}, "points has no option 'guidance'"),
         ({"microbatch": 0}, "microbatch must be at least 1"),
         ({"prompts": []}, "prompts must not be empty"),
     ],
@@ -638,7 +639,7 @@ def test_gymnasium_equals_a_loop_on_the_mdp():
     kernel = DDIM(mdp.schedule, mdp.model.prediction_type)
 
     def act(latents, index, k):
-        output = mdp.model.predict(latents, mdp.schedule.timesteps[k], mdp.prompts.conditioning[index])
+        output = mdp.model.predict(latents, mdp.schedule.timesteps[k], mdp.conditioning.rows(index))
         noise = torch.randn(4, 2, generator=torch.Generator().manual_seed(k))[: len(latents)]
         return kernel.transition(latents, output, k).sample(noise).detach()
 

@@ -11,8 +11,9 @@ from tensordict import TensorDict
 
 from denoise_env.kernels import Schedule
 from denoise_env.mdp import DenoisingMDP, State, row_generators
-from denoise_env.models.base import DenoisingModel
+from denoise_env.models.base import DenoisingModel, Family, ModelOptions
 from denoise_env.models.points import MIXTURES, Points
+from denoise_env.prompts import Prompt
 from denoise_env.rewards import load_reward
 from denoise_env.rewards.points import PointsReward
 
@@ -46,8 +47,8 @@ class Echo(DenoisingModel):
         return Schedule.flow(num_steps)
 
     def encode(self, prompts):
-        self.encoded += prompts
-        return TensorDict({"length": torch.tensor([len(p) for p in prompts])}, batch_size=len(prompts))
+        self.encoded += [p.text for p in prompts]
+        return TensorDict({"length": torch.tensor([len(p.text) for p in prompts])}, batch_size=len(prompts))
 
     def pool(self, conditioning):
         return conditioning["length"].float()[:, None]
@@ -116,7 +117,7 @@ def test_groups(shared: bool, prompts) -> None:
     index = state.prompt_index.view(2, 3)
     assert (index == index[:, :1]).all()
     if prompts:
-        assert [mdp.prompts.texts[i] for i in index[:, 0]] == prompts
+        assert [mdp.prompts[i].text for i in index[:, 0]] == prompts
     groups = state.latents.view(2, 3, 2)
     assert torch.equal(groups[:, 0], groups[:, 1]) == shared
     assert not torch.equal(groups[0, 0], groups[1, 0])
@@ -149,24 +150,28 @@ def test_reset_refuses(rows: int, options, message: str) -> None:
 def test_a_prompts_index_never_changes_and_it_is_encoded_once() -> None:
     model = Echo()
     mdp = build(["b", "aa", "b"], model=model)
-    assert mdp.prompts.texts == ["b", "aa"]
+    assert [p.text for p in mdp.prompts] == ["b", "aa"]
     state = mdp.reset(row_generators([0, 1, 2, 3]), ["ccc", "aa", "ccc", "b"])
     assert state.prompt_index.tolist() == [2, 1, 2, 0]
-    assert model.encoded == mdp.prompts.texts == ["b", "aa", "ccc"]
-    assert mdp.prompts.conditioning["length"].tolist() == [1, 2, 3]
+    assert model.encoded == []
+    assert mdp.conditioning.rows(torch.tensor([2, 0, 2]))["length"].tolist() == [3, 1, 3]
+    assert model.encoded == ["ccc", "b"]
+    assert mdp.conditioning.rows(torch.arange(3))["length"].tolist() == [1, 2, 3]
+    assert model.encoded == ["ccc", "b", "aa"]
 
 
 def test_a_refused_prompt_leaves_the_table_as_it_was() -> None:
     mdp = build(["ring"])
     with pytest.raises(ValueError, match="knows no prompt"):
-        mdp.prompts.indices(["grid", "circle"])
-    assert mdp.prompts.texts == ["ring"]
-    assert mdp.prompts.indices(["line", "ring"]).tolist() == [1, 0]
+        mdp.conditioning.index(["grid", "circle"])
+    assert [p.text for p in mdp.prompts] == ["ring"]
+    assert mdp.conditioning.index(["line", "ring"]).tolist() == [1, 0]
 
 
 def test_many_prompts_are_encoded_in_order() -> None:
     words = ["x" * n for n in range(1, 200)]
-    assert build(words, model=Echo()).prompts.conditioning["length"].tolist() == list(range(1, 200))
+    rows = build(words, model=Echo()).conditioning.rows(torch.arange(199))
+    assert rows["length"].tolist() == list(range(1, 200))
 
 
 def test_metadata_reaches_the_rewards() -> None:
@@ -174,8 +179,8 @@ def test_metadata_reaches_the_rewards() -> None:
         assert [m["of"] for m in metadata] == list(prompts)
         return torch.tensor([float(m["count"]) for m in metadata])
 
-    entries = [{"count": i, "of": p} for i, p in enumerate(PROMPTS)]
-    mdp = build(rewards={"count": count}, metadata=entries, microbatch=2)
+    prompts = [Prompt(p, metadata={"count": i, "of": p}) for i, p in enumerate(PROMPTS)]
+    mdp = build(prompts, rewards={"count": count}, microbatch=2)
     index = torch.tensor([5, 0, 3, 3, 1])
     assert mdp.score(torch.zeros(5, 2), index).total.tolist() == [5, 0, 3, 3, 1]
 
@@ -198,7 +203,7 @@ def test_an_episode() -> None:
         state = mdp.step(state, action)
         assert torch.equal(state.latents, action)
         assert state.step.tolist() == [k + 1] * 2
-    assert [mdp.prompts.texts[i] for i in state.prompt_index] == ["ring", "grid"]
+    assert [mdp.prompts[i].text for i in state.prompt_index] == ["ring", "grid"]
     with pytest.raises(ValueError, match="over after 4 steps: reset first"):
         mdp.step(state, action)
 
@@ -340,7 +345,6 @@ def test_score_builds_no_graph() -> None:
         ({"microbatch": 0}, "microbatch must be at least 1"),
         ({"prompts": []}, "must not be empty"),
         ({"prompts": "ring"}, "must be a list"),
-        ({"metadata": [{}]}, "6 prompts came with 1 metadata"),
     ],
 )
 def test_building_refuses(options, message: str) -> None:
@@ -358,7 +362,7 @@ def test_an_environment_needs_a_reward_and_a_step() -> None:
 @pytest.mark.parametrize("name", ["points", "points-flow"])
 def test_make_knows_the_world_of_its_name(name: str) -> None:
     mdp = DenoisingMDP.make(name, num_steps=3)
-    assert mdp.prompts.texts == PROMPTS
+    assert [p.text for p in mdp.prompts] == PROMPTS
     assert list(mdp.rewards) == ["points"]
     assert (mdp.num_steps, mdp.schedule.num_steps) == (3, 3)
     assert mdp.schedule.path == ("flow" if name == "points-flow" else "diffusion")
@@ -370,9 +374,21 @@ def test_make_takes_weights_by_name() -> None:
     assert mdp.score(at_target, torch.tensor([0])).total.item() == 0.5
 
 
-def test_make_refuses_a_checkpoint_without_prompts_and_rewards() -> None:
-    with pytest.raises(ValueError, match="'some/model' has no prompts and rewards of its own: name both"):
-        DenoisingMDP.make("some/model", "points")
+def test_make_refuses_a_checkpoint_without_prompts_and_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("my_family")
+    module.FAMILY = Family("echo", "takes any text", ModelOptions, lambda checkpoint, options, device: Echo())
+    monkeypatch.setitem(sys.modules, "my_family", module)
+    with pytest.raises(ValueError, match="'my_family:FAMILY' has no prompts of its own: name them"):
+        DenoisingMDP.make("my_family:FAMILY", "points")
+    with pytest.raises(ValueError, match="'my_family:FAMILY' has no rewards of its own: name them"):
+        DenoisingMDP.make("my_family:FAMILY", prompts=["a cat"])
+
+    def unreachable(*arguments):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    with pytest.raises(ValueError, match=r"cannot find 'some/model' on the hub \(ConnectionError\)"):
+        DenoisingMDP.make("some/model", "points", ["a cat"])
 
 
 # --- Rewards by name ---
@@ -407,7 +423,7 @@ def test_load_reward_by_name() -> None:
     [
         ("point", "unknown reward 'point'; did you mean 'points'?"),
         ("shape-correct", "did you mean 'shapes-correct'?"),
-        ("zzz", "there are ['points', 'shapes', 'shapes-correct']"),
+        ("zzz", "there are ['shapes', 'shapes-correct', 'points']"),
         ("", "unknown reward ''"),
         (
             "no_such_module:reward",

@@ -29,7 +29,7 @@ def test_the_contract(output):
     assert [info["prompt"] for info in env.reset_infos] == infos["prompt"].tolist()
     rng = np.random.default_rng(0)
     for step in range(2 * K):
-        prompts = plain.unwrapped.prompts
+        prompts = [prompt.text for prompt in plain.unwrapped.prompts]
         action = rng.standard_normal((N, 2)).astype(np.float32)
         observation, rewards, dones, rows = env.step(action)
         expected, reward, terminated, _, infos = plain.step(action)
@@ -62,7 +62,7 @@ def test_options_and_attributes():
     env.set_options([{"group_size": 2}] + [{}] * (N - 1))
     with pytest.raises(ValueError, match="one dictionary for all"):
         env.reset()
-    assert env.get_attr("prompts")[0] == env.get_attr("mdp", [0])[0].prompts.texts
+    assert env.get_attr("prompts")[0] == env.get_attr("mdp", [0])[0].prompts
     with pytest.raises(ValueError, match="leave indices out"):
         env.env_method("render", indices=[0])
     assert len(env.env_method("render")) == N

@@ -13,7 +13,8 @@ from agents.policy import DenoisingPolicy
 from agents.rollout import begin, collect, denoise
 from denoise_env.kernels import DDIM, ODE
 from denoise_env.mdp import DenoisingMDP, row_generators
-from denoise_env.models.stable_diffusion import StableDiffusion
+from denoise_env.models import load_model
+from denoise_env.prompts import Prompt
 from denoise_env.shapes import WEIGHTS
 from denoise_env.shapes.grammar import HELD_OUT
 
@@ -42,8 +43,8 @@ def plain_sample(pipeline, latents, guidance_scale=1.0, num_steps=6, eta=0.0, ge
 
 
 def our_sample(mdp, latents, kernel, generator=None):
-    index = mdp.prompts.indices(PROMPTS)
-    conditioning = mdp.prompts.conditioning[index]
+    index = mdp.conditioning.index(PROMPTS)
+    conditioning = mdp.conditioning.rows(index)
     with torch.no_grad():
         for k in range(mdp.num_steps):
             output = mdp.model.predict(latents, mdp.schedule.timesteps[k], conditioning)
@@ -79,7 +80,7 @@ def v_prediction(tmp_path_factory):
 
 
 def test_v_prediction_is_read_from_the_scheduler(v_prediction, latents):
-    model = StableDiffusion.from_pretrained(v_prediction, guidance_scale=1.0)
+    model = load_model(str(v_prediction), guidance_scale=1.0)
     assert model.prediction_type == "v_prediction"
     mdp = DenoisingMDP(model, {"none": lambda images, prompts, metadata: images.sum((1, 2, 3))}, PROMPTS, 6)
     ours = our_sample(mdp, latents, ODE(mdp.schedule, model.prediction_type))
@@ -118,8 +119,8 @@ def test_guidance_is_one_network_call_per_step(make_shapes):
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_the_reference_stays_what_it_was(make_shapes, latents, lora_rank):
     mdp = make_shapes(lora_rank=lora_rank)
-    index = mdp.prompts.indices(PROMPTS)
-    conditioning = mdp.prompts.conditioning[index]
+    index = mdp.conditioning.index(PROMPTS)
+    conditioning = mdp.conditioning.rows(index)
     policy = DenoisingPolicy(mdp)
     agent = GRPO(policy, GRPOConfig(group_size=4, lr=1e-2, kl_coef=0.1))
     first = agent.update(collect(mdp, policy, row_generators(range(12)), PROMPTS, group_size=4), 0)
@@ -129,7 +130,7 @@ def test_the_reference_stays_what_it_was(make_shapes, latents, lora_rank):
         with torch.no_grad():
             return mdp.model.predict(latents, mdp.schedule.timesteps[0], conditioning)
 
-    base = StableDiffusion.from_pretrained(WEIGHTS, guidance_scale=1.0)
+    base = load_model("shapes")
     with torch.no_grad():
         expected = base.predict(latents, mdp.schedule.timesteps[0], conditioning)
     agent.update(collect(mdp, policy, row_generators(range(12)), PROMPTS, group_size=4), 1)
@@ -157,7 +158,7 @@ def test_a_prompt_that_is_too_long_is_named_and_cut(make_shapes):
     model = make_shapes().model
     long = "a red circle on gray " * 10
     with pytest.warns(UserWarning, match=r"reads 16 tokens.*cut off: 'a red circle on gray a red"):
-        assert model.encode([long])["prompt_embeds"].shape == (1, 16, model.network.config.cross_attention_dim)
+        assert model.encode([Prompt(long)])["prompt_embeds"].shape == (1, 16, model.network.config.cross_attention_dim)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_a_checkpoint_that_is_not_there_or_damaged_is_refused(tmp_path):
     weights = next((tmp_path / "cut" / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot load a Stable Diffusion checkpoint"):
-        StableDiffusion.from_pretrained(tmp_path / "cut")
+        load_model(str(tmp_path / "cut"))
 
 
 def test_the_stable_diffusion_1_unet_has_its_latents_and_conditioning():
@@ -230,7 +231,8 @@ def test_plain_diffusers_gives_images_the_verifier_scores_as_ours(make_shapes):
 
 
 def test_pooled_conditioning_tells_prompts_apart(make_shapes):
-    conditioning = make_shapes().prompts.conditioning
-    pooled = make_shapes().model.pool(conditioning)
+    mdp = make_shapes()
+    conditioning = mdp.conditioning.rows(mdp.drawn)
+    pooled = mdp.model.pool(conditioning)
     assert pooled.shape == (len(conditioning), conditioning["prompt_embeds"].shape[-1])
     assert torch.pdist(pooled).min() > 0

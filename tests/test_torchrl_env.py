@@ -25,7 +25,7 @@ def sampler(mdp):
     @torch.no_grad()
     def act(latents, step, index):
         k = int(step[0])
-        output = mdp.model.predict(latents, mdp.schedule.timesteps[k], mdp.prompts.conditioning[index])
+        output = mdp.model.predict(latents, mdp.schedule.timesteps[k], mdp.conditioning.rows(index))
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(k))
         return kernel.transition(latents, output, k).sample(noise)
 
@@ -92,7 +92,7 @@ def test_seeds():
 def test_groups():
     env = points(6, group_size=3, shared_noise=True)
     td = env.reset(prompts=["ring", "line"])
-    assert [env.prompts[i] for i in td["prompt_index"]] == ["ring"] * 3 + ["line"] * 3
+    assert [env.prompts[i].text for i in td["prompt_index"]] == ["ring"] * 3 + ["line"] * 3
     assert torch.equal(td["latents"][::3].repeat_interleave(3, 0), td["latents"])
     alone = env.reset(group_size=1, shared_noise=False)
     assert len(alone["latents"].unique(dim=0)) == 6

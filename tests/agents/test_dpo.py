@@ -15,7 +15,7 @@ NAN = float("nan")
 
 def scored(agent, total):
     mdp, total = agent.policy.mdp, torch.tensor(total)
-    prompts = mdp.prompts.texts[: len(total) // agent.group_size]
+    prompts = [p.text for p in mdp.prompts][: len(total) // agent.group_size]
     rollout = collect(mdp, agent.policy, row_generators(range(len(total))), prompts, group_size=agent.group_size)
     return dataclasses.replace(rollout, scores=Scores({"points": total}, total, total.isfinite(), {}))
 
@@ -97,7 +97,7 @@ def test_the_losers_caption_is_another_prompt(points):
 def test_the_losers_caption_shares_most_words(make_shapes):
     mdp = make_shapes()
     agent = DCPO(DenoisingPolicy(mdp), DCPOConfig(group_size=2))
-    texts = mdp.prompts.texts
+    texts = [p.text for p in mdp.prompts]
     random = torch.Generator().manual_seed(0)
     for i in range(0, len(texts), 7):
         words = set(texts[i].split())

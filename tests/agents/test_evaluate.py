@@ -34,7 +34,7 @@ def test_the_interval_leaves_unscored_images_out():
 
 def test_evaluation_is_the_same_for_the_same_seed_and_any_microbatch(points):
     policy = DenoisingPolicy(points)
-    prompts = points.prompts.texts
+    prompts = [p.text for p in points.prompts]
     one = evaluate(points, policy, prompts, 16, seed=5)
     assert one == evaluate(points, policy, prompts, 16, seed=5)
     assert one.images == 96
@@ -100,7 +100,7 @@ def test_kl_and_diversity_are_those_of_their_definitions(points):
     found = evaluate(points, policy, prompts, 8, seed=3, kl=True, microbatch=8)
     generators = row_generators(row_seeds(3, "evaluation", 0, 16))
     rollout = collect(points, policy, generators, prompts, group_size=8)
-    conditioning, total = rollout.conditioning[rollout.row], 0.0
+    conditioning, total = rollout.conditioning(slice(None)), 0.0
     for k in range(9):
         x = rollout.steps["latents"][:, k]
         with torch.no_grad(), points.model.reference():

@@ -101,7 +101,7 @@ def test_the_first_ratio_is_one_in_bf16(make_shapes, name, microbatch):
     several = {"updates_per_rollout": 2, "share_prefix": False, "group_size": 4, "window_size": 2}
     agent = AGENTS[name](DenoisingPolicy(mdp), settings(name, **several, draws_per_sample=2), microbatch=microbatch)
     options = {**agent.rollout_options(1), "microbatch": microbatch or 4}
-    rollout = collect(mdp, agent.policy, row_generators(range(8)), mdp.prompts.texts[:2], **options)
+    rollout = collect(mdp, agent.policy, row_generators(range(8)), [p.text for p in mdp.prompts][:2], **options)
     assert (first_ratios(agent, rollout) == 1).all()
 
 
@@ -110,7 +110,7 @@ def test_final_samples_losses_are_float32_in_bf16(make_shapes, name):
     """bf16's steps near 1 are 1/128 wide: DPO's β of 2000 would make them 8."""
     mdp = make_shapes(dtype="bf16")
     agent = AGENTS[name](DenoisingPolicy(mdp), settings(name, group_size=4, draws_per_sample=1, updates_per_rollout=1))
-    rollout = collect(mdp, agent.policy, row_generators(range(4)), mdp.prompts.texts[:1], group_size=4)
+    rollout = collect(mdp, agent.policy, row_generators(range(4)), [p.text for p in mdp.prompts][:1], group_size=4)
     examples = agent.examples(rollout, 1)
     with torch.no_grad():
         for p in agent.parameters:  # away from the reference, by less than bf16 resolves in a mean square of about 1

@@ -103,7 +103,7 @@ def test_the_gradient_is_that_of_the_published_objective(kl_coef):
         for i in range(8):
             for k in steps[i].tolist():
                 x, action = rollout.steps["latents"][i, k][None], rollout.steps["action"][i, k][None]
-                conditioning = rollout.conditioning[rollout.row[i : i + 1]]
+                conditioning = rollout.conditioning(slice(i, i + 1))
                 timestep = points.schedule.timesteps[k]
                 gaussian = policy.kernel.transition(x, points.model.predict(x, timestep, conditioning), k)
                 std = policy.kernel.stds[k]
@@ -193,7 +193,7 @@ def test_steps_weigh_as_their_std(points):
     stds = uniform.policy.kernel.stds[:9]
     torch.testing.assert_close(weighted.step_weights[:9].double(), stds / stds.mean(), rtol=1e-6, atol=0)
     rollout = collect(points, uniform.policy, row_generators(range(8)), group_size=4)
-    conditioning = rollout.conditioning[rollout.row]
+    conditioning = rollout.conditioning(slice(None))
     for k in (0, 8):
         pairs = {"row": torch.arange(8), "step": torch.full((8,), k), "advantage": torch.ones(8)}
         examples = TensorDict(pairs, batch_size=8)

@@ -110,7 +110,7 @@ def test_the_rollout_is_the_mdp_stepped_by_hand(points):
     with torch.no_grad():
         for k in range(10):
             torch.testing.assert_close(state.latents, rollout.steps["latents"][:, k], rtol=0, atol=0)
-            conditioning = points.prompts.conditioning[state.prompt_index]
+            conditioning = points.conditioning.rows(state.prompt_index)
             transition = policy.transition(state.latents, k, conditioning)
             action = transition.sample(noise[:, k])
             if transition.stochastic:

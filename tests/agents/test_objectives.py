@@ -89,7 +89,7 @@ class Bench:
         k = torch.as_tensor(k)
         timestep = self.mdp.schedule.timesteps[k]
         index = self.rollout.prompt_index[rows] if prompts is None else prompts
-        return self.mdp.model.predict(x, timestep, self.mdp.prompts.conditioning[index])
+        return self.mdp.model.predict(x, timestep, self.mdp.conditioning.rows(index))
 
     def std(self, k):
         sigmas, alphas = self.mdp.schedule.sigmas, self.mdp.schedule.alphas

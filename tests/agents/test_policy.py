@@ -19,7 +19,7 @@ def test_a_collector_gathers_whole_episodes_with_log_probs(points):
         assert batch["next", "done"][:, -1].all()
         assert not batch["next", "done"][:, :-1].any()
         for k in range(9):
-            rows = points.prompts.conditioning[batch["prompt_index"][:, k].flatten()]
+            rows = points.conditioning.rows(batch["prompt_index"][:, k].flatten())
             with torch.no_grad():
                 transition = policy.transition(batch["latents"][:, k], k, rows)
             expected = policy.log_prob(transition, batch["action"][:, k])
@@ -42,7 +42,7 @@ def test_the_policy_is_seeded(points):
 def test_rows_may_be_at_different_steps(points):
     policy = DenoisingPolicy(points)
     latents = torch.randn(3, 2)
-    rows = points.prompts.conditioning[torch.zeros(3, dtype=torch.long)]
+    rows = points.conditioning.rows(torch.zeros(3, dtype=torch.long))
     with torch.no_grad():
         mixed = policy.transition(latents, torch.tensor([0, 4, 8]), rows)
         for i, k in enumerate((0, 4, 8)):
@@ -65,7 +65,7 @@ def test_network_calls_are_rows_and_three_with_a_gradient(make_shapes):
         policy = DenoisingPolicy(mdp)
         seen = []
         mdp.model.network.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(len(inputs[0])))
-        conditioning, latents = mdp.prompts.conditioning[:3], torch.zeros(3, *mdp.model.latent_shape)
+        conditioning, latents = mdp.conditioning.rows(torch.arange(3)), torch.zeros(3, *mdp.model.latent_shape)
         with torch.no_grad():
             policy.transition(latents, 0, conditioning)
         assert policy.network_calls == sum(seen) == 3 * rows

@@ -327,10 +327,10 @@ def test_a_long_prompt_file_is_not_evaluated_whole(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(f"a red circle on gray {i}" for i in range(100)))
     experiment = build(TrainConfig(prompts=str(file), eval_prompts=None, model="shapes", eval_rewards=()))
-    assert len(experiment.mdp.prompts.texts) == 100
+    assert len(experiment.mdp.prompts) == 100
     assert len(experiment.eval_prompts) == 12  # shapes has held-out prompts of its own
     options = {"model": str(WEIGHTS), "rewards": {"shapes": 1.0}, "prompts": str(file)}
-    assert build(TrainConfig(**options)).eval_prompts == experiment.mdp.prompts.texts[:32]
+    assert build(TrainConfig(**options)).eval_prompts == [p.text for p in experiment.mdp.prompts][:32]
 
 
 def test_points_preset_builds():

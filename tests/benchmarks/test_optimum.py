@@ -111,7 +111,7 @@ def test_the_optimum_from_sampled_paths(model: str, kernel: str) -> None:
     for i, j in ((100, 100), (80, 110), (124, 96)):
         x = torch.stack([side[i], side[j]]).float().expand(n, 2)
         for k in range(4):
-            transition = policy.transition(x, k, policy.mdp.prompts.conditioning[torch.zeros(n, dtype=torch.long)])
+            transition = policy.transition(x, k, policy.mdp.conditioning.rows(torch.zeros(n, dtype=torch.long)))
             x = transition.sample(torch.randn(n, 2, generator=generator))
         r = policy.mdp.score(x, torch.zeros(n, dtype=torch.long)).total.double()
         weight = (r / beta).exp() / (r / beta).exp().mean()
@@ -138,7 +138,7 @@ def train(policy: DenoisingPolicy, reference: DenoisingPolicy, beta: float, step
     optimizer = torch.optim.Adam(policy.network.residual.parameters(), 1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
     generator = torch.Generator().manual_seed(1)
-    conditioning = policy.mdp.prompts.conditioning[torch.zeros(256, dtype=torch.long)]
+    conditioning = policy.mdp.conditioning.rows(torch.zeros(256, dtype=torch.long))
     for _ in range(200):
         x, kl = torch.randn(256, 2, generator=generator), torch.zeros(())
         for k in range(policy.mdp.num_steps):
