@@ -217,7 +217,7 @@ def load_prompts(source: str, named: Mapping[str, str] = MappingProxyType({})) -
         raise ValueError(f"the prompt file {source!r} must end in one of {list(_FORMATS)}")
     prompts, paths = [], []
     first: dict[Path, int] = {}
-    for number, columns in _FORMATS[path.suffix.lower()](source, _decode(source)):
+    for number, columns in _FORMATS[path.suffix.lower()](source, _open(source)):
         with _at(source, number):
             prompt, names = _row(**columns)
         prompts.append(prompt)
@@ -363,31 +363,32 @@ def _at(source: str, number: int) -> Iterator[None]:
         raise ValueError(f"{source}, line {number}: {error}") from error
 
 
-def _decode(source: str) -> str:
+def _open(source: str) -> io.StringIO:
+    """The file's lines, each with the end "\\n", whatever it was."""
     try:
         data = Path(source).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise ValueError(f"cannot read the prompt file {source!r}: {error.strerror}") from error
     try:
-        return data.decode()
+        return io.StringIO(data.decode(), newline=None)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{source}, line {line}: not UTF-8 ({error.reason})") from error
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+def _numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             yield number, line.strip()
 
 
-def _txt(source: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in _lines(text):
+def _txt(source: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _numbered(lines):
         yield number, {"prompt": line}
 
 
-def _jsonl(source: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in _lines(text):
+def _jsonl(source: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _numbered(lines):
         with _at(source, number):
             try:
                 columns = json.loads(line)
@@ -398,8 +399,8 @@ def _jsonl(source: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, columns
 
 
-def _csv(source: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _csv(source: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = csv.reader(lines, strict=True)
     header: list[str] = []
     while True:
         number = rows.line_num + 1
@@ -441,7 +442,7 @@ def _row(
     return Prompt(prompt, negative_prompt, metadata={**(metadata or {}), **others}), paths
 
 
-_FORMATS: dict[str, Callable[[str, str], Iterator[tuple[int, dict[str, Any]]]]] = {
+_FORMATS: dict[str, Callable[[str, Iterable[str]], Iterator[tuple[int, dict[str, Any]]]]] = {
     ".txt": _txt,
     ".jsonl": _jsonl,
     ".csv": _csv,

@@ -423,7 +423,7 @@ def test_a_csv_file(tmp_path, frame):
     ]
 
 
-FILES = {"txt": "a cat\nein Hündchen\n", "jsonl": JSONL, "csv": 'prompt,n\n"a ""cat""",1\nein Hündchen,"a, b"\n'}
+FILES = {"txt": "a cat\nein Hündchen\n", "jsonl": JSONL, "csv": 'prompt,n\n"a ""cat""",1\nein Hündchen,"a,\nb"\n'}
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
