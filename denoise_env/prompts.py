@@ -3,7 +3,7 @@
 | file | a prompt is | columns |
 |---|---|---|
 | `.txt` | a line | none, the line is the text |
-| `.jsonl` | an object on a line | `prompt`, `negative_prompt`, `image` (a path or a list of them), `metadata` (an object) |
+| `.jsonl` | an object on a line | `prompt`, `negative_prompt`, `image` (a path or a list), `metadata` (an object) |
 | `.csv` | a row below the header | `prompt`, `negative_prompt`, `image` (a path) |
 
 Only `prompt` is required. Every other column is metadata, in a `.csv` as a string. Image paths are relative to the
@@ -18,7 +18,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -124,7 +124,7 @@ class Prompt:
         self,
         text: str,
         negative: str | None = None,
-        images: "PromptImage | ImageSource | Iterable[PromptImage | ImageSource]" = (),
+        images: "PromptImage | ImageSource | Sequence[PromptImage | ImageSource]" = (),
         metadata: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         _check_text(text, "text")
@@ -185,7 +185,7 @@ def check_prompts(prompts: Iterable[str | Prompt], allow_empty: bool = False) ->
     """
     if isinstance(prompts, (str, Prompt)):
         raise ValueError(f"prompts must be a list of strings; put the one prompt in a list: [{prompts!r}]")
-    if isinstance(prompts, Set) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, (set, frozenset)) or not isinstance(prompts, Iterable):
         raise ValueError(f"prompts must be a list of strings, not {type(prompts).__name__}")
     checked = []
     for i, prompt in enumerate(prompts):
@@ -215,20 +215,21 @@ def load_prompts(source: str, named: Mapping[str, str] = MappingProxyType({})) -
     path = Path(source)
     if path.suffix.lower() not in _FORMATS:
         raise ValueError(f"the prompt file {source!r} must end in one of {list(_FORMATS)}")
+    prompts, paths = [], []
     first: dict[Path, int] = {}
-    rows = []
-    for number, columns in _FORMATS[path.suffix.lower()](source, _decode(source)):
+    for number, columns in _FORMATS[path.suffix.lower()](source, _open(source)):
         with _at(source, number):
             prompt, names = _row(**columns)
-        paths = [path.parent / name for name in names]
-        for image in paths:
+        prompts.append(prompt)
+        paths.append([path.parent / name for name in names])
+        for image in paths[-1]:
             first.setdefault(image, number)
-        rows.append((prompt, paths))
-    if not rows:
+    if not prompts:
         raise ValueError(f"the prompt file {source!r} holds no prompts")
     images = _read_images(source, first)
     return [
-        replace(prompt, images=tuple(images[path] for path in paths)) if paths else prompt for prompt, paths in rows
+        replace(prompt, images=tuple(images[path] for path in own)) if own else prompt
+        for prompt, own in zip(prompts, paths, strict=True)
     ]
 
 
@@ -362,31 +363,32 @@ def _at(source: str, number: int) -> Iterator[None]:
         raise ValueError(f"{source}, line {number}: {error}") from error
 
 
-def _decode(source: str) -> str:
+def _open(source: str) -> io.StringIO:
+    """The file's lines, each with the end "\\n", whatever it was."""
     try:
         data = Path(source).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise ValueError(f"cannot read the prompt file {source!r}: {error.strerror}") from error
     try:
-        return data.decode()
+        return io.StringIO(data.decode(), newline=None)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{source}, line {line}: not UTF-8 ({error.reason})") from error
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+def _numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             yield number, line.strip()
 
 
-def _txt(source: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in _lines(text):
+def _txt(source: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _numbered(lines):
         yield number, {"prompt": line}
 
 
-def _jsonl(source: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in _lines(text):
+def _jsonl(source: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _numbered(lines):
         with _at(source, number):
             try:
                 columns = json.loads(line)
@@ -397,8 +399,8 @@ def _jsonl(source: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, columns
 
 
-def _csv(source: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _csv(source: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = csv.reader(lines, strict=True)
     header: list[str] = []
     while True:
         number = rows.line_num + 1
@@ -425,7 +427,7 @@ def _row(
 ) -> tuple[Prompt, list[str]]:
     """A prompt without its images, and their paths."""
     if prompt is None:
-        raise ValueError(f"there is no 'prompt', only {sorted(others)}")
+        raise ValueError("there is no 'prompt'")
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"'prompt' must be a non-empty string, not {prompt!r}")
     if not isinstance(negative_prompt, str | None):
@@ -440,7 +442,7 @@ def _row(
     return Prompt(prompt, negative_prompt, metadata={**(metadata or {}), **others}), paths
 
 
-_FORMATS: dict[str, Callable[[str, str], Iterator[tuple[int, dict[str, Any]]]]] = {
+_FORMATS: dict[str, Callable[[str, Iterable[str]], Iterator[tuple[int, dict[str, Any]]]]] = {
     ".txt": _txt,
     ".jsonl": _jsonl,
     ".csv": _csv,
