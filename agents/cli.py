@@ -14,8 +14,7 @@ from typing import Any
 from agents.algorithms import AGENTS
 from agents.training.config import TrainConfig, as_dict
 from agents.training.presets import PRESETS, make_config
-from denoise_env.models import FAMILIES, ModelOptions, find_family, model_options
-from denoise_env.naming import load_attribute
+from denoise_env.models import ModelOptions, check_options, families, find_family, model_options
 from denoise_env.rewards import load_reward
 from denoise_env.worlds import DEFAULT, PROMPT_SETS, WORLDS
 
@@ -111,8 +110,7 @@ _MODEL_OPTIONS = (
 
 def _split_model_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments without those that begin with ``--model.``, and those, each "--model.name=value"."""
-    families = [load_attribute(target, "model family") for target in FAMILIES]
-    switches = {f.name for family in families for f in dataclasses.fields(family.options) if f.type in (bool, "bool")}
+    switches = {f.name for family in families() for f in dataclasses.fields(family.options) if f.type in (bool, "bool")}
     plain: list[str] = []
     model: list[str] = []
     rest = iter(arguments)
@@ -127,13 +125,13 @@ def _split_model_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return plain, model
 
 
-def _check_model_flags(model: str, flags: Sequence[str]) -> None:
-    """Refuse ``--model.`` flags that the model's family lacks with a ``ValueError``."""
+def _check_model_flags(options: ModelOptions, flags: Sequence[str]) -> None:
+    """Refuse ``--model.`` flags that a family lacks with a ``ValueError``."""
     names = [flag.removeprefix("--model.").partition("=")[0] for flag in flags if flag.startswith("--model.")]
-    model_options(model, **{name.removeprefix("no-").replace("-", "_"): None for name in names})
+    check_options(type(options), [name.removeprefix("no-").replace("-", "_") for name in names])
 
 
-def _with_flags(model: str, options: ModelOptions, flags: Sequence[str], command: str) -> ModelOptions:
+def _with_flags(options: ModelOptions, flags: Sequence[str], command: str) -> ModelOptions:
     """A model's options with ``--model.`` flags.
 
     Raises:
@@ -141,7 +139,7 @@ def _with_flags(model: str, options: ModelOptions, flags: Sequence[str], command
     """
     import tyro
 
-    _check_model_flags(model, flags)
+    _check_model_flags(options, flags)
     arguments = [f"--{flag.removeprefix('--model.')}" for flag in flags]
     return tyro.cli(type(options), prog=f"denoise-env {command} MODEL --model.", args=arguments, default=options)
 
@@ -214,7 +212,7 @@ def _train(arguments: Sequence[str]) -> int:
         model, agent, rest = _names(rest)
         chosen.preset = chosen.preset or _preset_of(model or DEFAULT)
         default = make_config(chosen.preset, agent, model=model)
-        _check_model_flags(default.model, rest)
+        _check_model_flags(default.model_options, rest)
         config = parse_config(rest, default)
         name = f"{chosen.preset}-{agent}".replace(":", "-") if agent else chosen.preset
         directory = Path(config.output_dir) if config.output_dir else _free(Path(f"runs/{name}-seed{config.seed}"))
@@ -243,6 +241,7 @@ def _names(arguments: Sequence[str]) -> tuple[str | None, str | None, list[str]]
     """The model's and the agent's name, as flags or a file give them, and the other arguments."""
     find = argparse.ArgumentParser(prog="denoise-env train", add_help=False, allow_abbrev=False)
     find.add_argument("--model", "--model.name")
+    find.add_argument("--model.family")  # a saved configuration has it; what counts is the model
     find.add_argument("--agent", "--agent.name")
     found, rest = find.parse_known_args(arguments)
     return found.model, found.agent, rest
@@ -278,8 +277,12 @@ def run_config(directory: Path) -> TrainConfig:
     """
     if not (directory / "config.json").is_file():
         raise ValueError(f"there is no run in {directory} (no config.json)")
-    model, agent, rest = _names(read_config(str(directory / "config.json")))
-    return parse_config(rest, TrainConfig(model=model or DEFAULT, agent=agent or "grpo"))
+    flags = read_config(str(directory / "config.json"))
+    model, agent, rest = _names(flags)
+    known = {family.name: family.options for family in families()}
+    named = flags[flags.index("--model.family") + 1] if "--model.family" in flags else None
+    options: Any = known[named]() if named in known else None  # so that no hub is asked what the model is
+    return parse_config(rest, TrainConfig(model=model or DEFAULT, model_options=options, agent=agent or "grpo"))
 
 
 def _experiment(target: str, options: argparse.Namespace) -> Any:
@@ -288,7 +291,7 @@ def _experiment(target: str, options: argparse.Namespace) -> Any:
     path = Path(target)
     is_run = (path / "config.json").is_file() and (path / "metrics.csv").exists()
     config = run_config(path) if is_run else TrainConfig(model=target)
-    config.model_options = _with_flags(config.model, config.model_options, options.model_flags, options.command)
+    config.model_options = _with_flags(config.model_options, options.model_flags, options.command)
     config.conditioning_cache = options.conditioning_cache or config.conditioning_cache
     if options.num_steps is not None:
         config.num_steps = options.num_steps
@@ -355,7 +358,7 @@ def _sample(options: argparse.Namespace) -> int:
 def _describe(options: argparse.Namespace) -> int:
     from denoise_env.models.description import describe
 
-    chosen = _with_flags(options.model, model_options(options.model), options.model_flags, options.command)
+    chosen = _with_flags(model_options(options.model), options.model_flags, options.command)
     found = describe(options.model, chosen)
     steps, per_row = options.num_steps, found.rows_per_sample
     entries = ", ".join(f"{name} {list(shape)}" for name, shape in found.conditioning.items())
@@ -400,7 +403,7 @@ def _list(options: argparse.Namespace) -> int:
         ),
         (
             "families",
-            {f.name: f.description for f in (load_attribute(target, "model family") for target in FAMILIES)},
+            {family.name: family.description for family in families()},
         ),
         ("rewards (--rewards NAME WEIGHT …)", rewards.NAMES | {"module:attribute": "your own"}),
         (

@@ -12,7 +12,7 @@ class World:
     Attributes:
         description: what it is, in a line.
         family: the target of its model's `denoise_env.models.Family`.
-        checkpoint: the target of its checkpoint's path, or ``None`` where the family makes it from its options.
+        checkpoint: the target of what the family's loader takes as its checkpoint; ``None``: nothing.
         options: the family's options that this world sets.
         prompts: name → target of the set that is trained on.
         held_out: name → target of the set that is evaluated on, never trained on; empty: the trained one.
@@ -63,7 +63,7 @@ WORLDS: dict[str, World] = {
     "points": _points(
         "2-D Gaussian mixtures with an exact denoiser, as a diffusion", environment="denoise_env/Points-v0"
     ),
-    "points-flow": _points("the same mixtures as a rectified flow", options={"path": "flow"}),
+    "points-flow": _points("the same mixtures as a rectified flow", checkpoint="denoise_env.models.points:FLOW"),
 }
 """Name → record; a new world is an entry here."""
 PROMPT_SETS: dict[str, str] = {

@@ -32,6 +32,10 @@ def build(prompts=PROMPTS, rewards=None, model=None, **options) -> DenoisingMDP:
     return DenoisingMDP(model or Points(), rewards or {"x": first_coordinate}, prompts, 4, **options)
 
 
+class EchoOptions(ModelOptions):
+    family = "echo"
+
+
 class Echo(DenoisingModel):
     """Takes any text; counts what it encodes."""
 
@@ -376,7 +380,7 @@ def test_make_takes_weights_by_name() -> None:
 
 def test_make_refuses_a_checkpoint_without_prompts_and_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("my_family")
-    module.FAMILY = Family("echo", "takes any text", ModelOptions, lambda checkpoint, options, device: Echo())
+    module.FAMILY = Family("takes any text", EchoOptions, lambda checkpoint, options, device: Echo())
     monkeypatch.setitem(sys.modules, "my_family", module)
     with pytest.raises(ValueError, match="'my_family:FAMILY' has no prompts of its own: name them"):
         DenoisingMDP.make("my_family:FAMILY", "points")

@@ -22,7 +22,7 @@ def encode(model: Points, texts: list[str]) -> TensorDict:
 
 def perturbed(path: str, seed: int = 3) -> Points:
     """A model as if it had been trained."""
-    model = Points(PointsOptions(path))
+    model = Points(path)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.network.parameters():
@@ -63,7 +63,7 @@ def posterior_mean(x: Tensor, alpha: float, sigma: float, means: Tensor) -> Tens
     ("path", "timestep"), [("diffusion", t) for t in (20, 300, 981)] + [("flow", t) for t in (0.1, 0.5, 1.0)]
 )
 def test_the_denoiser_is_the_posterior_mean(path: str, timestep: float, prompt: str) -> None:
-    model = Points(PointsOptions(path))
+    model = Points(path)
     network = model.network
     if path == "diffusion":
         alpha, sigma = network.alphas[timestep].item(), network.sigmas[timestep].item()
@@ -105,7 +105,7 @@ def statistics(x: Tensor, prompt: str) -> Tensor:
 
 def z_scores(kernel: type[Kernel], eta: float, rows: int = 1000) -> Tensor:
     """Of the statistics of a ring's and a spiral's samples, ``[2, 6]``."""
-    model = Points(PointsOptions("diffusion" if kernel is DDIM else "flow"))
+    model = Points("diffusion" if kernel is DDIM else "flow")
     schedule = model.schedule(1000 if kernel is DDIM else 200)  # DDIM's bias falls the slowest
     built = kernel(schedule, model.prediction_type, eta)
     prompts = ["ring", "spiral"]
@@ -145,7 +145,7 @@ def test_the_test_sees_a_biased_sampler() -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_the_residual_is_zero_at_the_start_and_trainable(path: str) -> None:
-    model = Points(PointsOptions(path))
+    model = Points(path)
     x, t, index = inputs(model)
     output = model.predict(x, t, encode(model, PROMPTS)[index])
     if path == "diffusion":
@@ -162,7 +162,7 @@ def test_the_seed_gives_the_hidden_layers_and_leaves_the_global_generator_alone(
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    one, same, other = (Points(PointsOptions(seed=s)).network.residual[0].weight for s in (5, 5, 6))
+    one, same, other = (Points(options=PointsOptions(seed=s)).network.residual[0].weight for s in (5, 5, 6))
     assert torch.equal(torch.rand(1), expected)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -193,7 +193,7 @@ def test_export_round_trip(path: str, tmp_path) -> None:
     conditioning = encode(model, PROMPTS)[index]
     assert loaded.architecture() == model.architecture()
     assert torch.equal(loaded.predict(x, t, conditioning), model.predict(x, t, conditioning))
-    assert not torch.equal(Points(PointsOptions(path)).predict(x, t, conditioning), model.predict(x, t, conditioning))
+    assert not torch.equal(Points(path).predict(x, t, conditioning), model.predict(x, t, conditioning))
 
 
 # --- Prompts, schedules, pictures, loading ---
@@ -212,7 +212,7 @@ def test_unknown_prompts_are_refused(prompt: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 50, 333, 500, 501, 999, 1000])
 def test_schedules_of_any_length(path: str, num_steps: int) -> None:
-    model = Points(PointsOptions(path))
+    model = Points(path)
     schedule = model.schedule(num_steps)
     assert schedule.num_steps == num_steps
     assert (schedule.timesteps.diff() < 0).all()
@@ -243,7 +243,7 @@ def test_diffusion_timesteps_are_stable_diffusions() -> None:
 @pytest.mark.parametrize("num_steps", [0, -1, 1001])
 def test_impossible_numbers_of_steps_are_refused(path: str, num_steps: int) -> None:
     with pytest.raises(ValueError, match=f"num_steps must be .*not {num_steps}"):
-        Points(PointsOptions(path)).schedule(num_steps)
+        Points(path).schedule(num_steps)
 
 
 def test_render_draws_a_dot_where_the_point_is() -> None:
@@ -258,7 +258,7 @@ def test_render_draws_a_dot_where_the_point_is() -> None:
 def test_load_model_knows_both_paths_and_refuses_other_options() -> None:
     assert load_model("points").prediction_type == "epsilon"
     assert load_model("points-flow", seed=2).prediction_type == "flow_prediction"
-    with pytest.raises(ValueError, match="points has no option 'guidance_scale'; there are \\['path', 'seed'\\]"):
+    with pytest.raises(ValueError, match="points has no option 'guidance_scale'; there are \\['seed'\\]"):
         load_model("points", guidance_scale=2)
 
 

@@ -102,5 +102,5 @@ class TrainConfig:
 def as_dict(config: TrainConfig) -> dict[str, Any]:
     """A configuration as JSON has it: ``model`` and ``agent`` hold their ``name`` and their settings."""
     values = dataclasses.asdict(config)
-    settings = {name: {"name": values[name], **values.pop(f"{name}_options")} for name in ("model", "agent")}
-    return {**values, **settings}
+    model = {"name": config.model, "family": config.model_options.family, **values.pop("model_options")}
+    return {**values, "model": model, "agent": {"name": config.agent, **values.pop("agent_options")}}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ FAMILIES = (
     "denoise_env.models.stable_diffusion:FAMILY",
 )
 """Where the families' records are; a new family is a file and a line here."""
+
+
+def families() -> list[Family]:
+    """The records of all families."""
+    return [load_attribute(target, "model family") for target in FAMILIES]
 
 
 def find_family(model: str) -> tuple[Family, str | None, dict[str, Any]]:
@@ -67,11 +73,10 @@ def _recognise(checkpoint: str) -> Family:
         raise ValueError(f"{checkpoint!r} is no checkpoint: there is no model_index.json in it") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the model_index.json of {checkpoint!r} cannot be read: {error!r}") from error
-    families = [load_attribute(target, "model family") for target in FAMILIES]
-    for family in families:
+    for family in families():
         if name in family.classes:
             return family
-    known = {cls: family.name for family in families for cls in family.classes}
+    known = {cls: family.name for family in families() for cls in family.classes}
     raise ValueError(f"{checkpoint!r} holds a {name}, which no family claims; there are {known}")
 
 
@@ -82,11 +87,16 @@ def model_options(model: str, **changes: Any) -> ModelOptions:
         ValueError: no such model, or an option that its family lacks.
     """
     family, _, options = find_family(model)
-    known = [field.name for field in dataclasses.fields(family.options)]
-    for name in changes:
-        if name not in known:
-            raise ValueError(f"{family.name} has no option {name!r}; {suggest(name, known)}")
+    check_options(family.options, changes)
     return family.options(**{**options, **changes})
+
+
+def check_options(options: type[ModelOptions], names: Iterable[str]) -> None:
+    """Refuse names that are none of a family's options with a ``ValueError``."""
+    known = [field.name for field in dataclasses.fields(options)]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{options.family} has no option {name!r}; {suggest(name, known)}")
 
 
 def load_model(
@@ -107,4 +117,14 @@ def load_model(
     return family.load(checkpoint, options or model_options(model, **changes), device)
 
 
-__all__ = ["FAMILIES", "DenoisingModel", "Family", "ModelOptions", "find_family", "load_model", "model_options"]
+__all__ = [
+    "FAMILIES",
+    "DenoisingModel",
+    "Family",
+    "ModelOptions",
+    "check_options",
+    "families",
+    "find_family",
+    "load_model",
+    "model_options",
+]

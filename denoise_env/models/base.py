@@ -18,7 +18,9 @@ from denoise_env.prompts import Prompt
 
 @dataclass
 class ModelOptions:
-    """What a family lets one choose; each family has a subclass."""
+    """What a family lets one choose; each family has a subclass, with the family's name."""
+
+    family: ClassVar[str]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,6 @@ class Family:
     """A model family's record: how it is recognised, its options, its loader.
 
     Attributes:
-        name: of the family.
         description: what it covers, in a line.
         options: its dataclass of options, each with a default.
         load: (checkpoint, options, device) → model. ``checkpoint`` is a directory or a hub id; or ``None``, for
@@ -36,13 +37,17 @@ class Family:
         preset: where a run's defaults come from unless another is named, see `agents.training.presets`.
     """
 
-    name: str
     description: str
     options: type[ModelOptions]
     load: Callable[[str | None, Any, str | torch.device], "DenoisingModel"]
     outline: Callable[[str | None, Any], "DenoisingModel"] | None = None
     classes: tuple[str, ...] = ()
     preset: str = "dancegrpo"
+
+    @property
+    def name(self) -> str:
+        """Of the family."""
+        return self.options.family
 
 
 class DenoisingModel(ABC):

@@ -8,7 +8,7 @@ samples is all there is to see. A small residual network, zero at the start, is 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,8 @@ from denoise_env.models.base import DenoisingModel, Family, ModelOptions
 from denoise_env.prompts import Prompt
 
 TRAIN_STEPS = 1000
+FLOW: Literal["flow"] = "flow"
+"""The checkpoint of Points as a rectified flow."""
 
 
 def _mixtures() -> dict[str, list[tuple[float, float]]]:
@@ -101,8 +103,8 @@ class PointsNetwork(nn.Module):
 class PointsOptions(ModelOptions):
     """What Points lets one choose."""
 
-    path: Literal["diffusion", "flow"] = "diffusion"
-    """Stable Diffusion's ᾱ table, or a rectified flow without shift."""
+    family = "points"
+
     seed: int = 0
     """Of the residual network's hidden layers."""
 
@@ -111,6 +113,7 @@ class Points(DenoisingModel):
     """The Points family.
 
     Args:
+        path: "diffusion" (Stable Diffusion's ᾱ table) or "flow" (rectified flow, no shift).
         options: see there.
         device: where the network lives.
 
@@ -121,11 +124,16 @@ class Points(DenoisingModel):
     latent_shape = (2,)
     vocabulary = tuple(MIXTURES)
 
-    def __init__(self, options: PointsOptions | None = None, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        path: Literal["diffusion", "flow"] = "diffusion",
+        options: PointsOptions | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if path not in ("diffusion", FLOW):
+            raise ValueError(f'path must be "diffusion" or "flow", not {path!r}')
+        self.path = path
         self.options = options or PointsOptions()
-        self.path = self.options.path
-        if self.path not in ("diffusion", "flow"):
-            raise ValueError(f'path must be "diffusion" or "flow", not {self.path!r}')
         self.prediction_type: PredictionType = "epsilon" if self.path == "diffusion" else "flow_prediction"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.options.seed)
@@ -179,20 +187,21 @@ class Points(DenoisingModel):
 
     @classmethod
     def load(cls, checkpoint: str | None, options: PointsOptions, device: str | torch.device = "cpu") -> "Points":
-        """A new model, or what ``export`` wrote, on its own path.
+        """A new model, as a diffusion (no checkpoint) or as a flow (`FLOW`); or what ``export`` wrote.
 
         Raises:
             ValueError: the checkpoint is damaged.
         """
         if checkpoint is None:
-            return cls(options, device)
+            return cls("diffusion", options, device)
+        if checkpoint == FLOW:
+            return cls(FLOW, options, device)
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         directory = Path(checkpoint)
         try:
-            path = json.loads((directory / "model_index.json").read_text())["path"]
-            model = cls(replace(options, path=path), device)
+            model = cls(json.loads((directory / "model_index.json").read_text())["path"], options, device)
             model.network.load_state_dict(load_file(directory / "model.safetensors", device=str(device)))
         except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"cannot load Points from {checkpoint!r}: {error}") from error
@@ -200,7 +209,6 @@ class Points(DenoisingModel):
 
 
 FAMILY = Family(
-    name="points",
     description="2-D Gaussian mixtures with an exact denoiser, as a diffusion or a rectified flow",
     options=PointsOptions,
     load=Points.load,

@@ -19,6 +19,8 @@ from denoise_env.prompts import Prompt
 class StableDiffusionOptions(PipelineOptions):
     """What Stable Diffusion lets one choose."""
 
+    family = "stable-diffusion"
+
     guidance_scale: float = 5.0
     """w of classifier-free guidance ε_u + w (ε_c − ε_u), in rollout and training alike; 1 is no guidance and half the
     compute."""
@@ -136,7 +138,6 @@ def _latent_shape(pipeline: Any, height: int | None, width: int | None) -> tuple
 
 
 FAMILY = Family(
-    name="stable-diffusion",
     description="Stable Diffusion 1.x and 2.x: text to image, diffusion, classifier-free guidance",
     options=StableDiffusionOptions,
     load=StableDiffusion.load,

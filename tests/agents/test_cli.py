@@ -30,7 +30,7 @@ def test_train_eval_sample_and_resume(tmp_path, capsys):
     assert json.loads(exported.read_text())[str(directory / "export")] == figures
     capsys.readouterr()
     assert cli.main(["eval", str(directory / "export")]) == 2
-    assert "no prompts and rewards of its own" in capsys.readouterr().err
+    assert "has no rewards of its own: name them" in capsys.readouterr().err
     assert cli.main(["eval", "points", "--prompts", "nowhere.txt"]) == 2
     assert "no prompt file 'nowhere.txt'" in capsys.readouterr().err
 
@@ -116,7 +116,7 @@ def test_the_preset_goes_with_the_model(tmp_path):
     directory = tmp_path / "run"
     assert cli.main(["train", "--model", "points-flow", *FAST[2:], "--output-dir", str(directory)]) == 0
     config = json.loads((directory / "config.json").read_text())
-    assert config["model"] == "points-flow"
+    assert config["model"]["name"] == "points-flow"
     assert config["eval_rewards"] == []
 
 

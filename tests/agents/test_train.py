@@ -19,6 +19,7 @@ from agents.training.experiment import build
 from agents.training.loop import train as run
 from agents.training.presets import make_config, points
 from agents.training.tables import Table
+from denoise_env.models import model_options
 from denoise_env.shapes import WEIGHTS
 
 TIMING = {"seconds", "images_per_second"}
@@ -100,8 +101,7 @@ def test_a_resumed_run_equals_the_run_that_never_stopped(whole, tmp_path, monkey
 def test_resuming_shapes_is_exact(tmp_path):
     config = TrainConfig(
         num_steps=3,
-        guidance_scale=3.0,
-        lora_rank=2,
+        model_options=model_options("shapes", guidance_scale=3.0, lora_rank=2),
         agent_options=GRPOConfig(group_size=4, ema_decay=0.5),
         iterations=2,
         prompts_per_iteration=2,
@@ -299,7 +299,7 @@ def test_the_dancegrpo_preset_is_danceGRPOs_setting():
 
     config = dancegrpo()
     assert config.prompts_per_iteration * config.agent_options.group_size == 512
-    assert (config.num_steps, config.eta, config.guidance_scale, config.kernel) == (50, 1.0, 5.0, "ddim")
+    assert (config.num_steps, config.eta, config.model_options.guidance_scale, config.kernel) == (50, 1.0, 5.0, "ddim")
     agent = config.agent_options
     assert (agent.group_size, agent.updates_per_rollout, agent.lr, agent.clip_range) == (16, 2, 1e-5, 1e-4)
     assert (agent.timestep_fraction, agent.drop_last, agent.timestep_selection) == (1.0, True, "per_sample")
@@ -310,7 +310,11 @@ def test_the_dancegrpo_preset_is_danceGRPOs_setting():
         "mean",
         0,
     )
-    tiny = dataclasses.replace(config, model="shapes", height=32, width=32, dtype="fp32")
+    tiny = dataclasses.replace(
+        config,
+        model="shapes",
+        model_options=dataclasses.replace(config.model_options, height=32, width=32, dtype="fp32"),
+    )
     experiment = build(tiny)
     steps = experiment.agent.select_steps(512, 1)
     assert steps.shape == (512, 49)
@@ -327,7 +331,7 @@ def test_a_long_prompt_file_is_not_evaluated_whole(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(f"a red circle on gray {i}" for i in range(100)))
     experiment = build(TrainConfig(prompts=str(file), eval_prompts=None, model="shapes", eval_rewards=()))
-    assert len(experiment.mdp.prompts) == 100
+    assert len(experiment.mdp.drawn_prompts) == 100
     assert len(experiment.eval_prompts) == 12  # shapes has held-out prompts of its own
     options = {"model": str(WEIGHTS), "rewards": {"shapes": 1.0}, "prompts": str(file)}
     assert build(TrainConfig(**options)).eval_prompts == [p.text for p in experiment.mdp.prompts][:32]

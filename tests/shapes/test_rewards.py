@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from denoise_env.rewards import load_reward
 from denoise_env.rewards.base import Reward
 from denoise_env.rewards.shapes import ShapesCorrect, ShapesReward
 from denoise_env.shapes import ALL, render
@@ -42,4 +43,5 @@ def test_counts_must_agree(images):
 
 
 def test_names():
-    assert (ShapesReward.name, ShapesCorrect.name) == ("shapes", "shapes-correct")
+    assert type(load_reward("shapes")) is ShapesReward
+    assert type(load_reward("shapes-correct")) is ShapesCorrect
