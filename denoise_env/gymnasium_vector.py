@@ -29,11 +29,11 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
     |---|---|
     | observation | ``latents`` Box, ``step`` Discrete(K + 1), ``prompt_index`` into ``env.prompts`` |
     | action | the next latents, Box(−∞, ∞, latent shape, float32) |
-    | reward | 0 until step K, then the weighted sum of the rewards; NaN where one could not be computed |
+    | reward | 0 until step K, then the weighted sum of the rewards; NaN where one that has a weight failed |
     | terminated | at step K; never truncated |
 
-    ``infos["prompt"]`` has the prompts' texts; where an episode ends, ``infos["reward_terms"]`` has each
-    reward by name and ``infos["valid"]`` tells whether all could be computed.
+    ``infos["prompt"]`` has the prompts' texts; where an episode ends, ``infos["reward_terms"]`` has each reward by
+    name, those of weight 0 included, and ``infos["valid"]`` tells whether the reward is a finite number.
 
     Row i of a reset with the integer ``seed`` equals a single environment reset with ``seed + i``. Reset
     options: ``prompts`` (one per group), ``group_size``, ``shared_noise``, and ``reset_mask`` (bools; other

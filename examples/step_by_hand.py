@@ -15,7 +15,7 @@ import gymnasium
 import torch
 
 import denoise_env  # noqa: F401 - registers the environments
-from agents.training.evaluation import grid
+from agents.training.pictures import grid
 from denoise_env.kernels import DDIM
 from denoise_env.torchrl_env import DenoiseTorchRLEnv
 
