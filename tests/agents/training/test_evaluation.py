@@ -1,17 +1,13 @@
-import csv
 import math
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
 from agents.training.evaluation import bootstrap, evaluate, sample
-from agents.training.pictures import grid
-from agents.training.report import headline
-from agents.training.seeding import epoch_order, row_seeds
+from agents.training.seeding import row_seeds
 from denoise_env.mdp import row_generators
 
 
@@ -26,10 +22,49 @@ def test_the_interval_covers_as_often_as_it_says():
     assert high - low < 1  # the spread between prompts is no uncertainty
 
 
-def test_the_interval_leaves_unscored_images_out():
+def test_the_interval_over_prompts_covers_the_mean_of_all_prompts_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits, hits_over_images = 0, 0
+    for trial in range(200):
+        prompts = rng.normal(0.0, 1.0, (25, 1))  # drawn from all prompts, whose mean is 0
+        table = prompts + rng.normal(0.0, 1.0, (25, 8))
+        low, high = bootstrap(table, trial, draws=400, over="prompts")
+        hits += low <= 0 <= high
+        low, high = bootstrap(table, trial, draws=400)
+        hits_over_images += low <= 0 <= high
+    assert 0.89 <= hits / 200 <= 0.99
+    assert hits_over_images / 200 < 0.7  # the noise alone explains little of the difference
+
+
+def test_without_noise_the_interval_over_prompts_is_that_of_their_means():
+    table = np.repeat(np.arange(20.0)[:, None], 3, 1)
+    assert bootstrap(table, 0) == (9.5, 9.5)
+    low, high = bootstrap(table, 0, over="prompts")
+    error = np.arange(20.0).std() / math.sqrt(20)
+    assert (low, high) == pytest.approx((9.5 - 1.96 * error, 9.5 + 1.96 * error), abs=0.3)
+
+
+@pytest.mark.parametrize("over", ["images", "prompts"])
+def test_the_interval_leaves_unscored_images_out(over):
     table = np.array([[1.0, np.nan, 1.0], [1.0, 1.0, np.nan]])
-    assert bootstrap(table, 0) == (1.0, 1.0)
-    assert np.isnan(bootstrap(table * np.nan, 0)).all()
+    assert bootstrap(table, 0, over=over) == (1.0, 1.0)
+    assert np.isnan(bootstrap(table * np.nan, 0, over=over)).all()
+
+
+def test_both_intervals_are_columns_and_one_prompt_has_no_interval_over_prompts(points):
+    policy = DenoisingPolicy(points)
+    found = evaluate(points, policy, points.prompts.texts, 16, seed=5)
+    row, (low, high), (far_low, far_high) = found.row(), found.intervals["points"], found.prompt_intervals["points"]
+    assert [row[f"points{end}"] for end in ("_low", "_high", "_prompts_low", "_prompts_high")] == [
+        low,
+        high,
+        far_low,
+        far_high,
+    ]
+    assert far_low < low < row["points"] < high < far_high
+    alone = evaluate(points, policy, ["ring"], 16, seed=5).row()
+    assert np.isnan([alone["points_prompts_low"], alone["points_prompts_high"]]).all()
+    assert alone["points_low"] < alone["points"] < alone["points_high"]
 
 
 def test_evaluation_is_the_same_for_the_same_seed_and_any_microbatch(points):
@@ -46,47 +81,79 @@ def test_evaluation_is_the_same_for_the_same_seed_and_any_microbatch(points):
     assert low < one.means["points"] < high
 
 
+@pytest.fixture
+def calls(points, monkeypatch):
+    """Rows of every network call, and of every call of the reward."""
+    seen = {"network": [], "reward": []}
+    predict, reward = points.model.predict, points.rewards["points"]
+
+    def predicting(latents, *others):
+        seen["network"].append(len(latents))
+        return predict(latents, *others)
+
+    def rewarding(images, *others):
+        seen["reward"].append(len(images))
+        return reward(images, *others)
+
+    monkeypatch.setattr(points.model, "predict", predicting)
+    points.rewards["points"] = rewarding
+    return seen
+
+
+def test_rows_go_through_the_network_in_full_microbatches_and_a_smaller_last_one(points, calls):
+    found = evaluate(points, DenoisingPolicy(points), points.prompts.texts, 131, seed=5, microbatch=128)
+    assert calls["network"] == [128] * 60 + [18] * 10  # 6 · 131 rows, 10 steps
+    assert calls["reward"] == [128] * 6 + [18]
+    whole = evaluate(points, DenoisingPolicy(points), points.prompts.texts, 131, seed=5, microbatch=786)
+    assert calls["network"][70:] == [786] * 10
+    assert found.row() == pytest.approx(whole.row(), abs=1e-5, nan_ok=True)
+
+
+def test_the_candidates_of_the_best_of_n_keep_to_the_microbatch(points, calls):
+    options = {"seed": 5, "best_of": 50, "kl": True}
+    found = evaluate(points, DenoisingPolicy(points), ["ring", "line"], 3, microbatch=64, **options)
+    assert calls["network"] == [64] * 40 + [44] * 10
+    assert calls["reward"] == [64] * 4 + [44]
+    points.microbatch = 20
+    whole = evaluate(points, DenoisingPolicy(points), ["ring", "line"], 3, microbatch=300, **options)
+    assert calls["reward"][5:] == [20] * 15
+    assert found.row() == pytest.approx(whole.row(), abs=1e-5)
+
+
+def test_without_a_microbatch_whole_prompts_go_together(points, calls):
+    evaluate(points, DenoisingPolicy(points), points.prompts.texts, 100, seed=5)
+    assert calls["reward"] == [200] * 3
+    evaluate(points, DenoisingPolicy(points), ["ring", "line"], 300, seed=5)
+    assert calls["reward"][3:] == [300] * 2
+
+
+def test_progress_counts_the_images(points):
+    for best_of in (1, 3):
+        done = []
+        evaluate(
+            points, DenoisingPolicy(points), ["ring", "line"], 7, 5, microbatch=4, progress=done.append, best_of=best_of
+        )
+        assert sum(done) == 14
+        assert len(done) == -(-14 * best_of // 4)
+
+
+def test_a_microbatch_is_a_rollout_of_its_rows(points):
+    policy, prompts = DenoisingPolicy(points), points.prompts.texts
+    latents, index = sample(points, policy, prompts, 12, seed=1, microbatch=24)
+    generators = row_generators(row_seeds(1, "evaluation", 0, 72))
+    rollout = collect(points, policy, generators[24:48], prompts[2:4], group_size=12)
+    assert torch.equal(latents[24:48], rollout.final_latents)
+    assert torch.equal(index[24:48], rollout.prompt_index)
+    ragged, again = sample(points, policy, prompts, 12, seed=1, microbatch=7)
+    torch.testing.assert_close(ragged, latents, rtol=0, atol=1e-5)
+    assert torch.equal(again, index)
+
+
 def test_a_row_is_sampled_from_its_own_seed(points):
     policy = DenoisingPolicy(points)
     few, _ = sample(points, policy, ["ring"], 4, seed=1)
     more, _ = sample(points, policy, ["ring", "line"], 4, seed=1)
     torch.testing.assert_close(few, more[:4], rtol=0, atol=1e-5)
-
-
-def test_a_grid_has_its_pictures_in_order(tmp_path):
-    images = torch.zeros(4, 2, 3, 3, dtype=torch.uint8)
-    images[:, :, :, 0] = torch.tensor([10, 20, 30, 40])[:, None, None]
-    grid(images, 2, tmp_path / "grid.png", scale=1)
-    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert sheet.shape == (5, 7, 3)
-    assert [sheet[0, 0, 0], sheet[0, 4, 0], sheet[3, 0, 0], sheet[3, 4, 0]] == [10, 20, 30, 40]
-
-
-def test_every_prompt_comes_once_an_epoch_whatever_the_reading():
-    items = [f"prompt {i}" for i in range(10)]
-    whole = epoch_order(items, 0, 0, 30)
-    assert sorted(whole[:10]) == sorted(whole[10:20]) == items
-    assert whole[:10] != whole[10:20]
-    pieces = [prompt for start in range(0, 30, 4) for prompt in epoch_order(items, 0, start, 4)]
-    assert pieces[:30] == whole
-    assert epoch_order(items, 1, 0, 10) != whole[:10]
-
-
-def test_seeds_differ_by_purpose_iteration_and_row():
-    draws = [tuple(row_seeds(s, p, i, 3)) for s in (0, 1) for p in ("rollout", "evaluation") for i in (0, 1)]
-    assert len({seed for draw in draws for seed in draw}) == 24
-    assert row_seeds(0, "rollout", 0, 2) == row_seeds(0, "rollout", 0, 5)[:2]
-
-
-def test_the_headline_is_the_first_and_the_last_evaluation(tmp_path):
-    rows = [
-        {"iteration": i, "a": i / 10, "a_low": 0.0, "a_high": 1.0, "images": 4.0, "unscored": 0.0} for i in (0, 5, 9)
-    ]
-    with (tmp_path / "eval.csv").open("w") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    assert headline(rows) == [("a", rows[0], rows[2])]
 
 
 def test_kl_and_diversity_are_those_of_their_definitions(points):
@@ -109,6 +176,7 @@ def test_kl_and_diversity_are_those_of_their_definitions(points):
             gap = policy.transition(x, k, conditioning).mean - reference
         total += (gap.square().sum(1) / (2 * policy.kernel.stds[k] ** 2)).mean()
     assert found.kl == pytest.approx(float(total), rel=1e-4)
+    assert evaluate(points, policy, prompts, 8, seed=3, kl=True, microbatch=5).kl == pytest.approx(found.kl, rel=1e-5)
     final = rollout.final_latents.view(2, 8, 2)
     assert found.diversity == pytest.approx(final.var(1).mean(1).sqrt().mean().item(), rel=1e-5)
     assert np.isnan(evaluate(points, policy, prompts, 8, seed=3).kl)
