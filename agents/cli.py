@@ -250,10 +250,10 @@ def _eval(options: argparse.Namespace) -> int:
             row, prompts = table[target], len(found.eval_prompts)
             more = f", {interval(row, f'{name}_prompts')} over {prompts} prompts" if prompts > 1 else ""
             print(f"{target:<24} {name:<16} {_figure(name, row)} over {result.images} images{more}")
+    print("In brackets are 95 % bootstrap intervals of the mean.")
     print(
-        "In brackets 95 % bootstrap intervals of the mean. Over images: for other noise on these prompts. Over prompts:"
+        "Over images: for other noise on these prompts. Over prompts: for other prompts of their kind, and other noise."
     )
-    print("for other prompts of their kind, and other noise.")
     if options.json:
         Path(options.json).write_text(json.dumps(table, indent=1))
     return 0

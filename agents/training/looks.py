@@ -1,4 +1,4 @@
-"""A run is looked at now and then: evaluated on fixed prompts, and drawn as a grid of samples, both from fixed seeds."""
+"""What is looked at during a run: an evaluation on fixed prompts, and a grid of samples, both from fixed seeds."""
 
 from pathlib import Path
 

@@ -75,7 +75,7 @@ def _images(config: dict[str, Any]) -> int:
 
 
 def interval(row: dict[str, float], name: str) -> str:
-    """An evaluation's interval in brackets: ``name`` is a reward, over images, or ``<reward>_prompts``, over prompts."""
+    """An evaluation's interval in brackets: over images for a reward's name, over prompts for ``<name>_prompts``."""
     return f"[{row[name + '_low']:.3f}, {row[name + '_high']:.3f}]"
 
 

@@ -54,9 +54,10 @@ def stopped(monkeypatch):
                 raise KeyboardInterrupt
             return iterate(experiment, iteration)
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(loop, "_iterate", stopping)
-            run(config, directory)
+            with pytest.raises(KeyboardInterrupt):
+                run(config, directory)
         return directory
 
     return start
