@@ -251,9 +251,7 @@ def _eval(options: argparse.Namespace) -> int:
             more = f", {interval(row, f'{name}_prompts')} over {prompts} prompts" if prompts > 1 else ""
             print(f"{target:<24} {name:<16} {_figure(name, row)} over {result.images} images{more}")
     print("In brackets are 95 % bootstrap intervals of the mean.")
-    print(
-        "Over images: for other noise on these prompts. Over prompts: for other prompts of their kind, and other noise."
-    )
+    print("Over images: for other noise on these prompts. Over prompts: for other prompts of their kind as well.")
     if options.json:
         Path(options.json).write_text(json.dumps(table, indent=1))
     return 0

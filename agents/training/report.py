@@ -57,7 +57,7 @@ def write_report(directory: Path) -> Path:
 <p>The command: <code>{html.escape(about["command"] or "(started from Python)")}</code></p>
 <h2>Evaluation on fixed prompts and seeds</h2><div class="cards">{cards}</div>
 <p><small>The mean before and after, and its 95 % bootstrap intervals. Over images: for other noise on these prompts.
-Over prompts: for other prompts of their kind, and other noise.</small></p>
+Over prompts: for other prompts of their kind as well.</small></p>
 <h2>Same prompts and seeds, before and after</h2>
 <img alt="samples before and after" src="data:image/png;base64,{picture}">
 <h2>Curves</h2>{_curves(metrics, evals)}
