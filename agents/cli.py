@@ -12,21 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from agents.algorithms import AGENTS
-from agents.training.config import TrainConfig, as_dict
+from agents.training.config import TrainConfig
 from agents.training.presets import PRESETS, make_config
 from denoise_env.models import ModelOptions, check_options, families, find_family, model_options
 from denoise_env.rewards import load_reward
 from denoise_env.worlds import DEFAULT, PROMPT_SETS, WORLDS
-
-_RESUMABLE = {
-    "iterations",
-    "eval_every",
-    "sample_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "wandb",
-    "tensorboard",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -206,7 +196,8 @@ def _train(arguments: Sequence[str]) -> int:
     first.add_argument("--resume", metavar="DIR")
     chosen, rest = first.parse_known_args(arguments)
     if chosen.resume:
-        config, directory = _resumed(Path(chosen.resume), rest)
+        directory = Path(chosen.resume)
+        config = parse_config(rest, run_config(directory))
     else:
         rest = [*(read_config(chosen.config) if chosen.config else []), *rest]
         model, agent, rest = _names(rest)
@@ -228,7 +219,7 @@ def _train(arguments: Sequence[str]) -> int:
     for name, before, after in headline(read_table(directory / "eval.csv")):
         what = getattr(load_reward(name), "meaning", f"mean reward {name!r}")
         figures = f"{_figure(name, before)} before, {_figure(name, after)} after"
-        print(f"{kind}, {what} ({after['images']:.0f} images each): {figures}")
+        print(f"{kind}, {what} ({after['images']:.0f} images each, 95 % intervals over images): {figures}")
     return 0
 
 
@@ -254,19 +245,9 @@ def _free(path: Path) -> Path:
 
 
 def _figure(name: str, row: dict[str, float]) -> str:
-    return f"{row[name]:.3f} [{row[name + '_low']:.3f}, {row[name + '_high']:.3f}]"
+    from agents.training.report import interval
 
-
-def _resumed(directory: Path, rest: Sequence[str]) -> tuple[TrainConfig, Path]:
-    saved = run_config(directory)
-    config = parse_config(rest, saved)
-    before, now = as_dict(saved), as_dict(config)
-    changed = [name for name in now if now[name] != before[name] and name not in _RESUMABLE]
-    if changed:
-        raise ValueError(
-            f"a resumed run keeps its configuration; {', '.join(changed)} cannot change (only {sorted(_RESUMABLE)} can)"
-        )
-    return config, directory
+    return f"{row[name]:.3f} {interval(row, name)}"
 
 
 def run_config(directory: Path) -> TrainConfig:
@@ -311,6 +292,7 @@ def _experiment(target: str, options: argparse.Namespace) -> Any:
 def _eval(options: argparse.Namespace) -> int:
     from agents.training.evaluation import evaluate
     from agents.training.progress import progress
+    from agents.training.report import interval
 
     table = {}
     for target in options.targets:
@@ -328,7 +310,11 @@ def _eval(options: argparse.Namespace) -> int:
             )
         table[target] = result.row()
         for name in result.means:
-            print(f"{target:<24} {name:<16} {_figure(name, table[target])}   {result.images} images")
+            row, prompts = table[target], len(found.eval_prompts)
+            more = f", {interval(row, f'{name}_prompts')} over {prompts} prompts" if prompts > 1 else ""
+            print(f"{target:<24} {name:<16} {_figure(name, row)} over {result.images} images{more}")
+    print("In brackets are 95 % bootstrap intervals of the mean.")
+    print("Over images: for other noise on these prompts. Over prompts: for other prompts of their kind as well.")
     if options.json:
         Path(options.json).write_text(json.dumps(table, indent=1))
     return 0

@@ -20,8 +20,9 @@ __all__ = ["check_denoising_env", "check_vector_env"]
 def check_denoising_env(env: DenoiseVectorEnv, seed: int = 0) -> None:
     """Check that an environment is a denoising process with autoreset "disabled", whatever its output.
 
-    The action becomes the latents; every row ends at step K and is never truncated; the reward comes then,
-    the weighted sum of its terms; a row alone does what it does in the batch.
+    The action becomes the latents; every row ends at step K and is never truncated; the reward comes then, the
+    weighted sum of its terms (one of weight 0 is only measured: its NaN does not count); a row alone does what it
+    does in the batch.
 
     Raises:
         AssertionError: what is wrong and what the contract is.
@@ -55,7 +56,10 @@ def check_denoising_env(env: DenoiseVectorEnv, seed: int = 0) -> None:
             f"row {n - 1} must not depend on its batch; its reward differs from the row alone",
         )
     terms, weights = infos["reward_terms"], env.mdp.reward_weights
-    total = torch.stack([weight * _tensor(terms[name]) for name, weight in weights.items()]).sum(0)
+    total = torch.zeros_like(_tensor(rewards))
+    for name, weight in weights.items():
+        if weight:
+            total += weight * _tensor(terms[name])
     require(torch.allclose(total, _tensor(rewards), equal_nan=True), "the reward must be the sum of its terms")
     require(torch.equal(_tensor(infos["valid"]), _tensor(rewards).isfinite()), "valid must mark finite rewards")
 

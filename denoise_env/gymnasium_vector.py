@@ -31,16 +31,20 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
     |---|---|
     | observation | ``latents`` Box, ``step`` Discrete(K + 1), ``prompt_index`` into ``env.prompts`` |
     | action | the next latents, Box(−∞, ∞, latent shape, float32) |
-    | reward | 0 until step K, then the weighted sum of the rewards; NaN where one could not be computed |
+    | reward | 0 until step K, then the weighted sum of the rewards; NaN where one that has a weight failed |
     | terminated | at step K; never truncated |
 
-    ``infos["prompt"]`` has the prompts' texts; where an episode ends, ``infos["reward_terms"]`` has each
-    reward by name and ``infos["valid"]`` tells whether all could be computed.
+    ``infos["prompt"]`` has the prompts' texts; where an episode ends, ``infos["reward_terms"]`` has each reward by
+    name, those of weight 0 included, and ``infos["valid"]`` tells whether the reward is a finite number.
 
     Row i of a reset with the integer ``seed`` equals a single environment reset with ``seed + i``. Reset
     options: ``prompts`` (one per group), ``group_size``, ``shared_noise``, and ``reset_mask`` (bools; other
     rows stay as they are). Under autoreset "same_step", ``render`` shows the new episode once the old one has
     ended.
+
+    An autoreset begins whole groups of the constructor's ``group_size``, whose rows must therefore end together. A
+    reset that would leave such a group's rows at different steps (a ``reset_mask`` with a smaller ``group_size``
+    among its options) is refused, except under autoreset "disabled", where every reset is the caller's.
 
     Args:
         model: a name or a checkpoint, see `denoise_env.models.find_family`; `from_mdp` takes live objects.
@@ -170,12 +174,15 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
             options: see the class.
 
         Raises:
-            ValueError: a bad option or seed; nothing has changed then.
+            ValueError: a bad option or seed, or groups that an autoreset could not begin together; nothing has changed
+                then.
             ResetNeeded: a partial reset before the first whole one.
         """
         request = ResetRequest.parse(options, self.num_envs, **self._defaults)
         if self._state is None and not request.mask.all():
             raise ResetNeeded("the first reset() must be of all rows: leave reset_mask out")
+        if self.autoreset_mode is not AutoresetMode.DISABLED:
+            self._keep_groups_together(request.mask)
         self._begin(request, seed)
         if isinstance(seed, int | np.integer):
             super().reset(seed=int(seed))
@@ -245,6 +252,19 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
 
     def _autoreset_request(self, mask: Mask) -> ResetRequest:
         return ResetRequest.parse({"reset_mask": mask}, self.num_envs, **self._defaults)
+
+    def _keep_groups_together(self, mask: Mask) -> None:
+        """Refuse to reset rows so that a group which autoresets begin whole would end at different steps."""
+        size = self._defaults["group_size"]
+        steps = np.where(mask, 0, self._steps).reshape(-1, size)
+        apart = (steps != steps[:, :1]).any(1)
+        if apart.any():
+            first = int(apart.argmax()) * size
+            raise ValueError(
+                f"rows {first} to {first + size - 1} are a group of group_size={size} that autoresets begin together, "
+                "and this reset_mask would leave them at different steps: reset all of them, or build the environment "
+                'with group_size=1 or autoreset_mode="disabled"'
+            )
 
     def _begin(self, request: ResetRequest, seed: int | Sequence[int | None] | None) -> None:
         begun = self.streams.begin(self.mdp, request, seed, lambda: int(self.np_random.integers(2**31)))

@@ -1,12 +1,12 @@
 """Gaussian transition kernels of the denoising MDP.
 
-A latent on the path is ``x_k = alphas[k] · x0 + sigmas[k] · ε``, k = 0 the noisiest. Whatever the
-paper, one denoising step is
+The latents before step k are ``x_k = alphas[k] · x0 + sigmas[k] · ε``: x0 clean, ε standard normal noise, k = 0 the
+noisiest. Whatever the paper, step k is
 
     x_{k+1} ~ N( alphas[k+1] · x̂0 + noise[k] · ε̂,  std[k]² I )
 
-with x̂0 and ε̂ read off the network's output. A kernel is its two numbers per step, ``noise`` and
-``std``; sampling, log-prob, entropy and KL follow from them and so can never disagree.
+with x̂0 and ε̂, the estimates of x0 and ε, read off the network's output (`Reading`). A kernel is its two numbers per
+step, ``noise`` and ``std``; sampling, log-prob, entropy and KL follow from them and so can never disagree.
 
 | kernel | path | noise[k] | std[k] | reference |
 |---|---|---|---|---|
@@ -16,7 +16,8 @@ with x̂0 and ε̂ read off the network's output. A kernel is its two numbers pe
 | `FlowSDE` | flow | σ' − std²/(2σ) | a √(σ/(1−σ)) √Δ | Liu et al. 2025 (Flow-GRPO), eq. 9 |
 | `CPS` | flow | σ' cos(aπ/2) | σ' sin(aπ/2) | Wang & Yu 2025 (Coefficients-Preserving Sampling) |
 
-σ, σ' are the noise levels before and after the step and Δ = σ − σ'. DDIM and CPS keep
+σ = sigmas[k] and σ' = sigmas[k+1] are the stds of the noise in the latents before and after the step, Δ = σ − σ',
+ᾱ = alphas[k]² and ᾱ' = alphas[k+1]²; std[k] is that of the fresh noise which the step adds. DDIM and CPS keep
 noise² + std² = σ'²: where the data is a single point their marginals are exact. The two SDEs keep it to
 first order in Δ only: there their variance after a step is too large by std²Δ/σ + std⁴/(4σ²).
 
@@ -28,9 +29,9 @@ to cos(aπ/4) times the data's. `tests/test_kernels.py` measures all this.
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -43,11 +44,17 @@ Reduction = Literal["mean", "sum"]
 class Schedule:
     """The noise levels that K denoising steps visit.
 
+    Build one with `flow`, `from_sigmas`, `diffusion` or `from_alphas_cumprod`.
+
     Attributes:
         timesteps: ``[K]``, what the network is told at each step.
-        alphas: ``[K+1]`` float64, signal coefficients; the last is (nearly) 1.
-        sigmas: ``[K+1]`` float64, strictly decreasing noise coefficients; the last is (nearly) 0.
+        alphas: ``[K+1]`` float64, the factor of the clean latents in x_k; the last is (nearly) 1.
+        sigmas: ``[K+1]`` float64, the std of the noise in x_k, strictly decreasing; the last is (nearly) 0.
         path: "diffusion" (α² + σ² = 1) or "flow" (α + σ = 1).
+
+    Raises:
+        ValueError: lengths that do not fit, no step, a number that is not finite, σ that does not decrease, or α and σ
+            that do not lie on the path.
     """
 
     timesteps: Tensor
@@ -58,8 +65,18 @@ class Schedule:
     def __post_init__(self) -> None:
         if not len(self.timesteps) + 1 == len(self.alphas) == len(self.sigmas):
             raise ValueError("a schedule of K steps has K timesteps and K + 1 alphas and sigmas")
+        check_num_steps(self.num_steps)
+        for name in ("sigmas", "alphas", "timesteps"):
+            values = getattr(self, name)
+            if not values.isfinite().all():
+                raise ValueError(f"{name} must be finite numbers, not {values.tolist()}")
+        if self.sigmas.min() < 0 or self.sigmas.max() > 1:
+            raise ValueError(f"sigmas must lie in [0, 1], not {self.sigmas.tolist()}")
         if (self.sigmas.diff() >= 0).any():
-            raise ValueError("sigmas must decrease strictly from one step to the next")
+            raise ValueError(f"sigmas must decrease strictly from one step to the next: {self.sigmas.tolist()}")
+        power, name = (2, "α² + σ²") if self.path == "diffusion" else (1, "α + σ")
+        if ((self.alphas**power + self.sigmas**power - 1).abs() > 1e-6).any():
+            raise ValueError(f"on a {self.path} path {name} must be 1 at every step")
 
     @property
     def num_steps(self) -> int:
@@ -76,11 +93,36 @@ class Schedule:
             timestep_scale: the network is told σ times this.
         """
         check_num_steps(num_steps)
-        if shift <= 0:
-            raise ValueError(f"shift must be positive, not {shift}")
+        if not (math.isfinite(shift) and shift > 0):
+            raise ValueError(f"shift must be positive and finite, not {shift}")
         u = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
         sigmas = shift * u / (1 + (shift - 1) * u)
-        return cls((sigmas[:-1] * timestep_scale).float(), 1 - sigmas, sigmas, "flow")
+        sigmas[0] = 1  # shifts below 1 miss it by rounding
+        return cls.from_sigmas(sigmas, timestep_scale=timestep_scale)
+
+    @classmethod
+    def from_sigmas(
+        cls, sigmas: Tensor | Sequence[float], timesteps: Tensor | None = None, timestep_scale: float = 1.0
+    ) -> "Schedule":
+        """Rectified flow on noise levels of one's own, α = 1 − σ.
+
+        Args:
+            sigmas: ``[K+1]``, in [0, 1], strictly decreasing to 0. (The ``sigmas`` that diffusers' pipelines take are
+                K: append the 0 that they append.)
+            timesteps: ``[K]``, what the network is told; default: σ times ``timestep_scale``, in float32.
+            timestep_scale: 1000 where the network counts timesteps to 1000.
+
+        Raises:
+            ValueError: what `Schedule` refuses, or sigmas that do not end at 0.
+
+        >>> Schedule.from_sigmas([1.0, 0.75, 0.02, 0.0], timestep_scale=1000).timesteps
+        tensor([1000.,  750.,   20.])
+        """
+        levels = torch.as_tensor(sigmas, dtype=torch.float64).cpu().clone()
+        if len(levels) and levels[-1] != 0:
+            raise ValueError(f"sigmas must end at 0, not {levels[-1].item():g}: append the 0 that sampling ends at")
+        told = (levels[:-1] * timestep_scale).float() if timesteps is None else timesteps.cpu()
+        return cls(told, 1 - levels, levels, "flow")
 
     @classmethod
     def diffusion(cls, alphas_cumprod: Tensor, timesteps: Tensor, final_alpha_cumprod: float) -> "Schedule":
@@ -91,9 +133,21 @@ class Schedule:
             timesteps: ``[K]`` indices into it.
             final_alpha_cumprod: ᾱ after the last step (diffusers' ``set_alpha_to_one`` makes it 1).
         """
-        table = alphas_cumprod.double().cpu()
         last = torch.tensor([final_alpha_cumprod], dtype=torch.float64)
-        products = torch.cat([table[timesteps.cpu()], last])
+        return cls.from_alphas_cumprod(torch.cat([alphas_cumprod.double().cpu()[timesteps.cpu()], last]), timesteps)
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Tensor | Sequence[float], timesteps: Tensor) -> "Schedule":
+        """A diffusion on cumulative products ᾱ of one's own, α = √ᾱ and σ = √(1 − ᾱ).
+
+        Args:
+            alphas_cumprod: ``[K+1]``, in [0, 1], strictly increasing; the last is reached after the last step.
+            timesteps: ``[K]``, what the network is told; they need not be integers.
+
+        Raises:
+            ValueError: what `Schedule` refuses.
+        """
+        products = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
         return cls(timesteps.cpu(), products.sqrt(), (1 - products).sqrt(), "diffusion")
 
 
@@ -171,13 +225,35 @@ def _reduce(per_dim: Tensor, reduction: Reduction) -> Tensor:
     return flat.mean(1) if reduction == "mean" else flat.sum(1)
 
 
-# What (x0, ε) a network's output stands for: x̂0 = a·x + b·output, ε̂ = c·x + d·output.
-_READINGS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]] = {
-    "epsilon": lambda al, si: (1 / al, -si / al, 0 * al, 1 + 0 * al),
-    "sample": lambda al, si: (0 * al, 1 + 0 * al, 1 / si, -al / si),
-    "v_prediction": lambda al, si: (al, -si, si, al),
-    "flow_prediction": lambda al, si: (1 + 0 * al, -si, 1 + 0 * al, al),
-}
+class Reading(NamedTuple):
+    """What a network's output says of the clean latents and of the noise, as factors of x_k and of the output.
+
+    ``x̂0 = x0_from_x · x_k + x0_from_output · output`` and ``ε̂ = noise_from_x · x_k + noise_from_output · output``.
+    """
+
+    x0_from_x: Tensor
+    x0_from_output: Tensor
+    noise_from_x: Tensor
+    noise_from_output: Tensor
+
+
+def _read(prediction_type: str, alpha: Tensor, sigma: Tensor) -> Reading:
+    """The two unknowns of x_k = α x0 + σ ε, solved with what the network predicts.
+
+    | the output is | x̂0 | ε̂ |
+    |---|---|---|
+    | "epsilon": ε | (x_k − σ output) / α | output |
+    | "sample": x0 | output | (x_k − α output) / σ |
+    | "v_prediction": α ε − σ x0, where α² + σ² = 1 | α x_k − σ output | σ x_k + α output |
+    | "flow_prediction": ε − x0, where α + σ = 1 | x_k − σ output | x_k + α output |
+    """
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    return {
+        "epsilon": Reading(1 / alpha, -sigma / alpha, zero, one),
+        "sample": Reading(zero, one, 1 / sigma, -alpha / sigma),
+        "v_prediction": Reading(alpha, -sigma, sigma, alpha),
+        "flow_prediction": Reading(one, -sigma, one, alpha),
+    }[prediction_type]
 
 
 class Kernel:
@@ -187,7 +263,7 @@ class Kernel:
         schedule: the K noise levels.
         prediction_type: what the network predicts, in diffusers' names; "flow_prediction" is the velocity
             ε − x0.
-        eta: the kernel's noise level; 0 makes every step deterministic.
+        eta: how much noise the kernel's steps add; 0 makes every step deterministic.
         last_step: "sde" keeps the kernel's own last step; "ode" makes it deterministic, so that with a final
             σ of 0 the sample is the last x̂0. ``None`` takes the kernel's default.
 
@@ -196,7 +272,8 @@ class Kernel:
         stochastic: ``[K]`` bool, the steps that have a density.
 
     Raises:
-        ValueError: the kernel does not live on the schedule's path, or an option is out of range.
+        ValueError: the kernel does not live on the schedule's path, an option is out of range, or the network's output
+            says nothing at α = 0 ("epsilon" from pure noise).
     """
 
     name: ClassVar[str]
@@ -216,8 +293,9 @@ class Kernel:
             raise ValueError(
                 f"the kernel {self.name!r} is not defined on a {schedule.path} schedule; use one of {fitting}"
             )
-        if prediction_type not in _READINGS:
-            raise ValueError(f"prediction_type must be one of {list(_READINGS)}, not {prediction_type!r}")
+        if prediction_type not in get_args(PredictionType):
+            known = list(get_args(PredictionType))
+            raise ValueError(f"prediction_type must be one of {known}, not {prediction_type!r}")
         if (prediction_type == "flow_prediction") != (schedule.path == "flow"):
             raise ValueError(f"a {schedule.path} schedule does not go with prediction_type {prediction_type!r}")
         self.eta = self.default_eta if eta is None else float(eta)
@@ -237,10 +315,17 @@ class Kernel:
         self._noise, self.stds = noise, stds
         self.stochastic = stds > 0
         schedule = self.schedule
-        a, b, c, d = _READINGS[self.prediction_type](schedule.alphas[:-1], schedule.sigmas[:-1])
-        after = schedule.alphas[1:]
-        # rows: mean from x and from the output, std, x̂0 from x and from the output
-        self._table = torch.stack([after * a + noise * c, after * b + noise * d, stds, a, b])
+        read = _read(self.prediction_type, schedule.alphas[:-1], schedule.sigmas[:-1])
+        alphas = schedule.alphas[1:]
+        # the mean α' x̂0 + noise ε̂ in terms of x_k and of the output; std; x̂0 in the same terms
+        mean_from_x = alphas * read.x0_from_x + noise * read.noise_from_x
+        mean_from_output = alphas * read.x0_from_output + noise * read.noise_from_output
+        self._table = torch.stack([mean_from_x, mean_from_output, stds, read.x0_from_x, read.x0_from_output])
+        if not self._table.isfinite().all():
+            raise ValueError(
+                f"the kernel {self.name!r} cannot read {self.prediction_type!r} on this schedule: a mean, std or x̂0 "
+                "is not finite (where α is 0, the latents are pure noise and a network that predicts it tells nothing)"
+            )
         self._cast: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def _coefficients(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
@@ -319,7 +404,7 @@ class DDIM(Kernel):
         a, s = schedule.alphas, schedule.sigmas
         variance = (s[1:] / s[:-1]) ** 2 * (1 - (a[:-1] / a[1:]) ** 2)
         stds = self.eta * variance.sqrt()
-        return (s[1:] ** 2 - stds**2).sqrt(), stds
+        return (s[1:] ** 2 - stds**2).clamp(min=0).sqrt(), stds  # all of σ' where α is 0 and η 1, but for rounding
 
 
 class DanceSDE(Kernel):
@@ -342,14 +427,15 @@ class DanceSDE(Kernel):
 class FlowSDE(DanceSDE):
     """Flow-GRPO's SDE: noise a √(σ/(1−σ)); a = √2 is the memoryless schedule.
 
-    At σ = 1 the denominator uses the next σ, as the published code does. By default the last step is
-    deterministic; with ``last_step="sde"`` its noise stays, and reaches the sample, as in the published code.
+    At σ = 1 the denominator uses the next σ, as the published code does; so it does within 1e-5 of 1, where the
+    published code adds noise of std 700 (Wan's grid begins at 1 − 1e-6). By default the last step is deterministic;
+    with ``last_step="sde"`` its noise stays, and reaches the sample, as in the published code.
     """
 
     name, default_eta = "flow_sde", 0.7
 
     def _noise_level(self, before: Tensor, after: Tensor) -> Tensor:
-        return self.eta * (before / (1 - torch.where(before == 1, after, before))).sqrt()
+        return self.eta * (before / (1 - torch.where(before > 1 - 1e-5, after, before))).sqrt()
 
 
 class CPS(Kernel):

@@ -61,8 +61,9 @@ class Scores:
 
     Attributes:
         values: reward name → ``[B]`` float32, NaN where it could not be computed or is infinite.
-        total: ``[B]`` float32, their weighted sum; NaN where any is.
-        valid: ``[B]`` bool, rows where every reward is a finite number.
+        total: ``[B]`` float32, the weighted sum of the rewards that have a weight; NaN where one of those is. A reward
+            of weight 0 is only measured.
+        valid: ``[B]`` bool, rows whose total is a finite number: every reward that has a weight could be computed.
         errors: reward name → what it raised last, for those that raised or returned nonsense.
     """
 
@@ -329,9 +330,11 @@ class DenoisingMDP:
                 except Exception as error:
                     errors[name] = f"{type(error).__name__}: {error}"
                     warnings.warn(f"the reward {name!r} failed on {len(texts)} rows: {errors[name]}", stacklevel=2)
-        valid = torch.stack([v.isfinite() for v in values.values()]).all(0)
-        total = sum(self.reward_weights[name] * v for name, v in values.items())
-        return Scores(values, torch.as_tensor(total), valid, errors)
+        total = torch.zeros(len(latents), device=latents.device)
+        for name, value in values.items():
+            if weight := self.reward_weights[name]:  # 0 · NaN would be NaN
+                total += weight * value
+        return Scores(values, total, total.isfinite(), errors)
 
 
 def row_generators(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -3,6 +3,7 @@
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -374,6 +375,17 @@ class Unweighted(DenoiseVectorEnv):
 def test_broken_denoising_envs_are_caught(broken, contract):
     with pytest.raises(AssertionError, match=contract):
         check_denoising_env(broken("points", 3, num_steps=3))
+
+
+def test_a_reward_of_weight_0_may_fail_in_a_denoising_env():
+    env = DenoiseVectorEnv("points", 3, num_steps=3)
+    mdp = env.mdp
+    mdp.rewards["broken"] = lambda images, prompts, metadata: images[:, 0] * torch.nan
+    mdp.reward_weights["broken"] = 0.0
+    check_denoising_env(env)
+    mdp.reward_weights["broken"] = 1.0
+    check_denoising_env(env)  # its NaN is the reward's then
+    assert not env.mdp.score(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)).valid.any()
 
 
 def test_a_denoising_env_is_checked_without_autoreset():

@@ -34,9 +34,8 @@ def test_ppo_in_a_single_file(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_training_in_forty_lines(monkeypatch, capsys):
+def test_training_without_the_loop(monkeypatch, capsys):
     run(monkeypatch, "train_grpo.py", "--iterations", "1")
     printed = capsys.readouterr().out
     assert printed.startswith("before {'shapes': 0.")
     assert "after  {'shapes': 0." in printed
-    assert len((EXAMPLES / "train_grpo.py").read_text().splitlines()) < 40

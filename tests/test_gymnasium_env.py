@@ -298,6 +298,44 @@ def test_groups_of_the_constructor_hold_in_autoresets():
         np.testing.assert_array_equal(observation[name][::2], observation[name][1::2])
 
 
+@pytest.mark.parametrize("mode", ["same_step", "next_step"])
+def test_a_reset_that_an_autoreset_could_not_follow_is_refused_and_changes_nothing(mode):
+    env, twin = (points(6, group_size=3, autoreset_mode=mode) for _ in range(2))
+    action = np.ones((6, 2), np.float32)
+    for e in (env, twin):
+        e.reset(seed=0)
+        e.step(action)
+    before = (env.state, env.mdp.prompts.texts.copy())
+    for mask in ([False, True, False, False, False, False], [True] * 4 + [False] * 2):
+        options = {"reset_mask": np.array(mask), "group_size": 1, "prompts": ["a new one"] * sum(mask)}
+        with pytest.raises(ValueError, match=r"rows (0 to 2|3 to 5) are a group of group_size=3 that autoresets begin"):
+            env.reset(seed=7, options=options)
+    assert env.state is before[0]
+    assert env.mdp.prompts.texts == before[1]
+    whole = {"reset_mask": np.array([True] * 3 + [False] * 3), "group_size": 1}  # of one prompt each, until they end
+    for k in range(2 * K + 2):
+        results = []
+        for e in (env, twin):
+            if k == 1:
+                e.reset(options=whole)
+            results.append(e.step(action))
+        for one, other in zip(results[0][:4], results[1][:4], strict=True):
+            np.testing.assert_equal(one, other)
+    assert (env.state.step[:3] != env.state.step[3:]).all()
+
+
+def test_rows_of_a_group_may_be_reset_apart_while_they_stand_at_the_same_step():
+    env = points(4, group_size=2, autoreset_mode="same_step")
+    env.reset(seed=0)
+    env.reset(options={"reset_mask": np.array([True, False, False, False]), "group_size": 1, "prompts": ["line"]})
+    assert finish(env)[0]["step"].tolist() == [0] * 4
+    apart = points(4, group_size=2)  # without autoresets every reset is the caller's
+    apart.reset(seed=0)
+    apart.step(np.zeros((4, 2), np.float32))
+    apart.reset(options={"reset_mask": np.array([True, False, False, False]), "group_size": 1})
+    assert apart.state.step.tolist() == [0, 1, 1, 1]
+
+
 def test_named_prompts_do_not_join_the_draw():
     env = points(64, prompts=["ring"])
     env.reset(options={"prompts": ["line"] * 64})

@@ -72,6 +72,80 @@ def test_a_schedule_stays_on_its_path(schedule: Schedule) -> None:
     torch.testing.assert_close(unit, torch.ones_like(unit), rtol=0, atol=1e-14)
 
 
+def shifted(u: Tensor, m: float) -> Tensor:
+    return m * u / (1 + (m - 1) * u)
+
+
+def sd35(num_steps: int, shift: float = 3.0) -> Tensor:
+    """What FlowMatchEuler visits where a pipeline gives it no sigmas: shifted twice, to its smallest σ and then 0."""
+    u = torch.linspace(1, shifted(torch.tensor(1e-3, dtype=F64), shift).item(), num_steps, dtype=F64)
+    return torch.cat([shifted(u, shift), torch.zeros(1, dtype=F64)])
+
+
+def qwen(num_steps: int, shift: float = 2.001, terminal: float = 0.02) -> Tensor:
+    """Qwen-Image's: shifted, 1 − σ stretched so that the last σ above 0 is ``terminal``, then 0."""
+    sigmas = shifted(torch.linspace(1, 1 / num_steps, num_steps, dtype=F64), shift)
+    stretched = 1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[-1])
+    return torch.cat([stretched, torch.zeros(1, dtype=F64)])
+
+
+def wan(num_steps: int, shift: float = 5.0) -> Tensor:
+    """Wan's as published: a first σ just below 1."""
+    sigmas = shifted(torch.linspace(1, 1e-3, num_steps + 1, dtype=F64)[:-1], shift)
+    sigmas[0] -= 1e-6
+    return torch.cat([sigmas, torch.zeros(1, dtype=F64)])
+
+
+@pytest.mark.parametrize("num_steps", [2, 10, 40])
+def test_explicit_sigmas_are_the_familys_own(num_steps: int) -> None:
+    schedule = Schedule.from_sigmas(sd35(num_steps), timestep_scale=1000)
+    assert schedule.num_steps == num_steps
+    assert schedule.path == "flow"
+    assert schedule.sigmas[-2].item() == pytest.approx(0.00893, abs=5e-6)  # shift 3, whatever K
+    assert schedule.timesteps[0] == 1000
+    assert schedule.timesteps.dtype == torch.float32
+    gap = (schedule.sigmas - Schedule.flow(num_steps, 3).sigmas).abs().max().item()
+    assert gap > 0.05
+    stretched = Schedule.from_sigmas(qwen(num_steps).tolist())  # a list does as well
+    assert stretched.sigmas[-2].item() == pytest.approx(0.02)
+    assert torch.equal(stretched.sigmas + stretched.alphas, torch.ones(num_steps + 1, dtype=F64))
+
+
+def test_explicit_sigmas_may_have_timesteps_of_their_own() -> None:
+    sigmas = wan(4)
+    schedule = Schedule.from_sigmas(sigmas, timesteps=(1000 * sigmas[:-1]).long())
+    assert schedule.timesteps.tolist()[0] == 999  # cut off, not rounded
+    assert schedule.timesteps.dtype == torch.int64
+    assert schedule.sigmas[0].item() == 1 - 1e-6
+    sigmas[0] = 0
+    assert schedule.sigmas[0].item() == 1 - 1e-6  # the caller's tensor stays the caller's
+
+
+def test_explicit_products_are_a_diffusion_with_timesteps_of_its_own() -> None:
+    whole = stable_diffusion(50)
+    again = Schedule.from_alphas_cumprod(whole.alphas**2, whole.timesteps + 0.25)
+    torch.testing.assert_close(again.alphas, whole.alphas, rtol=0, atol=1e-15)
+    torch.testing.assert_close(again.sigmas, whole.sigmas, rtol=0, atol=1e-12)
+    assert again.timesteps[0] == 981.25
+
+
+def test_pure_noise_at_the_start_is_read_where_the_output_tells_of_it() -> None:
+    """Zero terminal SNR: the first latents are ε alone; predicting ε says nothing of x0 then, predicting v does."""
+    schedule = Schedule.from_alphas_cumprod([0.0, 0.3, 0.8, 1.0], torch.tensor([999, 600, 300]))
+    kernel, x, v = DDIM(schedule, "v_prediction", 1.0), normal(2, 3), normal(2, 3, seed=1)
+    torch.testing.assert_close(kernel.pred_x0(x, v, 0), -v)
+    torch.testing.assert_close(kernel.transition(x, v, 0).mean, -v * 0.3**0.5, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="'ddim' cannot read 'epsilon' on this schedule"):
+        DDIM(schedule, "epsilon", 1.0)
+
+
+@pytest.mark.parametrize("shift", [0.05, 0.1, 0.3, 0.9, 1.1, 3.0, 7.0])
+def test_a_flow_begins_at_pure_noise_whatever_its_shift(shift: float) -> None:
+    schedule = Schedule.flow(10, shift)
+    assert schedule.sigmas[0] == 1
+    assert FlowSDE(schedule, "flow_prediction").stds.max() < 2
+
+
 def test_flow_timesteps_are_scaled_sigmas() -> None:
     schedule = Schedule.flow(4, timestep_scale=1000)
     assert schedule.timesteps.tolist() == [1000, 750, 500, 250]
@@ -145,7 +219,7 @@ def dance_closed(x: Tensor, v: Tensor, s: float, t: float, eta: float) -> tuple[
 
 
 def flow_closed(x: Tensor, v: Tensor, s: float, t: float, a: float) -> tuple[Tensor, float]:
-    return dance_closed(x, v, s, t, a * math.sqrt(s / (1 - (t if s == 1 else s))))
+    return dance_closed(x, v, s, t, a * math.sqrt(s / (1 - (t if s > 1 - 1e-5 else s))))
 
 
 def cps_paper(x: Tensor, v: Tensor, s: float, t: float, a: float) -> tuple[Tensor, float]:
@@ -170,12 +244,23 @@ def euler(x: Tensor, v: Tensor, s: float, t: float, _: float) -> tuple[Tensor, f
         (ODE, 0.0, euler),
     ],
 )
-@pytest.mark.parametrize(("num_steps", "shift"), [(1, 1.0), (10, 1.0), (16, 3.0)])
-def test_flow_kernels_are_the_published_formulas(kernel, eta, formula, num_steps, shift) -> None:
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule.flow(1),
+        Schedule.flow(10),
+        Schedule.flow(16, 3.0),
+        Schedule.from_sigmas(sd35(10), timestep_scale=1000),
+        Schedule.from_sigmas(qwen(10)),
+        Schedule.from_sigmas(wan(10), (1000 * wan(10)[:-1]).long()),
+    ],
+    ids=["flow-1", "flow-10", "flow-16-shifted", "sd3.5", "qwen", "wan"],
+)
+def test_flow_kernels_are_the_published_formulas(kernel, eta, formula, schedule) -> None:
     x, v = normal(3, 2, 4, seed=1), normal(3, 2, 4, seed=2)
-    built = flow_kernel(kernel, num_steps, shift, eta=eta, last_step="sde")
-    sigmas = built.schedule.sigmas.tolist()
-    for step in range(num_steps):
+    built = kernel(schedule, "flow_prediction", eta=eta, last_step="sde")
+    sigmas = schedule.sigmas.tolist()
+    for step in range(schedule.num_steps):
         mean, std = formula(x, v, *sigmas[step : step + 2], eta)
         gaussian = built.transition(x, v, step)
         torch.testing.assert_close(gaussian.mean, mean, rtol=0, atol=1e-12)
@@ -638,6 +723,28 @@ def test_a_deterministic_step_has_no_density(step: int | Tensor) -> None:
             lambda: Schedule(torch.ones(2), torch.ones(3), torch.tensor([1, 0.5, 0.5]), "flow"),
             "decrease strictly",
         ),
+        (lambda: Schedule.flow(4, math.inf), "shift must be positive and finite, not inf"),
+        (lambda: Schedule(torch.ones(0), torch.ones(1), torch.zeros(1), "flow"), "at least 1, not 0"),
+        (
+            lambda: Schedule(torch.tensor([math.inf]), torch.tensor([0.0, 1]), torch.tensor([1.0, 0]), "flow"),
+            "timesteps",
+        ),
+        (lambda: Schedule(torch.ones(1), torch.tensor([0.5, 1]), torch.tensor([1.0, 0]), "flow"), r"α \+ σ must be 1"),
+        (
+            lambda: Schedule(torch.ones(1), torch.tensor([0.5, 1]), torch.tensor([0.5, 0]), "diffusion"),
+            "α² \\+ σ² must",
+        ),
+        (lambda: Schedule.from_sigmas([math.nan, 0.0]), r"sigmas must be finite numbers, not \[nan, 0.0\]"),
+        (lambda: Schedule.from_sigmas([1.0, 0.5, 0.02]), "sigmas must end at 0, not 0.02: append the 0"),
+        (lambda: Schedule.from_sigmas([1.0, 0.5, 0.5, 0.0]), "decrease strictly"),
+        (lambda: Schedule.from_sigmas([1.5, 0.5, 0.0]), r"lie in \[0, 1\]"),
+        (lambda: Schedule.from_sigmas([1.0, -0.5, 0.0]), r"lie in \[0, 1\]"),
+        (lambda: Schedule.from_sigmas([0.0]), "num_steps must be at least 1, not 0"),
+        (lambda: Schedule.from_sigmas([]), r"K \+ 1 alphas"),
+        (lambda: Schedule.from_sigmas([1.0, 0.5, 0.0], torch.ones(3)), r"K \+ 1 alphas"),
+        (lambda: Schedule.from_alphas_cumprod([0.5, math.nan], torch.ones(1)), "sigmas must be finite"),
+        (lambda: Schedule.from_alphas_cumprod([0.5, 1.1], torch.ones(1)), "finite"),
+        (lambda: Schedule.from_alphas_cumprod([0.5, 0.2], torch.ones(1)), "decrease strictly"),
         (
             lambda: flow_kernel(CPS, 4).transition(column(1), column(1), 0).log_prob(column(1), "max"),
             "reduction must",

@@ -329,6 +329,23 @@ def test_a_number_that_is_not_finite_masks_its_row_alone(nonsense: float) -> Non
     assert scores.total[1].isnan()
 
 
+def test_a_reward_of_weight_0_is_measured_and_does_not_touch_the_total() -> None:
+    def fails(images, prompts, metadata):
+        return images[:, 1].where(images[:, 0] > 0, torch.nan)
+
+    rewards = {"fails": fails, "x": first_coordinate}
+    scores = build(rewards=rewards, reward_weights={"fails": 0.0, "x": 2.0}).score(latents(), INDEX)
+    assert 0 < scores.values["fails"].isnan().sum() < 7
+    assert torch.equal(scores.total, 2 * latents()[:, 0])
+    assert scores.valid.all()
+    swapped = build(rewards=rewards, reward_weights={"fails": 1.0, "x": 0.0}).score(latents(), INDEX)
+    assert torch.equal(swapped.valid, latents()[:, 0] > 0)
+    assert torch.equal(swapped.total.isnan(), ~swapped.valid)
+    nothing = build(rewards=rewards, reward_weights={"fails": 0.0, "x": 0.0}).score(latents(), INDEX)
+    assert nothing.total.tolist() == [0.0] * 7
+    assert nothing.valid.all()
+
+
 def test_lists_and_integers_are_rewards_too() -> None:
     scores = build(rewards={"r": lambda i, p, m: [1, 2, 3]}).score(latents(3), INDEX[:3])
     assert scores.total.tolist() == [1, 2, 3]

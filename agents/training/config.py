@@ -102,5 +102,6 @@ class TrainConfig:
 def as_dict(config: TrainConfig) -> dict[str, Any]:
     """A configuration as JSON has it: ``model`` and ``agent`` hold their ``name`` and their settings."""
     values = dataclasses.asdict(config)
-    model = {"name": config.model, "family": config.model_options.family, **values.pop("model_options")}
-    return {**values, "model": model, "agent": {"name": config.agent, **values.pop("agent_options")}}
+    options = {name: values.pop(f"{name}_options") for name in ("model", "agent")}
+    model = {"name": config.model, "family": config.model_options.family, **options["model"]}
+    return {**values, "model": model, "agent": {"name": config.agent, **options["agent"]}}

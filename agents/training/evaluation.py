@@ -1,14 +1,16 @@
 """Evaluation on fixed prompts and fixed seeds: the same noise for every checkpoint."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from agents.policy import DenoisingPolicy
-from agents.rollout import Visitor, begin, denoise
+from agents.rollout import begin, denoise
 from agents.training.seeding import row_seeds
 from denoise_env.kernels import Transition
 from denoise_env.mdp import DenoisingMDP, row_generators
@@ -20,10 +22,14 @@ class Evaluation:
     """What an evaluation found.
 
     Attributes:
-        means: reward name → mean over prompts.
-        intervals: reward name → 95 % bootstrap interval of the mean, over prompts and the images of each.
+        means: reward name → mean over all images of all prompts.
+        intervals: reward name → 95 % bootstrap interval of that mean over images: how far it may be off because of the
+            noise that was drawn, on these same prompts.
+        prompt_intervals: reward name → 95 % bootstrap interval of that mean over prompts: how far it may be off as the
+            mean of all prompts of their kind, because these prompts and this noise were drawn. NaN for one prompt.
         images: how many images the figures are taken from.
-        unscored: how many images a reward failed on; they are left out.
+        unscored: how many images a reward failed on, rewards that are only measured included; each reward's figures
+            leave out the images that it failed on.
         diversity: std of the final latents' entries among a prompt's images (root mean square over entries, mean
             over prompts).
         kl: of the policy's trajectories to the base model's, in nats, summed over stochastic steps and dimensions,
@@ -33,17 +39,23 @@ class Evaluation:
 
     means: dict[str, float]
     intervals: dict[str, tuple[float, float]]
+    prompt_intervals: dict[str, tuple[float, float]]
     images: int
     unscored: int
     diversity: float
     kl: float
 
     def row(self) -> dict[str, float]:
-        """The figures by name, as columns of a table."""
+        """The figures by name, as columns of a table.
+
+        A reward ``r`` has five of them: its mean ``r``, the interval over images ``r_low`` and ``r_high``, and the
+        interval over prompts ``r_prompts_low`` and ``r_prompts_high``.
+        """
         row: dict[str, float] = {}
         for name, mean in self.means.items():
-            low, high = self.intervals[name]
-            row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+            row[name] = mean
+            row[f"{name}_low"], row[f"{name}_high"] = self.intervals[name]
+            row[f"{name}_prompts_low"], row[f"{name}_prompts_high"] = self.prompt_intervals[name]
         figures = {"diversity": self.diversity, "kl": self.kl, "images": self.images, "unscored": self.unscored}
         return {**row, **figures}
 
@@ -55,19 +67,39 @@ def sample(
     images_per_prompt: int,
     seed: int,
     microbatch: int | None = None,
-    first: int = 0,
-    visit: Visitor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Finished latents ``[N, *latent]`` and their prompt indices ``[N]``, ``images_per_prompt`` rows a prompt.
 
-    Row i's noise follows from (seed, first + i) alone. ``visit`` is `agents.rollout.denoise`'s.
+    Row i's noise follows from (seed, i) alone. A network call has ``microbatch`` rows (default: all), the last may
+    have fewer.
     """
-    rows = len(prompts) * images_per_prompt
-    size = next(n for n in range(min(microbatch or rows, rows), 0, -1) if rows % n == 0)
-    generators = row_generators(row_seeds(seed, "evaluation", 0, first + rows)[first:])
-    latents, prompt_index = begin(mdp, generators, prompts, group_size=images_per_prompt)
-    denoise(mdp, policy, latents, prompt_index, size, visit=visit)
-    return latents[:, -1], prompt_index
+    parts = _microbatches(prompts, images_per_prompt, seed, microbatch)
+    latents, index = zip(*(_finish(mdp, policy, *part) for part in parts), strict=True)
+    return torch.cat(latents), torch.cat(index)
+
+
+def _microbatches(
+    prompts: Sequence[str], images_per_prompt: int, seed: int, microbatch: int | None
+) -> Iterator[tuple[list[str], list[int]]]:
+    """Each row's prompt and seed, ``microbatch`` rows at a time."""
+    rows = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    seeds = row_seeds(seed, "evaluation", 0, len(rows))
+    size = microbatch or len(rows)
+    for first in range(0, len(rows), size):
+        yield rows[first : first + size], seeds[first : first + size]
+
+
+def _finish(
+    mdp: DenoisingMDP,
+    policy: DenoisingPolicy,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    visit: Callable[[Tensor, int, Tensor, Transition], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Finished latents and prompt indices of one microbatch; ``visit`` sees (indices, k, latents, transition)."""
+    latents, index = begin(mdp, row_generators(seeds), prompts)
+    denoise(mdp, policy, latents, index, visit=visit and (lambda rows, *step: visit(index[rows], *step)))
+    return latents[:, -1].clone(), index
 
 
 def evaluate(
@@ -77,75 +109,96 @@ def evaluate(
     images_per_prompt: int,
     seed: int,
     microbatch: int | None = None,
-    progress: Callable[[int], object] = lambda rows: None,
+    progress: Callable[[int], object] = lambda images: None,
     *,
     best_of: int = 1,
     kl: bool = False,
 ) -> Evaluation:
-    """Mean rewards over prompts with a bootstrap interval.
+    """Mean rewards with their bootstrap intervals, over images and over prompts.
 
     Args:
         mdp: with the rewards to measure.
         policy: samples.
-        prompts: evaluated one after another; ``progress`` is called with the rows done.
+        prompts: evaluated one after another.
         images_per_prompt: at least 1.
         seed: of the noise; not the training run's.
-        microbatch: rows per network call; it does not change the noise.
-        progress: for a progress bar.
-        best_of: draw so many samples for every image and keep the one with the highest total of those rewards that
-            have a weight.
+        microbatch: rows per network call, the last may have fewer; it bounds the memory and changes the result by
+            rounding at most. Default: whole prompts, up to 256 rows.
+        progress: called with how many more images are done; for a progress bar.
+        best_of: draw so many samples for every image and keep the one with the highest total reward.
         kl: measure the trajectories' KL to the reference, which the model must have kept; twice the network calls.
             For ``best_of`` N it is log N − (N − 1)/N, the exact KL of the best of N where no two rewards are equal.
     """
     if images_per_prompt < 1:
         raise ValueError(f"images_per_prompt must be at least 1, not {images_per_prompt}")
     drawn = images_per_prompt * best_of
-    size = max(1, (microbatch or 256) // drawn)
-    values: dict[str, list[torch.Tensor]] = {name: [] for name in mdp.rewards}
-    spreads: list[torch.Tensor] = []
+    rows = len(prompts) * drawn
+    values, total = torch.empty(len(mdp.rewards), rows), torch.empty(rows)
+    spreads: list[Tensor] = []
+    held = torch.empty(0)  # final latents of a prompt that is not complete yet
     divergence = torch.zeros((), dtype=torch.float64)
 
-    def add_kl(rows: slice, k: int, x: torch.Tensor, transition: Transition) -> None:
+    def add_kl(prompt_index: Tensor, k: int, x: Tensor, transition: Transition) -> None:
         if transition.stochastic:
             with policy.model.reference():
-                reference = policy.transition(x, k, mdp.conditioning.rows(place[rows]))
+                reference = policy.transition(x, k, mdp.conditioning.rows(prompt_index))
             divergence.add_(transition.kl(reference, "sum").double().sum().cpu())
 
-    for first in range(0, len(prompts), size):
-        chunk = prompts[first : first + size]
-        place = mdp.conditioning.index(chunk).repeat_interleave(drawn).to(mdp.model.device)
-        latents, index = sample(
-            mdp, policy, chunk, drawn, seed, microbatch, first * drawn, add_kl if kl and best_of == 1 else None
-        )
+    def best(total: Tensor) -> Tensor:
+        """Of every ``best_of`` neighbours the place of the highest; those that could not be scored come last."""
+        place = total.nan_to_num(nan=-torch.inf).view(-1, best_of).argmax(1)
+        return place + torch.arange(0, len(total), best_of)
+
+    visit = add_kl if kl and best_of == 1 else None
+    done = 0
+    for part in _microbatches(prompts, drawn, seed, microbatch or max(1, 256 // drawn) * drawn):
+        latents, index = _finish(mdp, policy, *part, visit)
         scores = mdp.score(latents, index)
-        trained = [w * scores.values[name] for name, w in mdp.reward_weights.items() if w] or [scores.total]
-        ranked = torch.stack(trained).sum(0).nan_to_num(nan=-torch.inf).view(-1, best_of)
-        kept = ranked.argmax(1) + torch.arange(0, len(latents), best_of, device=latents.device)
-        for name, found in scores.values.items():
-            values[name].append(found[kept].cpu().view(len(chunk), images_per_prompt))
-        final = latents[kept].float().view(len(chunk), images_per_prompt, -1)
-        spreads.append(final.var(1).mean(1).sqrt().cpu() if images_per_prompt > 1 else torch.zeros(len(chunk)))
-        progress(len(kept))
-    table = {name: torch.cat(found).double().numpy() for name, found in values.items()}
-    unscored = int(np.isnan(np.stack(list(table.values()))).any(0).sum())
-    means = {name: float(np.nanmean(t)) if not np.isnan(t).all() else math.nan for name, t in table.items()}
-    intervals = {name: bootstrap(t, seed) for name, t in table.items()}
+        first, done = done, done + len(latents)
+        values[:, first:done] = torch.stack(list(scores.values.values())).cpu()
+        total[first:done] = scores.total.cpu()
+        held = torch.cat([held, latents]) if len(held) else latents
+        start, whole = done - len(held), len(held) // drawn * drawn
+        if whole and images_per_prompt > 1:
+            kept = held[best(total[start : start + whole]).to(held.device)]
+            spreads.append(kept.float().view(-1, images_per_prompt, kept[0].numel()).var(1).mean(1).sqrt().cpu())
+        held = held[whole:]
+        progress(done // best_of - first // best_of)
+    shape = (len(prompts), images_per_prompt)
+    tables = values[:, best(total)].double().view(-1, *shape).numpy()
+    table = dict(zip(mdp.rewards, tables, strict=True))
     images = len(prompts) * images_per_prompt
     nats = math.log(best_of) - 1 + 1 / best_of if best_of > 1 else float(divergence) / images
-    diversity = float(torch.cat(spreads).mean())
-    return Evaluation(means, intervals, images, unscored, diversity, nats if kl else math.nan)
+    return Evaluation(
+        means={name: float(np.nanmean(t)) if not np.isnan(t).all() else math.nan for name, t in table.items()},
+        intervals={name: bootstrap(t, seed) for name, t in table.items()},
+        prompt_intervals={name: bootstrap(t, seed, over="prompts") for name, t in table.items()},
+        images=images,
+        unscored=int(np.isnan(tables).any(0).sum()),
+        diversity=float(torch.cat(spreads).mean()) if spreads else 0.0,
+        kl=nats if kl else math.nan,
+    )
 
 
-def bootstrap(table: np.ndarray, seed: int, draws: int = 1000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of ``[prompts, images]``, resampling images within prompts.
+def bootstrap(
+    table: np.ndarray, seed: int, draws: int = 1000, *, over: Literal["images", "prompts"] = "images"
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean of ``[prompts, images]``; NaN entries are left out.
 
-    The prompts are a fixed set, so they are strata and are not resampled. NaN entries are left out.
+    Args:
+        table: rewards, one row a prompt.
+        seed: of the resampling.
+        draws: how many resampled means there are.
+        over: "images" resamples each prompt's images: the prompts are fixed strata, and their differences are no
+            uncertainty. "prompts" resamples the prompts, and the images of each: the prompts stand for others of their
+            kind. It needs two prompts and is (NaN, NaN) for one.
     """
-    if np.isnan(table).all():
+    prompts, images = table.shape
+    if np.isnan(table).all() or (over == "prompts" and prompts == 1):
         return math.nan, math.nan
     rng = np.random.default_rng(seed)
-    picks = rng.integers(0, table.shape[1], (draws, *table.shape))
-    resampled = np.take_along_axis(table[None], picks, 2).reshape(draws, -1)
+    rows = rng.integers(0, prompts, (draws, prompts, 1)) if over == "prompts" else np.arange(prompts)[:, None]
+    resampled = table[rows, rng.integers(0, images, (draws, prompts, images))].reshape(draws, -1)
     resampled = resampled[~np.isnan(resampled).all(1)]
     low, high = np.percentile(np.nanmean(resampled, 1), [2.5, 97.5])
     return float(low), float(high)

@@ -1,29 +1,39 @@
-"""The one training loop: collect, update, log, evaluate, checkpoint, resume."""
+"""The one training loop: collect, update, log, look, checkpoint, resume."""
 
-import importlib.metadata
 import json
 import math
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from agents.rollout import Rollout, collect
 from agents.training import checkpoints
 from agents.training.config import TrainConfig, as_dict
-from agents.training.evaluation import evaluate, sample
 from agents.training.experiment import Experiment, build, restore
 from agents.training.logging import Logger
-from agents.training.pictures import grid
+from agents.training.looks import Looks
 from agents.training.progress import progress
 from agents.training.report import write_report
 from agents.training.seeding import epoch_order, row_seeds
 from agents.training.tables import Table
+from agents.training.versions import write_versions
 from denoise_env.mdp import row_generators
 
-GRID_PROMPTS, GRID_COLUMNS = 6, 8
+MAY_CHANGE = (
+    "iterations",
+    "eval_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "conditioning_cache",
+    "conditioning_host_gib",
+    "conditioning_device_gib",
+    "compile",
+    "wandb",
+    "tensorboard",
+)
+"""What a resumed run's configuration may differ in from what its directory says."""
 
 
 def train(
@@ -42,15 +52,19 @@ def train(
         The directory.
 
     Raises:
-        ValueError: a configuration that does not fit together.
+        ValueError: a configuration that does not fit together; or, where it resumes, one that differs from the
+            directory's in more than `MAY_CHANGE`. Nothing has changed then.
         FileExistsError: the directory already holds a run.
         agents.training.checkpoints.CheckpointError: a checkpoint cannot be read or written.
         RuntimeError: too many images could not be scored.
     """
-    if not resume and (directory / "config.json").exists():
-        raise FileExistsError(
-            f"{directory} already holds a run: continue it with --resume {directory}, or choose another --output-dir"
-        )
+    if (directory / "config.json").exists():
+        if not resume:
+            raise FileExistsError(
+                f"{directory} already holds a run: continue it with --resume {directory}, or choose another "
+                "--output-dir"
+            )
+        _refuse_changes(json.loads((directory / "config.json").read_text()), config)
     experiment = build(config)
     saved = directory / "checkpoints"
     newest = checkpoints.latest(saved) if resume else None
@@ -58,12 +72,11 @@ def train(
     with Logger(directory, config) as logger:
         directory.mkdir(parents=True, exist_ok=True)
         checkpoints.prune(saved, config.keep_checkpoints)
-        about = {"command": shlex.join(command), **_versions()}
-        checkpoints.write_atomically(directory / "versions.json", json.dumps(about, indent=1))
+        write_versions(directory / "versions.json", command)
         checkpoints.write_atomically(directory / "config.json", json.dumps(as_dict(config), indent=1))
-        metrics, evals = Table(directory / "metrics.csv", done), Table(directory / "eval.csv", done)
+        metrics, looks = Table(directory / "metrics.csv", done), Looks(experiment, directory, logger, done, report)
         if newest is None:
-            _look(experiment, directory, {"iteration": 0, "network_calls": 0}, evals, logger, report)
+            looks.first()
         budget = config.network_budget or math.inf
         rest = range(done + 1, 1 + (config.iterations if spent < budget else done))
         bar = progress(rest, initial=done, total=None if config.network_budget else config.iterations, desc="train")
@@ -75,9 +88,7 @@ def train(
             logger.log(iteration, row)
             bar.set_postfix({name: f"{row[name]:.3g}" for name in _SHOWN if name in row}, refresh=False)
             last = iteration == config.iterations or spent >= budget
-            due = config.eval_points and spent * config.eval_points // budget > before * config.eval_points // budget
-            counts = {"iteration": iteration, "network_calls": spent}
-            _look(experiment, directory, counts, evals, logger, report, bool(due), last)
+            looks.after(iteration, before, spent, last)
             if last or iteration % config.checkpoint_every == 0:
                 meta = {"config": as_dict(config), "network_calls": spent, "model": experiment.mdp.model.architecture()}
                 checkpoints.save(saved, iteration, experiment.agent.state(), meta)
@@ -89,6 +100,26 @@ def train(
             experiment.mdp.model.export(directory / "export")
         write_report(directory)
     return directory
+
+
+def _refuse_changes(saved: dict[str, Any], config: TrainConfig) -> None:
+    """Refuse a configuration that a resumed run may not have with a ``ValueError`` that names the settings."""
+    before, now = _flat(saved), _flat(json.loads(json.dumps(as_dict(config))))
+    changed = [name for name in sorted({*before, *now} - {*MAY_CHANGE}) if before.get(name) != now.get(name)]
+    if changed:
+        told = ", ".join(f"{name} (now {now.get(name)!r}, was {before.get(name)!r})" for name in changed)
+        raise ValueError(
+            f"a resumed run keeps its configuration, and this one changes {told}; only {', '.join(MAY_CHANGE)} may "
+            "change"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping's settings by their dotted names, ``agent.lr``."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 _SHOWN = ("reward", "ratio", "clip_fraction", "kl_old", "kl_reference", "grad_norm", "images_per_second")
@@ -127,67 +158,3 @@ def _reward_figures(rollout: Rollout) -> dict[str, float]:
         "reward_std_in_group": groups.std(1).nanmean().item() if rollout.group_size > 1 else 0.0,
         "unscored": int((~scores.valid).sum()),
     }
-
-
-def _look(
-    experiment: Experiment,
-    directory: Path,
-    counts: dict[str, int],
-    evals: Table,
-    logger: Logger,
-    draw: bool,
-    wanted: bool = False,
-    last: bool = False,
-) -> None:
-    """Evaluate and draw a grid, where either is due; ``counts`` has the iteration and the network calls so far."""
-    config, policy, iteration = experiment.config, experiment.policy, counts["iteration"]
-
-    def due(every: int) -> bool:
-        return last or (iteration % every == 0 if every else iteration == 0)
-
-    with experiment.agent.evaluation_weights():
-        if wanted or due(0 if config.eval_points else config.eval_every):
-            total = len(experiment.eval_prompts) * config.eval_images_per_prompt
-            with progress(total=total, desc=f"evaluate at {iteration}", leave=False) as bar:
-                found = evaluate(
-                    experiment.eval_mdp,
-                    policy,
-                    experiment.eval_prompts,
-                    config.eval_images_per_prompt,
-                    config.eval_seed,
-                    config.microbatch,
-                    bar.update,
-                    best_of=experiment.agent.best_of if iteration else 1,  # what came before is the base model
-                    kl=config.eval_kl,
-                )
-            figures = found.row()
-            evals.append({**counts, **figures})
-            logger.log(iteration, {f"eval/{name}": value for name, value in figures.items()})
-        if draw and due(config.sample_every):
-            prompts = experiment.eval_prompts[:GRID_PROMPTS]
-            latents, _ = sample(experiment.eval_mdp, policy, prompts, GRID_COLUMNS, config.eval_seed, config.microbatch)
-            path = directory / "samples" / f"{iteration:06d}.png"
-            path.parent.mkdir(exist_ok=True)
-            checkpoints.write_atomically(path.with_name("prompts.txt"), "\n".join(prompt.text for prompt in prompts))
-            grid(experiment.mdp.render(latents), GRID_COLUMNS, path)
-            logger.image(iteration, path)
-
-
-def _versions() -> dict[str, str]:
-    names = (
-        "denoise-env",
-        "torch",
-        "torchrl",
-        "tensordict",
-        "gymnasium",
-        "diffusers",
-        "transformers",
-        "peft",
-    )
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return {"python": sys.version.split()[0], "platform": platform.platform(), **found}

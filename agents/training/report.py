@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def write_report(directory: Path) -> Path:
 {len(metrics)} of {config["iterations"]} iterations, {_images(config)} images each, {seconds:.0f} s of training.</p>
 <p>The command: <code>{html.escape(about["command"] or "(started from Python)")}</code></p>
 <h2>Evaluation on fixed prompts and seeds</h2><div class="cards">{cards}</div>
+<p><small>The mean before and after, and its 95 % bootstrap intervals. Over images: for other noise on these prompts.
+Over prompts: for other prompts of their kind as well.</small></p>
 <h2>Same prompts and seeds, before and after</h2>
 <img alt="samples before and after" src="data:image/png;base64,{picture}">
 <h2>Curves</h2>{_curves(metrics, evals)}
@@ -71,14 +74,19 @@ def _images(config: dict[str, Any]) -> int:
     return config["prompts_per_iteration"] * config["agent"]["group_size"]
 
 
-def _card(name: str, before: dict[str, float], after: dict[str, float]) -> str:
-    def interval(row: dict[str, float]) -> str:
-        return f"{row[name]:.3f} [{row[name + '_low']:.3f}, {row[name + '_high']:.3f}]"
+def interval(row: dict[str, float], name: str) -> str:
+    """An evaluation's interval in brackets: over images for a reward's name, over prompts for ``<name>_prompts``."""
+    return f"[{row[name + '_low']:.3f}, {row[name + '_high']:.3f}]"
 
+
+def _card(name: str, before: dict[str, float], after: dict[str, float]) -> str:
+    kinds = {"images": name, "prompts": f"{name}_prompts"}
+    if math.isnan(after[f"{name}_prompts_low"]):
+        del kinds["prompts"]
+    lines = [f"over {kind}: {interval(before, x)} → {interval(after, x)}" for kind, x in kinds.items()]
     return (
         f'<div class="card">{html.escape(name)}<b>{before[name]:.3f} → {after[name]:.3f}</b>'
-        f"<small>{interval(before)}<br>→ {interval(after)}<br>"
-        f"{after['images']:.0f} images each, 95 % bootstrap interval</small></div>"
+        f"<small>{'<br>'.join(lines)}<br>{after['images']:.0f} images each</small></div>"
     )
 
 
@@ -139,7 +147,7 @@ def _curves(metrics: list[dict[str, float]], evals: list[dict[str, float]]) -> s
             axis.plot(at, [row[name] for row in evals], "o-", color="#c2410c")
             low, high = ([row[f"{name}_{end}"] for row in evals] for end in ("low", "high"))
             axis.fill_between(at, low, high, color="#c2410c", alpha=0.2, linewidth=0)
-            axis.set_title(f"evaluation: {name}", fontsize=10)
+            axis.set_title(f"evaluation: {name} (95 % over images)", fontsize=10)
         else:
             axis.plot([row["iteration"] for row in metrics], [row[name] for row in metrics], color="#1d4ed8", lw=1)
             axis.set_title(f"training: {name}", fontsize=10)

@@ -13,7 +13,7 @@ def test_train_eval_sample_and_resume(tmp_path, capsys):
     directory = tmp_path / "run"
     assert cli.main(["train", *FAST, "--output-dir", str(directory)]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last.startswith("evaluation prompts, mean reward 'points' (12 images each): ")
+    assert last.startswith("evaluation prompts, mean reward 'points' (12 images each, 95 % intervals over images): ")
     assert " before, " in last
     assert cli.main(["train", "--resume", str(directory), "--iterations", "3"]) == 0
     assert len((directory / "metrics.csv").read_text().splitlines()) == 4
@@ -100,7 +100,7 @@ def test_a_resumed_run_refuses_another_learning_rate(tmp_path, capsys):
     directory = tmp_path / "run"
     assert cli.main(["train", *FAST, "--output-dir", str(directory)]) == 0
     assert cli.main(["train", "--resume", str(directory), "--agent.lr", "1"]) == 2
-    assert "agent cannot change" in capsys.readouterr().err
+    assert "changes agent.lr (now 1.0, was 0.003)" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys):

@@ -1,4 +1,3 @@
-import csv
 import dataclasses
 import json
 import random
@@ -6,56 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from small_runs import assert_same_run, deterministic, small
 
-from agents.algorithms import AGENTS
 from agents.grpo import GRPOConfig
 from agents.training import checkpoints, loop
 from agents.training.config import TrainConfig
-from agents.training.experiment import build
+from agents.training.experiment import build, restore
 from agents.training.loop import train as run
-from agents.training.presets import make_config, points
-from agents.training.tables import Table
-from denoise_env.models import model_options
-from denoise_env.shapes import WEIGHTS
-
-TIMING = {"seconds", "images_per_second"}
-
-
-def small(**changes):
-    options = GRPOConfig(group_size=4, lr=1e-3, ema_decay=0.9, kl_coef=0.01)
-    base = TrainConfig(
-        model="points",
-        agent_options=options,
-        iterations=6,
-        prompts_per_iteration=2,
-        microbatch=None,
-        checkpoint_every=2,
-        eval_every=3,
-        eval_images_per_prompt=4,
-        num_steps=5,
-    )
-    return dataclasses.replace(base, **changes)
-
-
-def deterministic(path):
-    with path.open(newline="") as file:
-        return [{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(file)]
-
-
-def assert_same_run(one, other):
-    for name in ("metrics.csv", "eval.csv"):
-        assert deterministic(one / name) == deterministic(other / name)
-    newest = checkpoints.latest(one / "checkpoints")
-    assert newest.name == checkpoints.latest(other / "checkpoints").name
-    a, b = (load_file(run / "checkpoints" / newest.name / "state.safetensors") for run in (one, other))
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    for picture in (one / "samples").iterdir():
-        assert picture.read_bytes() == (other / "samples" / picture.name).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -75,30 +35,41 @@ def test_a_run_writes_its_directory(whole):
     page = (directory / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "<svg" in page
+    assert "over images: [" in page
+    assert "over prompts: [" in page
     assert "http" not in page.replace("http://www.w3.org", "").replace("https://matplotlib.org", "").replace(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "")
     assert (directory / "export" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 5])
-def test_a_resumed_run_equals_the_run_that_never_stopped(whole, tmp_path, monkeypatch, stop):
+@pytest.fixture
+def stopped(monkeypatch):
+    """Starts a run, interrupts it before an iteration, and gives its directory."""
     iterate = loop._iterate
 
-    def stopping(experiment, iteration):
-        if iteration == stop:
-            raise KeyboardInterrupt
-        return iterate(experiment, iteration)
+    def start(config, directory, stop):
+        def stopping(experiment, iteration):
+            if iteration == stop:
+                raise KeyboardInterrupt
+            return iterate(experiment, iteration)
 
-    monkeypatch.setattr(loop, "_iterate", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        run(small(), tmp_path / "stopped")
-    monkeypatch.setattr(loop, "_iterate", iterate)
-    run(small(), tmp_path / "stopped", resume=True)
-    assert_same_run(whole, tmp_path / "stopped")
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "_iterate", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                run(config, directory)
+        return directory
+
+    return start
 
 
-def test_resuming_shapes_is_exact(tmp_path):
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+def test_a_resumed_run_equals_the_run_that_never_stopped(whole, tmp_path, stopped, stop):
+    directory = stopped(small(), tmp_path / "stopped", stop)
+    assert_same_run(whole, run(small(), directory, resume=True))
+
+
+def test_resuming_shapes_is_exact(tmp_path, stopped):
     config = TrainConfig(
         num_steps=3,
         model_options=model_options("shapes", guidance_scale=3.0, lora_rank=2),
@@ -108,14 +79,41 @@ def test_resuming_shapes_is_exact(tmp_path):
         microbatch=4,
         checkpoint_every=1,
         eval_images_per_prompt=1,
-        eval_every=0,
+        eval_every=1,
     )
     whole = run(config, tmp_path / "whole")
-    run(dataclasses.replace(config, iterations=1), tmp_path / "part")
-    (tmp_path / "part" / "eval.csv").write_text("".join((whole / "eval.csv").read_text().splitlines(True)[:2]))
-    run(config, tmp_path / "part", resume=True)
-    (tmp_path / "part" / "samples" / "000001.png").unlink()
-    assert_same_run(whole, tmp_path / "part")
+    directory = stopped(config, tmp_path / "stopped", 2)
+    assert [row["iteration"] for row in deterministic(directory / "eval.csv")] == ["0", "1"]
+    assert_same_run(whole, run(config, directory, resume=True))
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, r"changes seed \(now 1, was 0\); only iterations, .*tensorboard may change"),
+        ({"agent_options": GRPOConfig(group_size=4, lr=1e-2, ema_decay=0.9)}, r"changes agent\.kl_coef .*, agent\.lr "),
+        ({"agent": "rloo", "agent_options": None}, r"agent\.clip_range \(now None, was .*agent\.name \(now 'rloo'"),
+        ({"model": "points-flow"}, r"model \(now 'points-flow', was 'points'\)"),
+        ({"rewards": {"points": 2.0}}, r"rewards\.points \(now 2\.0, was None\)"),
+    ],
+)
+def test_a_resumed_run_keeps_its_configuration(whole, changes, message):
+    before = contents(whole)
+    with pytest.raises(ValueError, match=message):
+        run(small(**{"iterations": 7, **changes}), whole, resume=True)
+    assert contents(whole) == before
+
+
+def test_a_resumed_run_may_go_on_for_longer_and_look_at_other_times(tmp_path):
+    directory = run(small(iterations=2, eval_every=2), tmp_path / "run", report=False)
+    longer = small(iterations=3, eval_every=1, sample_every=7, checkpoint_every=1, keep_checkpoints=1, tensorboard=True)
+    run(longer, directory, resume=True, report=False)
+    assert [row["iteration"] for row in deterministic(directory / "eval.csv")] == ["0", "2", "3"]
+    assert json.loads((directory / "config.json").read_text())["iterations"] == 3
 
 
 KILLED = """
@@ -125,7 +123,7 @@ from agents.training import checkpoints
 from agents.training.config import TrainConfig
 from agents.training.loop import train
 sys.path.insert(0, {tests!r})
-from test_train import small
+from small_runs import small
 sync, calls = checkpoints._sync, 0
 def killing(path):
     global calls
@@ -141,7 +139,7 @@ train(small(iterations={iterations}), Path({directory!r}), resume={resume})
 
 def in_process(directory, *, call=0, iterations=6, resume=False):
     code = KILLED.format(
-        tests=str(__import__("pathlib").Path(__file__).parent),
+        tests=str(Path(__file__).parent),
         call=call,
         iterations=iterations,
         directory=str(directory),
@@ -223,7 +221,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, file):
 def test_a_checkpoint_of_another_version_or_architecture_is_refused(tmp_path):
     directory = run(small(iterations=2), tmp_path / "run")
     with pytest.raises(checkpoints.CheckpointError, match="another architecture"):
-        run(small(iterations=3, model="points-flow"), directory, resume=True)
+        restore(build(small(model="points-flow")), directory / "checkpoints" / "000002")
     meta = directory / "checkpoints" / "000002" / "meta.json"
     meta.write_text(meta.read_text().replace('"version": 1', '"version": 99'))
     with pytest.raises(checkpoints.CheckpointError, match="version 99"):
@@ -284,63 +282,6 @@ def test_bad_configurations_are_refused_before_anything_is_written(tmp_path, cha
     assert not (tmp_path / "run").exists()
 
 
-def test_the_table_forgets_what_lies_after_the_checkpoint(tmp_path):
-    table = Table(tmp_path / "t.csv", 0)
-    for i in range(1, 5):
-        table.append({"iteration": i, "reward": i / 3})
-    with (tmp_path / "t.csv").open("a") as file:
-        file.write("5,0.3")  # a line cut off by a crash
-    Table(tmp_path / "t.csv", 2).append({"iteration": 3, "reward": 0.5})
-    assert (tmp_path / "t.csv").read_text().splitlines()[-2:] == [f"2,{2 / 3}", "3,0.5"]
-
-
-def test_the_dancegrpo_preset_is_danceGRPOs_setting():
-    from agents.training.presets import dancegrpo
-
-    config = dancegrpo()
-    assert config.prompts_per_iteration * config.agent_options.group_size == 512
-    assert (config.num_steps, config.eta, config.model_options.guidance_scale, config.kernel) == (50, 1.0, 5.0, "ddim")
-    agent = config.agent_options
-    assert (agent.group_size, agent.updates_per_rollout, agent.lr, agent.clip_range) == (16, 2, 1e-5, 1e-4)
-    assert (agent.timestep_fraction, agent.drop_last, agent.timestep_selection) == (1.0, True, "per_sample")
-    assert (agent.betas, agent.weight_decay, agent.max_grad_norm) == ((0.9, 0.999), 1e-4, 1.0)
-    assert (agent.advantage_clip, agent.shared_noise, config.reduction, agent.kl_coef) == (
-        5.0,
-        True,
-        "mean",
-        0,
-    )
-    tiny = dataclasses.replace(
-        config,
-        model="shapes",
-        model_options=dataclasses.replace(config.model_options, height=32, width=32, dtype="fp32"),
-    )
-    experiment = build(tiny)
-    steps = experiment.agent.select_steps(512, 1)
-    assert steps.shape == (512, 49)
-    assert steps.max() == 48
-    assert all(len(set(row)) == 49 for row in steps[:4].tolist())
-    assert not torch.equal(steps[0], steps[1])
-
-
-def test_a_microbatch_larger_than_the_rollout_is_the_rollout():
-    assert build(small(microbatch=1000)).agent.microbatch == 8
-
-
-def test_a_long_prompt_file_is_not_evaluated_whole(tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_text("\n".join(f"a red circle on gray {i}" for i in range(100)))
-    experiment = build(TrainConfig(prompts=str(file), eval_prompts=None, model="shapes", eval_rewards=()))
-    assert len(experiment.mdp.drawn_prompts) == 100
-    assert len(experiment.eval_prompts) == 12  # shapes has held-out prompts of its own
-    options = {"model": str(WEIGHTS), "rewards": {"shapes": 1.0}, "prompts": str(file)}
-    assert build(TrainConfig(**options)).eval_prompts == [p.text for p in experiment.mdp.prompts][:32]
-
-
-def test_points_preset_builds():
-    assert build(points()).agent.group_size == 16
-
-
 def test_a_budget_of_network_calls_ends_the_run(tmp_path):
     # an iteration: 8 rows · (5 forwards + 3 of 4 steps · (3 + 1 of the reference)) = 136
     config = small(network_budget=400, eval_points=2, iterations=1000)
@@ -353,28 +294,3 @@ def test_a_budget_of_network_calls_ends_the_run(tmp_path):
     assert len(deterministic(tmp_path / "run" / "metrics.csv")) == 3
     with pytest.raises(ValueError, match="eval_points divides the network_budget"):
         build(small(eval_points=2))
-
-
-def test_an_agent_of_ones_own_is_found_by_module_and_class(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
-        "from agents.grpo import GRPO, GRPOConfig\n"
-        "class Config(GRPOConfig): pass\n"
-        "class Mine(GRPO): config_type = Config\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    assert type(build(make_config("points", "mine:Mine")).agent).__name__ == "Mine"
-    for name, message in (
-        ("mine:Config", "must be a subclass of agents.base.Agent"),
-        ("mine:Absent", "cannot load the agent"),
-        ("gpro", "did you mean 'grpo'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            make_config("points", name)
-
-
-def test_another_agent_keeps_the_episodes_of_a_preset():
-    for name in AGENTS:
-        config = make_config("points", name)
-        assert config.prompts_per_iteration * config.agent_options.group_size == 96
-        assert config.agent_options.lr == make_config("points").agent_options.lr
-    assert make_config("shapes", "ppo", rows=64).prompts_per_iteration == 64

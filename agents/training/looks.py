@@ -1,0 +1,93 @@
+"""What is looked at during a run: an evaluation on fixed prompts, and a grid of samples, both from fixed seeds."""
+
+from pathlib import Path
+
+from agents.training.checkpoints import write_atomically
+from agents.training.evaluation import evaluate, sample
+from agents.training.experiment import Experiment
+from agents.training.logging import Logger
+from agents.training.pictures import grid
+from agents.training.progress import progress
+from agents.training.tables import Table
+
+GRID_PROMPTS, GRID_COLUMNS = 6, 8
+
+
+class Looks:
+    """Writes ``eval.csv`` and the pictures in ``samples`` when they are due.
+
+    Args:
+        experiment: what is looked at, with its averaged weights where it has any.
+        directory: the run's.
+        logger: gets the figures and pictures too.
+        done: the iteration that the run resumes from; later rows of ``eval.csv`` are forgotten.
+        draw: whether pictures are wanted.
+    """
+
+    def __init__(self, experiment: Experiment, directory: Path, logger: Logger, done: int, draw: bool) -> None:
+        self._experiment = experiment
+        self._pictures = directory / "samples" if draw else None
+        self._logger = logger
+        self._table = Table(directory / "eval.csv", done)
+
+    def first(self) -> None:
+        """Look at the base model, before the first iteration."""
+        self._look(0, 0, evaluation=True, picture=True)
+
+    def after(self, iteration: int, before: int, spent: int, last: bool) -> None:
+        """Look at what is due after an iteration.
+
+        Args:
+            iteration: at least 1.
+            before: network calls spent before it.
+            spent: network calls spent with it.
+            last: whether it was the run's last, after which all is due.
+        """
+        config = self._experiment.config
+        if config.eval_points:
+            budget = config.network_budget or 1
+            due = spent * config.eval_points // budget > before * config.eval_points // budget
+        else:
+            due = _due(iteration, config.eval_every)
+        self._look(iteration, spent, evaluation=last or due, picture=last or _due(iteration, config.sample_every))
+
+    def _look(self, iteration: int, spent: int, *, evaluation: bool, picture: bool) -> None:
+        with self._experiment.agent.evaluation_weights():
+            if evaluation:
+                self._evaluate(iteration, spent)
+            if picture and self._pictures:
+                self._draw(iteration, self._pictures)
+
+    def _evaluate(self, iteration: int, spent: int) -> None:
+        experiment, config = self._experiment, self._experiment.config
+        total = len(experiment.eval_prompts) * config.eval_images_per_prompt
+        with progress(total=total, desc=f"evaluate at {iteration}", leave=False) as bar:
+            found = evaluate(
+                experiment.eval_mdp,
+                experiment.policy,
+                experiment.eval_prompts,
+                config.eval_images_per_prompt,
+                config.eval_seed,
+                config.microbatch,
+                bar.update,
+                best_of=experiment.agent.best_of if iteration else 1,  # what came before is the base model
+                kl=config.eval_kl,
+            )
+        figures = found.row()
+        self._table.append({"iteration": iteration, "network_calls": spent, **figures})
+        self._logger.log(iteration, {f"eval/{name}": value for name, value in figures.items()})
+
+    def _draw(self, iteration: int, pictures: Path) -> None:
+        experiment, config = self._experiment, self._experiment.config
+        prompts = experiment.eval_prompts[:GRID_PROMPTS]
+        latents, _ = sample(
+            experiment.eval_mdp, experiment.policy, prompts, GRID_COLUMNS, config.eval_seed, config.microbatch
+        )
+        path = pictures / f"{iteration:06d}.png"
+        grid(experiment.mdp.render(latents), GRID_COLUMNS, path)
+        write_atomically(pictures / "prompts.txt", "\n".join(" ".join(prompt.text.split()) for prompt in prompts))
+        self._logger.image(iteration, path)
+
+
+def _due(iteration: int, every: int) -> bool:
+    return bool(every) and iteration % every == 0
