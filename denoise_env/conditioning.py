@@ -190,8 +190,9 @@ class _Files:
         label = directory / "checkpoint.json"
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            if not label.exists():
-                if any(directory.iterdir()):
+            others = [path for path in directory.iterdir() if not path.name.startswith(".") and path != label]
+            if not label.exists():  # asked after the others, which come later where two processes begin at once
+                if others:
                     raise ValueError(
                         f"{directory} is no conditioning cache and not empty: choose a directory of its own for it"
                     )

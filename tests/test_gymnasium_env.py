@@ -305,13 +305,13 @@ def test_a_reset_that_an_autoreset_could_not_follow_is_refused_and_changes_nothi
     for e in (env, twin):
         e.reset(seed=0)
         e.step(action)
-    before = (env.state, env.mdp.prompts.texts.copy())
+    before = (env.state, env.mdp.prompts.copy())
     for mask in ([False, True, False, False, False, False], [True] * 4 + [False] * 2):
         options = {"reset_mask": np.array(mask), "group_size": 1, "prompts": ["a new one"] * sum(mask)}
         with pytest.raises(ValueError, match=r"rows (0 to 2|3 to 5) are a group of group_size=3 that autoresets begin"):
             env.reset(seed=7, options=options)
     assert env.state is before[0]
-    assert env.mdp.prompts.texts == before[1]
+    assert env.mdp.prompts == before[1]
     whole = {"reset_mask": np.array([True] * 3 + [False] * 3), "group_size": 1}  # of one prompt each, until they end
     for k in range(2 * K + 2):
         results = []

@@ -79,8 +79,8 @@ def sample(
 
 
 def _microbatches(
-    prompts: Sequence[str], images_per_prompt: int, seed: int, microbatch: int | None
-) -> Iterator[tuple[list[str], list[int]]]:
+    prompts: Sequence[str | Prompt], images_per_prompt: int, seed: int, microbatch: int | None
+) -> Iterator[tuple[list[str | Prompt], list[int]]]:
     """Each row's prompt and seed, ``microbatch`` rows at a time."""
     rows = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     seeds = row_seeds(seed, "evaluation", 0, len(rows))
@@ -92,7 +92,7 @@ def _microbatches(
 def _finish(
     mdp: DenoisingMDP,
     policy: DenoisingPolicy,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     seeds: Sequence[int],
     visit: Callable[[Tensor, int, Tensor, Transition], None] | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,6 @@ MAY_CHANGE = (
     "conditioning_cache",
     "conditioning_host_gib",
     "conditioning_device_gib",
-    "compile",
     "wandb",
     "tensorboard",
 )

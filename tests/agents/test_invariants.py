@@ -130,7 +130,7 @@ def test_a_rollout_stores_latents_once_and_no_conditioning(make_shapes):
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     assert sum(storages.values()) <= 1.02 * 32 * 11 * 4 * 8 * 8 * 4
     row = mdp.conditioning.rows(mdp.drawn[:1])["prompt_embeds"]
-    assert mdp.conditioning.host_bytes == 2 * row.nbytes  # of the two prompts that were drawn
+    assert mdp.conditioning.host_bytes == (len(PROMPTS) + 1) * row.nbytes  # of the prompts that were asked for
 
 
 def test_the_rollout_leaves_no_gradient_and_changes_no_weight(make_shapes):

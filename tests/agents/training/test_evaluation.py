@@ -167,7 +167,7 @@ def test_kl_and_diversity_are_those_of_their_definitions(points):
     found = evaluate(points, policy, prompts, 8, seed=3, kl=True, microbatch=8)
     generators = row_generators(row_seeds(3, "evaluation", 0, 16))
     rollout = collect(points, policy, generators, prompts, group_size=8)
-    conditioning, total = rollout.conditioning[rollout.row], 0.0
+    conditioning, total = rollout.conditioning(slice(None)), 0.0
     for k in range(9):
         x = rollout.steps["latents"][:, k]
         with torch.no_grad(), points.model.reference():

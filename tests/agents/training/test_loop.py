@@ -16,6 +16,7 @@ from agents.training import checkpoints, loop
 from agents.training.config import TrainConfig
 from agents.training.experiment import build, restore
 from agents.training.loop import train as run
+from denoise_env.models import model_options
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def contents(directory):
         ({"seed": 1}, r"changes seed \(now 1, was 0\); only iterations, .*tensorboard may change"),
         ({"agent_options": GRPOConfig(group_size=4, lr=1e-2, ema_decay=0.9)}, r"changes agent\.kl_coef .*, agent\.lr "),
         ({"agent": "rloo", "agent_options": None}, r"agent\.clip_range \(now None, was .*agent\.name \(now 'rloo'"),
-        ({"model": "points-flow"}, r"model \(now 'points-flow', was 'points'\)"),
+        ({"model": "points-flow"}, r"model.name \(now 'points-flow', was 'points'\)"),
         ({"rewards": {"points": 2.0}}, r"rewards\.points \(now 2\.0, was None\)"),
     ],
 )

@@ -11,7 +11,7 @@ from agents.training.presets import dancegrpo, make_config, points
 def test_the_dancegrpo_preset_is_danceGRPOs_setting():
     config = dancegrpo()
     assert config.prompts_per_iteration * config.agent_options.group_size == 512
-    assert (config.num_steps, config.eta, config.guidance_scale, config.kernel) == (50, 1.0, 5.0, "ddim")
+    assert (config.num_steps, config.eta, config.model_options.guidance_scale, config.kernel) == (50, 1.0, 5.0, "ddim")
     agent = config.agent_options
     assert (agent.group_size, agent.updates_per_rollout, agent.lr, agent.clip_range) == (16, 2, 1e-5, 1e-4)
     assert (agent.timestep_fraction, agent.drop_last, agent.timestep_selection) == (1.0, True, "per_sample")
@@ -22,7 +22,11 @@ def test_the_dancegrpo_preset_is_danceGRPOs_setting():
         "mean",
         0,
     )
-    tiny = dataclasses.replace(config, model="shapes", height=32, width=32, dtype="fp32")
+    tiny = dataclasses.replace(
+        config,
+        model="shapes",
+        model_options=dataclasses.replace(config.model_options, height=32, width=32, dtype="fp32"),
+    )
     experiment = build(tiny)
     steps = experiment.agent.select_steps(512, 1)
     assert steps.shape == (512, 49)
