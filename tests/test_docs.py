@@ -17,30 +17,68 @@ def blocks(page):
     return re.findall(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.M | re.S)
 
 
-@pytest.mark.slow
-def test_add_an_agent(tmp_path):
-    for part in ("agents", "denoise_env"):
-        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+def follow(page, directory):
+    """Write a page's files and run its commands; what each block of commands printed."""
     scripts = Path(sys.executable).parent
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PATH": f"{scripts}:{os.environ['PATH']}"}
-    found = blocks("add-an-agent.md")
-    assert [language for language, *_ in found] == ["bash", "python", "bash", "bash"]
+    environment = {**os.environ, "PYTHONPATH": str(directory), "PATH": f"{scripts}:{os.environ['PATH']}"}
     printed = []
-    for language, name, text in found:
+    for language, name, text in blocks(page):
         if language == "python":
-            assert (tmp_path / name).exists()  # copied by the step before
-            (tmp_path / name).write_text(text)
+            (directory / name).write_text(text)
             continue
         command = ["bash", "-euo", "pipefail", "-c", text]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
+    return printed
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The packages, as a clone has them."""
+    for part in ("agents", "denoise_env"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_add_an_agent(clone):
+    assert [language for language, *_ in blocks("add-an-agent.md")] == ["bash", "python", "bash", "bash"]
+    printed = follow("add-an-agent.md", clone)
     assert "rank                     REINFORCE on ranks within the group." in printed[-1]
     for run in ("rank", "rank-again"):
-        first, *_, last = (tmp_path / "runs" / run / "eval.csv").read_text().splitlines()[1:]
+        first, *_, last = (clone / "runs" / run / "eval.csv").read_text().splitlines()[1:]
         reward = [float(line.split(",")[2]) for line in (first, last)]
         assert reward[1] > reward[0] + 0.1
-    assert (tmp_path / "runs" / "rank" / "metrics.csv").read_text().splitlines()[-1].startswith("25,")
+    assert (clone / "runs" / "rank" / "metrics.csv").read_text().splitlines()[-1].startswith("25,")
+
+
+@pytest.mark.slow
+def test_add_a_model(clone):
+    before = {path: path.read_bytes() for path in clone.rglob("*.py")}
+    described, evaluated = follow("add-a-model.md", clone)
+    assert "4,675, of which 4,675 are trained" in described
+    run = clone / "runs" / "colours"
+    assert (run / "metrics.csv").read_text().splitlines()[-1].startswith("40,")
+    assert (clone / "colours.png").read_bytes()[:4] == b"\x89PNG"
+    assert "before_after.png" in {path.name for path in run.iterdir()}
+    rewards = dict(re.findall(r"^(\S+) +my_model:red +(\d\.\d+)", evaluated, re.M))
+    base, trained = (float(rewards[name]) for name in ("my_model:FAMILY", "my_model:FAMILY@runs/colours/export"))
+    assert trained > base + 0.05
+    written = {path: path.read_bytes() for path in clone.rglob("*.py")}
+    assert written.keys() - before.keys() == {clone / "my_model.py"}
+    assert all(written[path] == before[path] for path in before)
+    # the page's last section: one file and one line
+    shutil.move(clone / "my_model.py", clone / "denoise_env" / "models" / "colours.py")
+    registry = clone / "denoise_env" / "models" / "__init__.py"
+    line = '    "denoise_env.models.stable_diffusion:FAMILY",\n'
+    registry.write_text(registry.read_text().replace(line, line + '    "denoise_env.models.colours:FAMILY",\n'))
+    script = "from agents.cli import main; main(['list']); main(['describe', 'runs/colours/export'])"
+    environment = {**os.environ, "PYTHONPATH": str(clone)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=True)
+    assert "pictures of one random colour" in done.stdout
+    assert "family                   colours" in done.stdout
 
 
 def test_bring_your_agent(capsys):

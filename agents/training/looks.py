@@ -85,7 +85,7 @@ class Looks:
         )
         path = pictures / f"{iteration:06d}.png"
         grid(experiment.mdp.render(latents), GRID_COLUMNS, path)
-        write_atomically(pictures / "prompts.txt", "\n".join(" ".join(prompt.text.split()) for prompt in prompts))
+        write_atomically(pictures / "prompts.txt", "".join(" ".join(prompt.text.split()) + "\n" for prompt in prompts))
         self._logger.image(iteration, path)
 
 
