@@ -36,7 +36,7 @@ from denoise_env.conventions import ActionConvention, Control, Flat, Noise
 from denoise_env.prompts import load_prompts
 from denoise_env.sb3 import SB3VecEnv
 from denoise_env.torchrl_transforms import ActionTransform, FlatTransform
-from denoise_env.worlds import PROMPT_SETS
+from denoise_env.worlds import PROMPT_SETS, SHAPES
 from denoise_env.wrappers import ControlAction, FlatObservation, NoiseAction
 
 STEPS, ROWS, LEARNING_RATE = 10, 64, 1e-3
@@ -71,7 +71,7 @@ class World:
 WORLDS = [
     World("points", Noise, {}, {}, "points", ("SB3 PPO", "TorchRL PPO", "SB3 SAC"), episodes=6400, evaluation=2048),
     World(
-        "shapes",
+        SHAPES,
         Control,
         {"controls": {"guidance_scale": (0.0, 4.0), "noise_scale": (0.0, 1.5)}},
         {"parts": ("step", "prompt")},

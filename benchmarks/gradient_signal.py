@@ -20,11 +20,12 @@ from agents.rollout import collect
 from agents.training.progress import progress
 from agents.training.seeding import epoch_order, row_seeds
 from denoise_env.mdp import DenoisingMDP, row_generators
+from denoise_env.worlds import DEFAULT
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="shapes")
+    parser.add_argument("--model", default=DEFAULT)
     parser.add_argument("--images", type=int, default=512, help="per rollout")
     parser.add_argument("--rollouts", type=int, default=4, help="at least 2")
     parser.add_argument("--group-size", type=int, default=16)
@@ -48,7 +49,7 @@ def main() -> None:
 def rollout_gradients(agent: GRPO, mdp: DenoisingMDP, options: argparse.Namespace, index: int, bar: Any) -> Tensor:
     """``[steps, parameters]`` of one rollout."""
     groups = options.images // options.group_size
-    prompts = epoch_order([p.text for p in mdp.prompts], options.seed, index * groups, groups)
+    prompts = epoch_order(mdp.drawn_prompts, options.seed, index * groups, groups)
     generators = row_generators(row_seeds(options.seed, "signal", index, options.images))
     rollout = collect(
         mdp,

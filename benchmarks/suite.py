@@ -31,6 +31,7 @@ from agents.training.seeding import generator
 from benchmarks.runs import Run, curve, execute, held_out
 from denoise_env.naming import suggest
 from denoise_env.shapes import TRAIN
+from denoise_env.worlds import SHAPES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS, BUILD = REPOSITORY / "benchmarks" / "results", REPOSITORY / "build" / "benchmarks"
@@ -113,7 +114,7 @@ _SHAPES_AGENTS = (
     *("base", "best-of-n", "zero-lr", "shuffled-reward"),
     *("grpo", "ddpo-sf", "ddpo-is", "dpok", "ppo", "rloo", "rwr", "nft", "dpo"),
 )
-_SHAPES_SEARCH = {"eval_prompts": "shapes", "eval_images_per_prompt": 8}  # not on the held-out prompts
+_SHAPES_SEARCH = {"eval_prompts": SHAPES, "eval_images_per_prompt": 8}  # not on the held-out prompts
 
 
 def _points(model: str, text: str) -> Suite:
@@ -126,10 +127,10 @@ def _points(model: str, text: str) -> Suite:
 SUITES = {
     "points": _points("points", "2-D Gaussian mixtures as a diffusion: minutes"),
     "points-flow": _points("points-flow", "2-D Gaussian mixtures as a rectified flow: minutes"),
-    "shapes": Suite(
+    SHAPES: Suite(
         "a tiny Stable Diffusion, evaluated on held-out prompts: hours",
-        {"shapes": Environment("shapes", _SHAPES, _SHAPES_SEARCH)},
-        "shapes",
+        {SHAPES: Environment(SHAPES, _SHAPES, _SHAPES_SEARCH)},
+        SHAPES,
         60 * 64 * 28,
         seeds=3,
         trials=6,
@@ -142,14 +143,14 @@ SUITES = {
         "Shapes as the set of training prompts grows, evaluated on those prompts: an hour",
         {
             f"shapes, {n} prompt{'s' * (n > 1)}": Environment(
-                "shapes",
+                SHAPES,
                 {**_SHAPES, "eval_points": 2, "eval_images_per_prompt": max(4, 240 // n)},
                 prompts=n,
                 held_out="shapes-held-out",
             )
             for n in (1, 10, len(TRAIN))
         },
-        "shapes",
+        SHAPES,
         36 * 64 * 28,
         seeds=3,
         trials=0,  # at the preset's learning rate, which the search on all prompts chooses for all three

@@ -25,7 +25,7 @@ from denoise_env.models import DenoisingModel, ModelOptions, find_family, load_m
 from denoise_env.naming import suggest
 from denoise_env.prompts import Prompt, check_prompts, load_prompts
 from denoise_env.rewards import Reward, load_reward
-from denoise_env.worlds import PROMPT_SETS, WORLDS
+from denoise_env.worlds import DEFAULT, PROMPT_SETS, WORLDS
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class DenoisingMDP:
     @classmethod
     def make(
         cls,
-        model: str,
+        model: str = DEFAULT,
         rewards: Mapping[str, float] | str | None = None,
         prompts: Sequence[str | Prompt] | str | None = None,
         num_steps: int = 10,

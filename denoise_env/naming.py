@@ -9,8 +9,8 @@ from typing import Any
 def suggest(name: str, names: Iterable[str]) -> str:
     """ "did you mean …?" with the nearest of ``names``, or all of them where none is near.
 
-    >>> suggest("shaeps", ["points", "shapes"]), suggest("x", ["points", "shapes"])
-    ("did you mean 'shapes'?", "there are ['points', 'shapes']")
+    >>> suggest("pionts", ["points", "lines"]), suggest("x", ["points", "lines"])
+    ("did you mean 'points'?", "there are ['points', 'lines']")
     """
     known = list(names)
     near = difflib.get_close_matches(name, known, 1)

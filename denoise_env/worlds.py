@@ -45,19 +45,20 @@ def _points(description: str, **changes: Any) -> World:
     )
 
 
-DEFAULT = "shapes"
+SHAPES = "shapes"
+DEFAULT = SHAPES
 """The world that is meant where no model is named."""
 WORLDS: dict[str, World] = {
-    "shapes": World(
+    SHAPES: World(
         "a tiny Stable Diffusion of coloured shapes, shipped with the package",
         family="denoise_env.models.stable_diffusion:FAMILY",
         checkpoint="denoise_env.shapes:WEIGHTS",
         options={"guidance_scale": 1.0},
-        prompts={"shapes": "denoise_env.shapes.grammar:TRAIN"},
+        prompts={SHAPES: "denoise_env.shapes.grammar:TRAIN"},
         held_out={"shapes-held-out": "denoise_env.shapes.grammar:HELD_OUT"},
-        rewards={"shapes": "denoise_env.rewards.shapes:ShapesReward"},
+        rewards={SHAPES: "denoise_env.rewards.shapes:ShapesReward"},
         eval_rewards={"shapes-correct": "denoise_env.rewards.shapes:ShapesCorrect"},
-        preset="shapes",
+        preset=SHAPES,
         environment="denoise_env/Shapes-v0",
     ),
     "points": _points(

@@ -15,7 +15,7 @@ parser.add_argument("--iterations", type=int, default=30)
 parser.add_argument("--seed", type=int, default=0)
 options = parser.parse_args()
 
-mdp = DenoisingMDP.make("shapes", rewards="shapes", num_steps=10)
+mdp = DenoisingMDP.make(num_steps=10)  # Shapes, with its prompts and its reward
 policy = DenoisingPolicy(mdp, kernel="ddim", eta=1.0)
 agent = GRPO(policy, GRPOConfig(group_size=16, lr=1e-4), seed=options.seed, microbatch=128)
 
