@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from agents.ppo import PPO, PPOConfig
+from agents.critic import ActorCritic, ActorCriticConfig
 from agents.trajectory import Batch
 
 
 @dataclass
-class DPOKConfig(PPOConfig):
-    """DPOK: REINFORCE with a value baseline and a KL to the base model."""
+class DPOKConfig(ActorCriticConfig):
+    """DPOK's settings."""
 
     lr: float = 1e-5
     """AdamW's learning rate (published for LoRA)."""
@@ -30,18 +30,14 @@ class DPOKConfig(PPOConfig):
     """β, in the log-prob's reduction."""
 
 
-class DPOK(PPO):
-    """See the module's text; arguments as in `Agent`, with a `DPOKConfig`."""
+class DPOK(ActorCritic):
+    """DPOK: REINFORCE with a value baseline and a KL to the base model."""
 
     name = "dpok"
     config_type = DPOKConfig
     config: DPOKConfig
     on_policy = True
 
-    def scale(self, raw: Tensor, valid: Tensor) -> Tensor:
-        """Advantages as they are, r − V."""
-        return raw
-
-    def surrogate(self, batch: Batch, ratio: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
-        """α times the score function estimator's loss."""
-        return -self.config.reward_weight * advantage * batch.log_prob, ratio != ratio
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """As in `TrajectoryAgent.loss`: α times the score function estimator's."""
+        return -self.config.reward_weight * batch.advantage * batch.log_prob, {}

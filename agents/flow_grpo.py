@@ -19,7 +19,7 @@ from denoise_env.kernels import Transition
 
 @dataclass
 class FlowGRPOConfig(GRPOConfig):
-    """Flow-GRPO: GRPO with a KL to the base model."""
+    """Flow-GRPO's settings."""
 
     group_size: int = 24
     """Neighbouring samples of one prompt, G."""
@@ -38,7 +38,7 @@ class FlowGRPOConfig(GRPOConfig):
 
 
 class FlowGRPO(GRPO):
-    """See the module's text; arguments as in `Agent`, with a `FlowGRPOConfig`."""
+    """Flow-GRPO: GRPO with a KL to the base model."""
 
     name = "flow-grpo"
     config_type = FlowGRPOConfig

@@ -25,7 +25,7 @@ from agents.rollout import Rollout
 
 @dataclass
 class NFTConfig(FinalSampleConfig):
-    """DiffusionNFT: contrast positive and negative policies."""
+    """DiffusionNFT's settings."""
 
     group_size: int = 24
     """Neighbouring samples of one prompt, G."""
@@ -48,12 +48,14 @@ class NFTConfig(FinalSampleConfig):
 
 
 class NFT(FinalSampleAgent):
-    """See the module's text; arguments as in `Agent`, with an `NFTConfig`."""
+    """DiffusionNFT: contrast positive and negative policies."""
 
     name = "nft"
     config_type = NFTConfig
     config: NFTConfig
     smallest_group = 2
+    aggregations = ("advantages", "rewards")
+    joins_rewards = "a sample has one probability q of being a good one"
 
     def __init__(
         self, policy: DenoisingPolicy, config: Any = None, seed: int = 0, microbatch: int | None = None
@@ -71,11 +73,13 @@ class NFT(FinalSampleAgent):
         """Inside, the policy has the sampling weights."""
         return self.weights(self.old)
 
+    def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """As in `Agent.reward_advantages`, normalised within the group."""
+        return group_advantages(rewards, rollout.scores.valid, self.group_size, self.config.normalisation)
+
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
         """q ``[B]`` in [0, 1], ½ for samples that could not be scored."""
-        scores, clip = rollout.scores, self.config.advantage_clip
-        advantages = group_advantages(scores.total, scores.valid, self.group_size, self.config.normalisation)
-        return {"q": advantages.clamp(-clip, clip) / (2 * clip) + 0.5}
+        return {"q": self.advantages(rollout)["advantage"] / (2 * self.config.advantage_clip) + 0.5}
 
     def denoise(self, x0: Tensor, examples: Any, conditioning: Any) -> NoisedBatch:
         """As in `FinalSampleAgent.denoise`; the sampling weights' output joins the examples."""

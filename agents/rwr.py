@@ -16,7 +16,7 @@ from agents.rollout import Rollout
 
 @dataclass
 class RWRConfig(FinalSampleConfig):
-    """RWR: reward-weighted regression on finished samples."""
+    """RWR's settings."""
 
     group_size: int = 1
     """Neighbouring samples of one prompt."""
@@ -27,10 +27,11 @@ class RWRConfig(FinalSampleConfig):
 
 
 class RWR(FinalSampleAgent):
-    """See the module's text; arguments as in `Agent`, with an `RWRConfig`."""
+    """RWR: reward-weighted regression on finished samples."""
 
     name = "rwr"
     config_type = RWRConfig
+    joins_rewards = "a sample has one weight, exp(r/τ)"
 
     def _validate(self) -> None:
         super()._validate()

@@ -56,7 +56,8 @@ def build(config: TrainConfig) -> Experiment:
     names = ("height", "width", "dtype", "lora_rank", "lora_alpha", "gradient_checkpointing", "guidance_scale")
     chosen = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)}
     rows = config.prompts_per_iteration * config.agent_options.group_size
-    update = max(1, rows // max(1, config.agent_options.updates_per_rollout))  # what one update has at most
+    updates = getattr(config.agent_options, "updates_per_rollout", 1)  # an agent that does not learn has none
+    update = max(1, rows // max(1, updates))  # what one update has at most
     microbatch = min(config.microbatch or update, update)
     mdp = DenoisingMDP.make(
         config.model,

@@ -61,15 +61,15 @@ def tiny(name, changes=None, **options):
 
 def first_ratios(agent, rollout):
     """The ratios of an update's first optimizer step."""
-    evaluate, found, stepped = agent.evaluate, [], []
+    example_loss, found, stepped = agent.example_loss, [], []
 
     def recording(*arguments):
-        loss, figures = evaluate(*arguments)
+        loss, figures = example_loss(*arguments)
         if not stepped:
             found.append(figures["ratio"].detach().clone())
         return loss, figures
 
-    agent.evaluate = recording
+    agent.example_loss = recording
     handle = agent.optimizer.register_step_post_hook(lambda *_: stepped.append(1))
     agent.update(rollout, 1)
     handle.remove()

@@ -51,11 +51,11 @@ def test_rewards_are_normalised_one_by_one_and_then_weighted(points):
     a, b = torch.rand(8), 1000 * torch.rand(8)
     scores = Scores({"a": a, "b": b}, 0.7 * a + 1.4 * b, torch.ones(8, dtype=torch.bool), {})
     rollout = collect(points, agent.policy, row_generators(range(8)), group_size=4)
-    advantages = agent.advantages(dataclasses.replace(rollout, scores=scores))
+    advantages = agent.advantages(dataclasses.replace(rollout, scores=scores))["advantage"]
     valid = scores.valid
     expected = 0.7 * group_advantages(a, valid, 4) + 1.4 * group_advantages(b, valid, 4)
     torch.testing.assert_close(advantages, expected)
-    tight = make(points, advantage_clip=0.5).advantages(dataclasses.replace(rollout, scores=scores))
+    tight = make(points, advantage_clip=0.5).advantages(dataclasses.replace(rollout, scores=scores))["advantage"]
     torch.testing.assert_close(tight, expected.clamp(-0.5, 0.5))
 
 
@@ -95,7 +95,7 @@ def test_the_gradient_is_that_of_the_published_objective(kl_coef):
         for p in agent.parameters:
             p.add_(0.1 * torch.randn_like(p))
     rollout = collect(points, policy, row_generators(range(8)), ["ring", "line"], group_size=4, shared_noise=True)
-    advantages, steps = agent.advantages(rollout).double(), agent.select_steps(8, 0)
+    advantages, steps = agent.advantages(rollout)["advantage"].double(), agent.select_steps(8, 0)
     parameter, place = agent.parameters[-2], (1, 3)
 
     def objective():
@@ -195,10 +195,10 @@ def test_steps_weigh_as_their_std(points):
     rollout = collect(points, uniform.policy, row_generators(range(8)), group_size=4)
     conditioning = rollout.conditioning[rollout.row]
     for k in (0, 8):
-        pairs = {"row": torch.arange(8), "step": torch.full((8,), k), "advantage": torch.ones(8)}
+        pairs = {"episode": torch.arange(8), "step": torch.full((8,), k), "advantage": torch.ones(8)}
         examples = TensorDict(pairs, batch_size=8)
-        plain, _ = uniform.evaluate(rollout, examples, conditioning)
-        scaled, _ = weighted.evaluate(rollout, examples, conditioning)
+        plain, _ = uniform.example_loss(rollout, examples, conditioning)
+        scaled, _ = weighted.example_loss(rollout, examples, conditioning)
         torch.testing.assert_close(scaled, plain * (stds[k] / stds.mean()).float())
 
 
