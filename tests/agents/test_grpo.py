@@ -1,6 +1,7 @@
 """GRPO's arithmetic against numbers computed by hand or by other means."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from agents.advantages import group_advantages
 from agents.grpo import GRPO, GRPOConfig
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
-from agents.trajectory import Batch
+from agents.trajectory import Batch, kl_estimate
+from denoise_env.kernels import Transition
 from denoise_env.mdp import DenoisingMDP, Scores, row_generators
 
 
@@ -126,6 +128,35 @@ def test_the_gradient_is_that_of_the_published_objective(kl_coef):
     agent.update(rollout, 0)
     assert gradient["value"] == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4)
     assert abs(gradient["value"]) > 1e-4
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("shift", "kl", "error"), [(0.07, 0.01150, 4e-4), (0.48, 0.5406, 0.02)])
+def test_kl_old_is_the_kl(reduction, shift, kl, error):
+    """Its mean over 80,000 recorded steps is KL(old ‖ new); half the squared log-ratio's is KL + KL²/2, here 0.6870."""
+    points = DenoisingMDP.make("points-flow", num_steps=5)
+    policy = DenoisingPolicy(points, reduction=reduction)
+    agent = GRPO(policy, GRPOConfig(group_size=2, lr=0.0, timestep_fraction=1.0))
+    rows = 20_000
+    rollout = collect(
+        points, policy, row_generators(range(rows)), ["ring"] * (rows // 2), group_size=2, keep_means=True
+    )
+    with torch.no_grad():
+        agent.parameters[-1].add_(shift)
+        exact = []
+        for k in agent.trainable_steps.tolist():
+            conditioning = rollout.conditioning[rollout.row]
+            new = policy.transition(rollout.steps["latents"][:, k], k, conditioning)
+            exact.append(Transition(rollout.steps["mean"][:, k], new.std).kl(new, "sum").double())
+    assert torch.stack(exact).mean().item() == pytest.approx(kl, abs=1e-4)
+    assert agent.update(rollout, 1)["kl_old"] == pytest.approx(kl, abs=error)
+
+
+def test_kl_old_stays_finite():
+    values = kl_estimate(torch.tensor([0.0, 1e-9, -1e-9, 5.0, -1e6, 1e6], dtype=torch.float64))
+    assert values.isfinite().all()
+    assert (values >= 0).all()
+    assert values[:4].tolist() == pytest.approx([0, 5e-19, 5e-19, math.exp(5) - 6], rel=1e-3)
 
 
 def test_steps_are_drawn_per_sample_or_per_group(points):
