@@ -142,6 +142,39 @@ def test_awms_old_likelihoods_come_from_the_batches_of_the_first_update():
     assert sizes == [4] * (2 * 3 + 2 * 2 * 3)  # two halves, three draws; the old ones once, then two epochs
 
 
+@pytest.mark.parametrize("name", LEARNING)
+def test_what_agents_share_they_do_alike(name):
+    """So many optimizer steps, each on a clipped gradient; between them the weights stay; nothing is scored anew."""
+    experiment = build(tiny(name, {"max_grad_norm": 1e-3}))
+    agent, seen = experiment.agent, []
+    with agent.rollout_weights():
+        rollout = collect(
+            experiment.mdp,
+            agent.policy,
+            row_generators(range(8)),
+            ["ring"] * (8 // agent.group_size),
+            **agent.rollout_options(1),
+        )
+    now = [p.detach().clone() for p in agent.parameters]
+
+    def before(optimizer, args, kwargs):
+        norm = torch.stack([p.grad.norm() for p in agent.parameters]).norm()
+        assert 0 < norm <= 1e-3 * (1 + 1e-5)
+        assert all(torch.equal(a, b) for a, b in zip(now, agent.parameters, strict=True))
+
+    def after(optimizer, args, kwargs):
+        now[:] = [p.detach().clone() for p in agent.parameters]
+        seen.append(now)
+
+    agent.optimizer.register_step_pre_hook(before)
+    agent.optimizer.register_step_post_hook(after)
+    experiment.mdp.score = experiment.mdp.step = experiment.mdp.reset = None  # not callable
+    agent.update(rollout, 1)
+    config = experiment.config.agent_options
+    assert len(seen) == config.updates_per_rollout * config.epochs
+    assert all(torch.equal(a, b) for a, b in zip(now, agent.parameters, strict=True))
+
+
 # --- Resuming ---
 
 
