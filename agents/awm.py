@@ -27,10 +27,10 @@ class AWMConfig(FinalSampleConfig):
     lr: float = 3e-4
     """AdamW's learning rate (published for LoRA)."""
     reference_coef: float = 0.4
-    """β."""
+    """Weight β of mean |output − base model's output|²; 0 spares the reference."""
     clip_range: float = 1e-3
-    """ε of the clipped ratio."""
-    normalisation: StdOver = "batch"
+    """ε of the clipped ratio, that of the likelihoods exp(−mean |output − target|²)."""
+    advantage_std: StdOver = "batch"
     """Whose std divides the advantages."""
     advantage_clip: float = 5.0
     """Advantages are cut at ± this."""
@@ -50,7 +50,7 @@ class AWM(FinalSampleAgent):
 
     def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
         """As in `Agent.reward_advantages`, normalised within the group."""
-        return group_advantages(rewards, rollout.scores.valid, self.group_size, self.config.normalisation)
+        return group_advantages(rewards, rollout.scores.valid, self.group_size, self.config.advantage_std)
 
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
         """The advantages."""

@@ -145,6 +145,8 @@ class Agent(ABC):
                 f"{self.name} cannot add up the rewards' {how}, because {self.joins_rewards}: set reward_aggregation "
                 f"to {allowed}"
             )
+        if not any(self.policy.mdp.reward_weights.values()):
+            raise ValueError("every reward has weight 0: give one that counts another weight")
         self.require_positive("max_grad_norm", "updates_per_rollout", "epochs", "group_size")
 
     def require_positive(self, *names: str) -> None:

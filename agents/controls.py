@@ -95,7 +95,7 @@ class ZeroLR(GRPO):
 
 
 class ShuffledReward(GRPO):
-    """Control: GRPO on rewards shuffled between the samples of a rollout; an improvement would be a fault."""
+    """Control: GRPO on rewards shuffled between the samples of a rollout: nothing to learn from."""
 
     name = "shuffled-reward"
 

@@ -79,13 +79,14 @@ class ActorCriticConfig(TrajectoryConfig):
     gamma: float = 1.0
     """Discount γ per denoising step."""
     gae_lambda: float = 0.95
-    """λ of GAE."""
+    """λ of generalized advantage estimation: from 0, where the critic tells the reward to come, to 1, where it is
+    the reward that came."""
     critic_width: int = 256
     """Hidden width of the critic."""
     critic_lr: float = 1e-3
     """The critic's learning rate."""
     value_coef: float = 1.0
-    """Weight c of the critic's loss; it scales the critic's gradient only."""
+    """Weight c of the critic's loss; it scales the critic's gradient and not the policy's."""
     kl_reward: float = 0.0
     """β of a KL to the base model in every step's reward, in the log-prob's reduction."""
 

@@ -27,7 +27,7 @@ class DPOConfig(FinalSampleConfig):
     """Online Diffusion-DPO's settings."""
 
     beta: float = 2000.0
-    """β, 2000 to 5000 in the paper."""
+    """How strongly the model before training holds the trained one, β; 2000 to 5000 in the paper."""
     pairing: Literal["best_worst", "ranked"] = "ranked"
     """One pair a group, or all: the best with the worst, the second best with the second worst, …"""
     loser_caption: Literal["same", "perturbed"] = "same"

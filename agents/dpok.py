@@ -21,13 +21,13 @@ class DPOKConfig(ActorCriticConfig):
     lr: float = 1e-5
     """AdamW's learning rate (published for LoRA)."""
     gae_lambda: float = 1.0
-    """λ of GAE; 1 is the baseline r − V."""
+    """λ of generalized advantage estimation; 1 is the baseline r − V."""
     drop_last: bool = False
     """Never train the last denoising step."""
     reward_weight: float = 10.0
-    """α."""
+    """Weight α of the reward's loss; kl_coef is that of the KL."""
     kl_coef: float = 0.01
-    """β, in the log-prob's reduction."""
+    """Weight β of the KL to the model before training, in the log-prob's reduction; 0 spares the reference."""
 
 
 class DPOK(ActorCritic):

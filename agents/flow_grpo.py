@@ -32,7 +32,7 @@ class FlowGRPOConfig(GRPOConfig):
     advantage_std: StdOver = "rewards"
     """Whose std divides the advantages; the code's default is that of all the rollout's rewards."""
     kl_coef: float = 0.04
-    """β."""
+    """Weight β of the KL to the model before training, scaled as kl_scaling says; 0 spares the reference."""
     kl_scaling: Literal["code", "paper"] = "code"
     """The KL of the published code, or the paper's, which is larger by D/Δ."""
 

@@ -21,7 +21,7 @@ class RWRConfig(FinalSampleConfig):
     group_size: int = 1
     """Neighbouring samples of one prompt."""
     temperature: float = 0.2
-    """τ, in the reward's unit."""
+    """Temperature τ of the weights exp(r/τ), in the reward's unit."""
     normalise: bool = True
     """Divide the weights by their mean, so that neither the reward's zero nor τ scales the learning rate."""
 

@@ -404,6 +404,12 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(name, c
     assert not (tmp_path / "run").exists()
 
 
+def test_rewards_that_all_weigh_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="every reward has weight 0"):
+        run(tiny("grpo", rewards={"points": 0.0}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_second_caption_needs_a_second_prompt(tmp_path):
     (tmp_path / "one.txt").write_text("ring\n")
     with pytest.raises(ValueError, match="at least two prompts"):

@@ -662,12 +662,12 @@ def compare(bench, weights, gradients, objective, rel=1e-4):
 
 
 @pytest.mark.parametrize("world", FINAL)
-@pytest.mark.parametrize("normalisation", ["batch", "group"])
-def test_awm(world, normalisation):
-    options = {"normalisation": normalisation, "clip_range": 0.02, "reference_coef": 0.3, "advantage_clip": 1.2}
+@pytest.mark.parametrize("std", ["batch", "group"])
+def test_awm(world, std):
+    options = {"advantage_std": std, "clip_range": 0.02, "reference_coef": 0.3, "advantage_clip": 1.2}
     bench = Bench("awm", *world, off=0.1, updates_per_rollout=2, epochs=2, lr=0.02, **options)
     start = bench.weights()
-    advantage = normalised(bench.total, normalisation).clamp(-1.2, 1.2)
+    advantage = normalised(bench.total, std).clamp(-1.2, 1.2)
 
     def per_draw(x0, noisy, target, step, rows, j):
         out = bench.predict(noisy, step, rows)
