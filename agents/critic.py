@@ -88,7 +88,7 @@ class ActorCriticConfig(TrajectoryConfig):
     value_coef: float = 1.0
     """Weight c of the critic's loss; it scales the critic's gradient and not the policy's."""
     kl_reward: float = 0.0
-    """β of a KL to the base model in every step's reward, in the log-prob's reduction."""
+    """Weight β of a KL to the model before training in every step's reward, in the log-prob's reduction."""
 
 
 class ActorCritic(TrajectoryAgent):
