@@ -1,11 +1,67 @@
 """Advantages from the rewards of finished episodes."""
 
+import math
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor, nn
 
+from denoise_env.mdp import Scores
+
 StdOver = Literal["group", "batch", "rewards"]
+Aggregation = Literal["advantages", "losses", "rewards"]
+Loss = tuple[Tensor, dict[str, Tensor]]
+
+
+def aggregate(
+    how: Aggregation,
+    scores: Scores,
+    weights: Mapping[str, float],
+    advantages: Callable[[str, Tensor], Tensor],
+    clip: float = math.inf,
+) -> dict[str, Tensor]:
+    """One advantage per episode from several rewards.
+
+    Args:
+        how: "advantages" adds up each reward's own, "rewards" takes those of the weighted sum of the rewards, and
+            "losses" leaves the adding up to `add_losses`.
+        scores: of B episodes.
+        weights: of the rewards, by name; a reward of weight 0 takes no part.
+        advantages: from a reward's name ("total" for the sum) and its values ``[B]`` to its advantages ``[B]``.
+        clip: advantages are cut at ± this.
+
+    Returns:
+        ``advantage [B]``; for "losses" also each reward's own, weighted, as ``advantage of NAME``.
+    """
+    if how == "rewards":
+        return {"advantage": advantages("total", scores.total).clamp(-clip, clip)}
+    own = {name: advantages(name, values) for name, values in scores.values.items() if weights[name]}
+    total = torch.stack([weights[name] * advantage for name, advantage in own.items()]).sum(0).clamp(-clip, clip)
+    if how == "advantages":
+        return {"advantage": total}
+    return {"advantage": total} | {f"{_OWN}{name}": weights[name] * a.clamp(-clip, clip) for name, a in own.items()}
+
+
+def add_losses(examples: TensorDict, loss: Callable[[TensorDict], Loss]) -> Loss:
+    """The loss of ``examples [N]``; where `aggregate` left rewards apart, the sum of each reward's own.
+
+    Args:
+        examples: with what `aggregate` returned.
+        loss: from examples to their loss ``[N]``, which reads their ``advantage``, and figures ``[N]``.
+
+    Returns:
+        The loss, and the figures, averaged over the rewards.
+    """
+    own = [name for name in examples.keys() if name.startswith(_OWN)]  # noqa: SIM118
+    if not own:
+        return loss(examples)
+    losses, figures = zip(*(loss(examples.copy().set("advantage", examples[name])) for name in own), strict=True)
+    return torch.stack(losses).sum(0), {n: torch.stack([f[n] for f in figures]).mean(0) for n in figures[0]}
+
+
+_OWN = "advantage of "
 
 
 def group_advantages(
@@ -76,23 +132,36 @@ class PromptTracker(nn.Module):
         self.register_buffer("count", torch.zeros(prompts, dtype=torch.long))
 
     def normalise(self, rewards: Tensor, valid: Tensor, prompt_index: Tensor) -> Tensor:
-        """Remember a batch's rewards, and give (r − mean) / (std + 1e-6), ``[B]`` float32; population std.
+        """(r − mean) / (std + 1e-6), ``[B]`` float32, by what `remember` will have made of the prompt's last rewards.
+
+        The std is the population's. A prompt that the tracker has no room for, or with too few rewards, is normalised
+        by the batch.
 
         Args:
             rewards: ``[B]``.
-            valid: ``[B]`` bool; the others are not remembered and get 0.
+            valid: ``[B]`` bool; the others get 0.
             prompt_index: ``[B]``.
         """
-        size = self.values.shape[1]
         batch = rewards[valid].double()
         result = torch.zeros_like(rewards)
         for prompt in prompt_index[valid].unique().tolist():
             rows = (prompt_index == prompt) & valid
-            count = int(self.count[prompt])
-            seen = torch.cat([self.values[prompt, : min(count, size)], rewards[rows]])[-size:]
-            self.values[prompt, : len(seen)] = seen
-            self.count[prompt] = len(seen)
+            seen = self._seen(prompt, rewards[rows])
             known = seen.double() if len(seen) >= self.min_count else batch
             std = known.std(correction=0)
             result[rows] = ((rewards[rows].double() - known.mean()) / (std + 1e-6)).float()
         return result
+
+    def remember(self, rewards: Tensor, valid: Tensor, prompt_index: Tensor) -> None:
+        """Keep a batch's rewards; arguments as in `normalise`."""
+        for prompt in prompt_index[valid].unique().tolist():
+            seen = self._seen(prompt, rewards[(prompt_index == prompt) & valid])
+            if len(seen):
+                self.values[prompt, : len(seen)] = seen
+                self.count[prompt] = len(seen)
+
+    def _seen(self, prompt: int, rewards: Tensor) -> Tensor:
+        """A prompt's last rewards, these included; none for one that the tracker has no room for."""
+        if prompt >= len(self.count):
+            return rewards[:0]
+        return torch.cat([self.values[prompt, : int(self.count[prompt])], rewards])[-self.values.shape[1] :]

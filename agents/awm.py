@@ -15,42 +15,46 @@ from torch import Tensor
 from agents.advantages import StdOver, group_advantages
 from agents.final_samples import FinalSampleAgent, FinalSampleConfig, NoisedBatch, mean_square, precise
 from agents.rollout import Rollout
+from agents.surrogate import clipped
 
 
 @dataclass
 class AWMConfig(FinalSampleConfig):
-    """AWM: a clipped policy gradient on the denoising loss."""
+    """AWM's settings."""
 
     group_size: int = 24
     """Neighbouring samples of one prompt, G."""
     lr: float = 3e-4
     """AdamW's learning rate (published for LoRA)."""
     reference_coef: float = 0.4
-    """β."""
+    """Weight β of mean |output − base model's output|²; 0 spares the reference."""
     clip_range: float = 1e-3
-    """ε of the clipped ratio."""
-    normalisation: StdOver = "batch"
+    """ε of the clipped ratio, that of the likelihoods exp(−mean |output − target|²)."""
+    advantage_std: StdOver = "batch"
     """Whose std divides the advantages."""
     advantage_clip: float = 5.0
     """Advantages are cut at ± this."""
 
 
 class AWM(FinalSampleAgent):
-    """See the module's text, w(t) = 1; arguments as in `Agent`, with an `AWMConfig`."""
+    """AWM: a clipped policy gradient on the denoising loss; w(t) = 1."""
 
     name = "awm"
     config_type = AWMConfig
     smallest_group = 2
+    aggregations = ("advantages", "losses", "rewards")
 
     def _validate(self) -> None:
         super()._validate()
         self.require_positive("clip_range", "advantage_clip")
 
+    def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """As in `Agent.reward_advantages`, normalised within the group."""
+        return group_advantages(rewards, rollout.scores.valid, self.group_size, self.config.advantage_std)
+
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
         """The advantages."""
-        scores, clip = rollout.scores, self.config.advantage_clip
-        advantages = group_advantages(scores.total, scores.valid, self.group_size, self.config.normalisation)
-        return {"advantage": advantages.clamp(-clip, clip)}
+        return self.advantages(rollout)
 
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
         """As in `Agent.examples`; ℓ_old joins where more than one optimizer step will need it."""
@@ -65,7 +69,7 @@ class AWM(FinalSampleAgent):
                 conditioning = self.conditioning(rollout, chunk)
                 for j in range(examples.shape[1]):
                     noisy, target = self.noised(
-                        rollout.final_latents[chunk["row"][:, j]], chunk["step"][:, j], chunk["noise"][:, j]
+                        rollout.final_latents[chunk["episode"][:, j]], chunk["step"][:, j], chunk["noise"][:, j]
                     )
                     output = self.predict(noisy, chunk["step"][:, j], conditioning)
                     old[start : start + size, j] = -mean_square(output - target)
@@ -76,5 +80,5 @@ class AWM(FinalSampleAgent):
         likelihood, advantage = -mean_square(batch.output - batch.target), batch.examples["advantage"]
         old = batch.examples.get("old", likelihood.detach())
         ratio, clip = (likelihood - old.to(likelihood)).exp(), self.config.clip_range
-        loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
-        return loss, {"ratio": ratio.detach(), "clip_fraction": ((ratio - 1).abs() > clip).float()}
+        figures = {"ratio": ratio.detach(), "clip_fraction": ((ratio - 1).abs() > clip).float()}
+        return clipped(advantage, ratio, clip), figures

@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from agents.advantages import Aggregation, aggregate
 from agents.policy import DenoisingPolicy
 from agents.rollout import Rollout
 from denoise_env.kernels import Kernel
@@ -18,7 +19,7 @@ from denoise_env.kernels import Kernel
 
 @dataclass
 class AgentConfig:
-    """What every agent needs."""
+    """How every agent rolls out."""
 
     group_size: int = 16
     """Neighbouring samples of one prompt, G."""
@@ -27,6 +28,16 @@ class AgentConfig:
     share_prefix: bool = False
     """Make the network calls that a group with shared noise has in common once. The results stay the same but for
     rounding, so that the first ratio is 1 only to about 1e-6; keep it off in bf16."""
+
+
+@dataclass
+class LearningConfig(AgentConfig):
+    """How every agent that learns is trained."""
+
+    reward_aggregation: Aggregation = "rewards"
+    """What several rewards are added up as, each times its weight: their advantages (every reward is normalised by
+    itself), their losses (every reward's advantages are clipped, and so is its loss), or the rewards (the advantages
+    are those of the sum). With one reward of weight 1 all three are the same."""
     lr: float = 1e-4
     """AdamW's learning rate, constant."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -55,8 +66,9 @@ class Agent(ABC):
 
     Class attributes declare what the algorithm needs: ``smallest_group``, ``needs_density`` (a stochastic kernel),
     ``needs_means`` (of the rollout's Gaussians), ``needs_reference`` (the model before training), ``on_policy`` (one
-    optimizer step per rollout), ``weighs_steps`` (in a way of its own), and ``rows_per_example``, episodes that one
-    example compares.
+    optimizer step per rollout), ``aggregations`` (what it can add several rewards up as) and ``joins_rewards`` (why
+    it cannot do the others), ``own_settings`` (which a preset for another agent leaves as they are), and
+    ``rows_per_example``, episodes that one example compares.
 
     Attributes:
         modules: what the agent trains or remembers beside the policy (a critic, say); checkpoints hold it.
@@ -67,15 +79,16 @@ class Agent(ABC):
     """
 
     name: ClassVar[str]
-    config_type: ClassVar[type[AgentConfig]] = AgentConfig
+    config_type: ClassVar[type[AgentConfig]] = LearningConfig
     smallest_group: ClassVar[int] = 1
     needs_density: ClassVar[bool] = True
     needs_means: bool = False
     needs_reference: bool = False
     on_policy: ClassVar[bool] = False
-    weighs_steps: ClassVar[bool] = False
+    aggregations: ClassVar[tuple[Aggregation, ...]] = ("rewards",)
+    joins_rewards: ClassVar[str] = "it learns from the rewards' weighted sum"
+    own_settings: ClassVar[tuple[str, ...]] = ()
     rows_per_example: ClassVar[int] = 1
-    best_of: int = 1
     config: Any
 
     def __init__(
@@ -126,6 +139,14 @@ class Agent(ABC):
                 f"{self.name} is on-policy, one optimizer step per rollout: updates_per_rollout and epochs must be 1 "
                 "(agents with a ratio take more: grpo, ppo, ddpo-is)"
             )
+        if (how := config.reward_aggregation) not in self.aggregations:
+            allowed = " or ".join(f'"{name}"' for name in self.aggregations)
+            raise ValueError(
+                f"{self.name} cannot add up the rewards' {how}, because {self.joins_rewards}: set reward_aggregation "
+                f"to {allowed}"
+            )
+        if not any(self.policy.mdp.reward_weights.values()):
+            raise ValueError("every reward has weight 0: give one that counts another weight")
         self.require_positive("max_grad_norm", "updates_per_rollout", "epochs", "group_size")
 
     def require_positive(self, *names: str) -> None:
@@ -148,6 +169,11 @@ class Agent(ABC):
             )
 
     # --- What an algorithm may say about its rollouts ---
+
+    @property
+    def best_of(self) -> int:
+        """Samples that evaluation draws for each one it keeps."""
+        return 1
 
     def kernel(self, iteration: int) -> Kernel:
         """The kernel of an iteration's rollout."""
@@ -178,23 +204,46 @@ class Agent(ABC):
         """What the optimizer trains."""
         return [{"params": self.parameters}]
 
+    def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """One reward's own advantages ``[B]`` float32, 0 for episodes that could not be scored.
+
+        Args:
+            name: the reward's, or "total" for the weighted sum of all.
+            rewards: ``[B]``, its values; NaN where there is none.
+            rollout: of B episodes.
+        """
+        raise NotImplementedError(f"{self.name} has no advantages")
+
+    def advantages(self, rollout: Rollout) -> dict[str, Tensor]:
+        """The ``advantage [B]`` that `reward_advantages` and ``reward_aggregation`` make, see `aggregate`.
+
+        Where the config has an ``advantage_clip``, advantages are cut at ± this.
+        """
+        config, weights = self.config, self.policy.mdp.reward_weights
+        clip = getattr(config, "advantage_clip", math.inf)
+
+        def own(name: str, rewards: Tensor) -> Tensor:
+            return self.reward_advantages(name, rewards, rollout)
+
+        return aggregate(config.reward_aggregation, rollout.scores, weights, own, clip)
+
     @abstractmethod
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
         """What an update learns from, ``[N, T]``: T forward passes for each of N examples.
 
-        ``row [N, T]`` is the example's episode; an algorithm adds what it needs. Examples are in the order of
-        their episodes, so that the equal parts of an update hold whole groups.
+        ``episode [N, T]`` is the example's place in the rollout; an algorithm adds what it needs. Examples are in the
+        order of their episodes, so that the equal parts of an update hold whole groups.
         """
 
     @abstractmethod
-    def evaluate(
+    def example_loss(
         self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss ``[n]`` of a microbatch of examples ``[n]``, with gradient, and figures ``[n]`` to log."""
 
     def conditioning(self, rollout: Rollout, examples: TensorDict) -> TensorDict:
         """The conditioning of a microbatch of examples ``[n, T]``."""
-        return rollout.conditioning(examples["row"][:, 0])
+        return rollout.conditioning(examples["episode"][:, 0])
 
     def update(self, rollout: Rollout, iteration: int) -> dict[str, float]:
         """Train on a rollout.
@@ -229,7 +278,7 @@ class Agent(ABC):
             chunk = examples[first : first + size]
             conditioning = self.conditioning(rollout, chunk)
             for j in range(times):
-                loss, figures = self.evaluate(rollout, chunk[:, j], conditioning)
+                loss, figures = self.example_loss(rollout, chunk[:, j], conditioning)
                 (loss.sum() / (rows * times)).backward()
                 if "ratio" in figures:
                     deviation = torch.maximum(deviation, (figures["ratio"] - 1).abs().max())

@@ -402,7 +402,7 @@ def _list(options: argparse.Namespace) -> int:
         ),
         (
             "agents (--agent)",
-            {name: (agent.config_type.__doc__ or "").splitlines()[0] for name, agent in AGENTS.items()}
+            {name: (agent.__doc__ or "").splitlines()[0] for name, agent in AGENTS.items()}
             | {"module:class": "your own"},
         ),
         (

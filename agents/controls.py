@@ -2,28 +2,35 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from agents.base import Agent, AgentConfig
 from agents.grpo import GRPO, GRPOConfig
-from agents.policy import DenoisingPolicy
 from agents.rollout import Rollout
 from agents.training.seeding import generator
 
 
 @dataclass
 class BaseConfig(AgentConfig):
-    """Control: the base model, never trained."""
+    """The base model's settings; what training would need is no setting of it."""
 
     group_size: int = 1
     """Neighbouring samples of one prompt."""
+    reward_aggregation: ClassVar[str] = "rewards"
+    lr: ClassVar[float] = 0.0
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+    weight_decay: ClassVar[float] = 0.0
+    max_grad_norm: ClassVar[float] = 1.0
+    updates_per_rollout: ClassVar[int] = 1
+    epochs: ClassVar[int] = 1
+    ema_decay: ClassVar[float] = 0.0
 
 
 class Base(Agent):
-    """The base model: samples and learns nothing."""
+    """Control: the base model, never trained."""
 
     name = "base"
     config_type = BaseConfig
@@ -33,7 +40,7 @@ class Base(Agent):
         """There are none."""
         raise NotImplementedError(f"{self.name} does not train")
 
-    def evaluate(self, rollout: Rollout, examples: Any, conditioning: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def example_loss(self, rollout: Rollout, examples: Any, conditioning: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """There is no loss."""
         raise NotImplementedError(f"{self.name} does not train")
 
@@ -44,14 +51,14 @@ class Base(Agent):
 
 @dataclass
 class BestOfNConfig(BaseConfig):
-    """Control: the base model, the best of N samples by the reward."""
+    """Best of N's settings."""
 
     n: int = 4
     """Samples drawn for each one kept; evaluation costs N times as many network calls."""
 
 
 class BestOfN(Base):
-    """The base model, evaluated on the best of N samples of a prompt."""
+    """Control: the base model, evaluated on the best of N samples of a prompt by the reward."""
 
     name = "best-of-n"
     config_type = BestOfNConfig
@@ -59,37 +66,38 @@ class BestOfN(Base):
     def _validate(self) -> None:
         super()._validate()
         self.require_positive("n")
-        self.best_of = self.config.n
+
+    @property
+    def best_of(self) -> int:
+        """N."""
+        return int(self.config.n)
 
 
 @dataclass
 class ZeroLRConfig(GRPOConfig):
-    """Control: GRPO with a learning rate of 0, whatever ``lr`` says."""
+    """GRPO's settings, with a learning rate of 0."""
+
+    lr: float = 0.0
+    """AdamW's learning rate; 0, and nothing else."""
 
 
 class ZeroLR(GRPO):
-    """GRPO that goes through all the motions and changes nothing."""
+    """Control: GRPO that goes through all the motions with a learning rate of 0 and changes nothing."""
 
     name = "zero-lr"
     config_type = ZeroLRConfig
+    own_settings = ("lr",)
 
-    def __init__(
-        self, policy: DenoisingPolicy, config: Any = None, seed: int = 0, microbatch: int | None = None
-    ) -> None:
-        config = dataclasses.replace(config or ZeroLRConfig(), lr=0.0)
-        super().__init__(policy, config, seed, microbatch)
-
-
-@dataclass
-class ShuffledRewardConfig(GRPOConfig):
-    """Control: GRPO on rewards shuffled between the samples of a rollout."""
+    def _validate(self) -> None:
+        super()._validate()
+        if self.config.lr:
+            raise ValueError(f"{self.name} has a learning rate of 0, not {self.config.lr}: grpo takes another")
 
 
 class ShuffledReward(GRPO):
-    """GRPO whose rewards tell nothing; an improvement would be the benchmark's fault."""
+    """Control: GRPO on rewards shuffled between the samples of a rollout: nothing to learn from."""
 
     name = "shuffled-reward"
-    config_type = ShuffledRewardConfig
 
     def examples(self, rollout: Rollout, iteration: int) -> Any:
         """As in `TrajectoryAgent.examples`, of the shuffled rewards."""

@@ -12,30 +12,32 @@ A is the reward normalised per prompt by a tracker of its last rewards, |A| ≤ 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from agents.advantages import PromptTracker, whiten
-from agents.grpo import GRPO, GRPOConfig
+from agents.advantages import Aggregation, PromptTracker, whiten
 from agents.rollout import Rollout
-from agents.trajectory import Batch
+from agents.surrogate import ClippedSurrogate, SurrogateConfig
+from agents.trajectory import Batch, TrajectoryAgent, TrajectoryConfig
 
 
 @dataclass
-class DDPOConfig(GRPOConfig):
-    """DDPO-IS: clipped policy gradients with a tracker per prompt."""
+class DDPOSFConfig(TrajectoryConfig):
+    """DDPO-SF's settings."""
 
     group_size: int = 1
     """Neighbouring samples of one prompt."""
-    shared_noise: bool = False
-    """A group starts from the same initial noise."""
     lr: float = 3e-4
     """AdamW's learning rate (published for LoRA)."""
     timestep_fraction: float = 1.0
     """Share of the trainable steps that each update recomputes."""
     drop_last: bool = False
     """Never train the last denoising step."""
+    reward_aggregation: Aggregation = "advantages"
+    """What several rewards are added up as: their advantages, their losses, or the rewards themselves."""
+    advantage_clip: float = 5.0
+    """Advantages are cut at ± this."""
     normalisation: Literal["prompt", "batch"] = "prompt"
     """Normalise rewards per prompt by its last ones (published), or over the rollout."""
     tracker_size: int = 16
@@ -44,17 +46,16 @@ class DDPOConfig(GRPOConfig):
     """A prompt with fewer is normalised by the rollout."""
 
 
-class DDPO(GRPO):
-    """DDPO-IS; see the module's text; arguments as in `Agent`, with a `DDPOConfig`."""
+class DDPOSF(TrajectoryAgent):
+    """DDPO-SF: REINFORCE with a tracker per prompt."""
 
-    name = "ddpo-is"
-    config_type = DDPOConfig
-    config: DDPOConfig
-    smallest_group = 1
+    name = "ddpo-sf"
+    config_type: ClassVar[type[TrajectoryConfig]] = DDPOSFConfig
+    on_policy = True
 
     def _validate(self) -> None:
         super()._validate()
-        self.require_positive("tracker_size", "tracker_min_count")
+        self.require_positive("advantage_clip", "tracker_size", "tracker_min_count")
         if self.config.tracker_min_count > self.config.tracker_size:
             raise ValueError(
                 f"tracker_min_count={self.config.tracker_min_count} is never reached: the tracker remembers "
@@ -62,40 +63,56 @@ class DDPO(GRPO):
             )
 
     def make_modules(self) -> dict[str, nn.Module]:
-        """The trackers, one per reward."""
+        """The trackers, one for each reward that is normalised by itself."""
         if self.config.normalisation == "batch":
             return {}
         prompts, config = int(self.policy.mdp.drawn.max()) + 1, self.config
         return {
             f"tracker {i}": PromptTracker(prompts, config.tracker_size, config.tracker_min_count)
-            for i in range(len(self.policy.mdp.rewards))
+            for i in range(len(self.tracked))
         }
 
-    def reward_advantages(self, rollout: Rollout) -> dict[str, Tensor]:
-        """As in `GRPO.reward_advantages`; the trackers remember the rollout's rewards."""
-        scores, prompts = rollout.scores, rollout.prompt_index
+    @property
+    def tracked(self) -> list[str]:
+        """The names of the rewards that are normalised by themselves, in the order of the trackers."""
+        if self.config.reward_aggregation == "rewards":
+            return ["total"]
+        mdp = self.policy.mdp
+        return [name for name in mdp.rewards if mdp.reward_weights[name]]
+
+    def tracker(self, name: str) -> PromptTracker:
+        """A reward's tracker."""
+        tracker = self.modules[f"tracker {self.tracked.index(name)}"]
+        assert isinstance(tracker, PromptTracker)
+        return tracker
+
+    def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """As in `Agent.reward_advantages`, normalised per prompt; the trackers stay as they are."""
         if self.config.normalisation == "batch":
-            return {name: whiten(values, scores.valid) for name, values in scores.values.items()}
-        named = zip(self.modules.values(), scores.values.items(), strict=True)
-        found = {}
-        for tracker, (name, values) in named:
-            assert isinstance(tracker, PromptTracker)
-            found[name] = tracker.normalise(values, scores.valid, prompts)
-        return found
+            return whiten(rewards, rollout.scores.valid)
+        return self.tracker(name).normalise(rewards, rollout.scores.valid, rollout.prompt_index)
+
+    def update(self, rollout: Rollout, iteration: int) -> dict[str, float]:
+        """As in `Agent.update`; then the trackers remember the rollout's rewards."""
+        figures = super().update(rollout, iteration)
+        rewards = {**rollout.scores.values, "total": rollout.scores.total}
+        for name in self.tracked if self.modules else ():
+            self.tracker(name).remember(rewards[name], rollout.scores.valid, rollout.prompt_index)
+        return figures
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """As in `TrajectoryAgent.loss`: the score function estimator's."""
+        return -batch.advantage * batch.log_prob, {}
 
 
 @dataclass
-class DDPOSFConfig(DDPOConfig):
-    """DDPO-SF: REINFORCE with a tracker per prompt."""
+class DDPOConfig(DDPOSFConfig, SurrogateConfig):
+    """DDPO-IS's settings."""
 
 
-class DDPOSF(DDPO):
-    """DDPO-SF; see the module's text; arguments as in `Agent`, with a `DDPOSFConfig`."""
+class DDPO(ClippedSurrogate, DDPOSF):
+    """DDPO-IS: clipped policy gradients with a tracker per prompt."""
 
-    name = "ddpo-sf"
-    config_type = DDPOSFConfig
-    on_policy = True
-
-    def surrogate(self, batch: Batch, ratio: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
-        """The score function estimator's loss."""
-        return -advantage * batch.log_prob, ratio != ratio
+    name = "ddpo-is"
+    config_type = DDPOConfig
+    on_policy = False

@@ -24,10 +24,10 @@ from agents.training.seeding import generator
 
 @dataclass
 class DPOConfig(FinalSampleConfig):
-    """Online Diffusion-DPO: preferences between the model's own samples."""
+    """Online Diffusion-DPO's settings."""
 
     beta: float = 2000.0
-    """β, 2000 to 5000 in the paper."""
+    """How strongly the model before training holds the trained one, β; 2000 to 5000 in the paper."""
     pairing: Literal["best_worst", "ranked"] = "ranked"
     """One pair a group, or all: the best with the worst, the second best with the second worst, …"""
     loser_caption: Literal["same", "perturbed"] = "same"
@@ -35,7 +35,7 @@ class DPOConfig(FinalSampleConfig):
 
 
 class DPO(FinalSampleAgent):
-    """See the module's text; arguments as in `Agent`, with a `DPOConfig`."""
+    """Online Diffusion-DPO: preferences between the model's own samples."""
 
     name = "dpo"
     config_type = DPOConfig
@@ -43,6 +43,7 @@ class DPO(FinalSampleAgent):
     smallest_group = 2
     needs_reference = True
     rows_per_example = 2
+    joins_rewards = "a sample has one place in its group's ranking"
 
     def _validate(self) -> None:
         super()._validate()
@@ -51,7 +52,7 @@ class DPO(FinalSampleAgent):
             raise ValueError(f"{self.name} needs at least two prompts for a loser's caption to differ")
 
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Rows of ``winner`` and ``loser`` ``[P]``, and whether the pair ``counts``: one is better."""
+        """Pairs ``[P]``: the winner's ``episode``, the ``loser``'s, and whether it ``counts``: one is better."""
         size, device = self.group_size, rollout.scores.total.device
         total = rollout.scores.total.view(-1, size).nan_to_num(nan=-torch.inf)
         order = total.argsort(stable=True, dim=1, descending=True)  # the unscored come last
@@ -61,7 +62,7 @@ class DPO(FinalSampleAgent):
         winner, loser = ((torch.arange(len(total), device=device)[:, None] * size + side).flatten() for side in sides)
         scores = total.flatten()
         counts = (last > first).flatten() & (scores[winner] > scores[loser])
-        return {"row": winner, "loser": loser, "counts": counts}
+        return {"episode": winner, "loser": loser, "counts": counts}
 
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
         """As in `Agent.examples`: pairs, with one draw of noise for both sides."""
@@ -70,7 +71,7 @@ class DPO(FinalSampleAgent):
             random = generator(self.seed, "captions", iteration)
             wrong = [self._perturb(i, random) for i in rollout.prompt_index[targets["loser"]].tolist()]
             targets["caption"] = torch.tensor(wrong)
-        draws = self.draws(len(targets["row"]), iteration)
+        draws = self.draws(len(targets["episode"]), iteration)
         return draws.update({name: value[:, None].expand(draws.shape) for name, value in targets.items()})
 
     def _perturb(self, prompt: int, random: torch.Generator) -> int:
@@ -84,40 +85,36 @@ class DPO(FinalSampleAgent):
     def conditioning(self, rollout: Rollout, examples: TensorDict) -> TensorDict:
         """The winners' and then the losers'."""
         first = examples[:, 0]
-        winner, loser = rollout.prompt_index[first["row"]], rollout.prompt_index[first["loser"]]
+        winner, loser = rollout.prompt_index[first["episode"]], rollout.prompt_index[first["loser"]]
         if self.config.loser_caption == "perturbed":
             loser = first["caption"].to(loser)
         return rollout.store.rows(torch.cat([winner, loser]))
 
-    def evaluate(
-        self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As in `Agent.evaluate`: both sides of the pairs in one network call."""
-        x0 = rollout.final_latents[torch.cat([examples["row"], examples["loser"]])]
-        batch = self.denoise(x0, torch.cat([examples, examples]), conditioning)
-        loss, figures = self.loss(batch)
-        counts = examples["counts"]
-        return loss.where(counts, 0.0), {name: value.where(counts, 0.0) for name, value in figures.items()}
+    def samples(self, examples: TensorDict) -> TensorDict:
+        """The winners and then the losers, which are denoised in one network call, from the same noise."""
+        return torch.cat([examples, examples.copy().set("episode", examples["loser"])])
 
     def loss(self, batch: NoisedBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """As in `FinalSampleAgent.loss`; ``[N/2]``, of a batch of winners and then losers."""
+        """As in `FinalSampleAgent.loss`, ``[N/2]``; 0 for pairs that do not count."""
         reference: Any = batch.reference
         gap = mean_square(batch.output - batch.target) - mean_square(reference - batch.target)
         winner, loser = gap.chunk(2)
         logits = -self.config.beta / 2 * (winner - loser)
-        return -logsigmoid(logits), {"accuracy": (logits > 0).float(), "margin": logits.detach()}
+        counts = batch.examples["counts"].chunk(2)[0]
+        figures = {"accuracy": (logits > 0).float(), "margin": logits.detach()}
+        return (-logsigmoid(logits)).where(counts, 0.0), {n: value.where(counts, 0.0) for n, value in figures.items()}
 
 
 @dataclass
 class DCPOConfig(DPOConfig):
-    """DCPO: online Diffusion-DPO with a caption of its own for the loser."""
+    """DCPO's settings."""
 
     loser_caption: Literal["same", "perturbed"] = "perturbed"
     """The prompt, or a caption of its own (DCPO)."""
 
 
 class DCPO(DPO):
-    """DPO with two captions per pair; arguments as in `Agent`, with a `DCPOConfig`."""
+    """DCPO: online Diffusion-DPO with a caption of its own for the loser."""
 
     name = "dcpo"
     config_type = DCPOConfig

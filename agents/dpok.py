@@ -10,38 +10,34 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from agents.ppo import PPO, PPOConfig
+from agents.critic import ActorCritic, ActorCriticConfig
 from agents.trajectory import Batch
 
 
 @dataclass
-class DPOKConfig(PPOConfig):
-    """DPOK: REINFORCE with a value baseline and a KL to the base model."""
+class DPOKConfig(ActorCriticConfig):
+    """DPOK's settings."""
 
     lr: float = 1e-5
     """AdamW's learning rate (published for LoRA)."""
     gae_lambda: float = 1.0
-    """λ of GAE; 1 is the baseline r − V."""
+    """λ of generalized advantage estimation; 1 is the baseline r − V."""
     drop_last: bool = False
     """Never train the last denoising step."""
     reward_weight: float = 10.0
-    """α."""
+    """Weight α of the reward's loss; kl_coef is that of the KL."""
     kl_coef: float = 0.01
-    """β, in the log-prob's reduction."""
+    """Weight β of the KL to the model before training, in the log-prob's reduction; 0 spares the reference."""
 
 
-class DPOK(PPO):
-    """See the module's text; arguments as in `Agent`, with a `DPOKConfig`."""
+class DPOK(ActorCritic):
+    """DPOK: REINFORCE with a value baseline and a KL to the base model."""
 
     name = "dpok"
     config_type = DPOKConfig
     config: DPOKConfig
     on_policy = True
 
-    def scale(self, raw: Tensor, valid: Tensor) -> Tensor:
-        """Advantages as they are, r − V."""
-        return raw
-
-    def surrogate(self, batch: Batch, ratio: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
-        """α times the score function estimator's loss."""
-        return -self.config.reward_weight * advantage * batch.log_prob, ratio != ratio
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """As in `TrajectoryAgent.loss`: α times the score function estimator's."""
+        return -self.config.reward_weight * batch.advantage * batch.log_prob, {}

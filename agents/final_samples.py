@@ -1,19 +1,20 @@
 """What agents share that learn from finished samples alone, noised anew; they need no log-probs and no SDE."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from agents.base import Agent, AgentConfig
+from agents.advantages import add_losses
+from agents.base import Agent, LearningConfig
 from agents.rollout import Rollout
 from agents.training.seeding import generator
 
 
 @dataclass
-class FinalSampleConfig(AgentConfig):
+class FinalSampleConfig(LearningConfig):
     """What every agent needs that trains on finished samples."""
 
     draws_per_sample: int = 6
@@ -71,8 +72,8 @@ class FinalSampleAgent(Agent):
         entries = self.targets(rollout)
         draws = self.draws(len(rollout), iteration)
         spread = {name: value[:, None].expand(-1, draws.shape[1]) for name, value in entries.items()}
-        row = torch.arange(len(rollout))[:, None].expand(draws.shape)
-        return draws.update({"row": row, **spread})
+        episode = torch.arange(len(rollout))[:, None].expand(draws.shape)
+        return draws.update({"episode": episode, **spread})
 
     def draws(self, rows: int, iteration: int) -> TensorDict:
         """``step [N, T]`` and ``noise [N, T, *latent]``: T of the K noise levels (all of them before any twice)."""
@@ -103,15 +104,20 @@ class FinalSampleAgent(Agent):
         """The network's output: in bf16 the losses, which are differences of it, would be lost in rounding."""
         return precise(self.policy.predict(noisy, step, conditioning))
 
-    def evaluate(
+    def samples(self, examples: TensorDict) -> TensorDict:
+        """One entry per finished sample ``[n · rows_per_example]``; first all examples' first samples, and so on."""
+        return examples
+
+    def example_loss(
         self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As in `Agent.evaluate`."""
-        batch = self.denoise(rollout.final_latents[examples["row"]], examples, conditioning)
-        loss, figures = self.loss(batch)
+        """As in `Agent.example_loss`."""
+        samples = self.samples(examples)
+        batch = self.denoise(rollout.final_latents[samples["episode"]], samples, conditioning)
+        loss, figures = add_losses(batch.examples, lambda e: self.loss(replace(batch, examples=e)))
         if self.config.reference_coef:
             assert batch.reference is not None
-            distance = mean_square(batch.output - batch.reference)
+            distance = mean_square(batch.output - batch.reference).view(self.rows_per_example, -1).mean(0)
             loss = loss + self.config.reference_coef * distance
             figures["reference_distance"] = distance
         return loss, figures

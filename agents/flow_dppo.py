@@ -17,24 +17,24 @@ from denoise_env.kernels import Transition
 
 @dataclass
 class FlowDPPOConfig(GRPOConfig):
-    """Flow-DPPO: GRPO with a divergence as its trust region."""
+    """Flow-DPPO's settings."""
 
     clip_range: float = 1e-5
     """δ, the step's KL from which on a sample may only be pulled back."""
 
 
 class FlowDPPO(GRPO):
-    """See the module's text; arguments as in `Agent`, with a `FlowDPPOConfig`."""
+    """Flow-DPPO: GRPO with a divergence as its trust region."""
 
     name = "flow-dppo"
     config_type = FlowDPPOConfig
     config: FlowDPPOConfig
     needs_means = True
 
-    def surrogate(self, batch: Batch, ratio: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+    def surrogate(self, batch: Batch, ratio: Tensor) -> tuple[Tensor, Tensor]:
         """The unclipped surrogate, without the samples that would leave the trust region."""
         assert batch.old_mean is not None
         old = Transition(batch.old_mean, batch.transition.std)
         far = old.kl(batch.transition, self.policy.reduction).detach() >= self.config.clip_range
-        kept = ~(far & ((advantage * (ratio - 1)).detach() > 0))
-        return (-advantage * ratio).where(kept, 0.0), ~kept
+        kept = ~(far & ((batch.advantage * (ratio - 1)).detach() > 0))
+        return (-batch.advantage * ratio).where(kept, 0.0), ~kept

@@ -19,7 +19,7 @@ from denoise_env.kernels import Transition
 
 @dataclass
 class FlowGRPOConfig(GRPOConfig):
-    """Flow-GRPO: GRPO with a KL to the base model."""
+    """Flow-GRPO's settings."""
 
     group_size: int = 24
     """Neighbouring samples of one prompt, G."""
@@ -32,13 +32,13 @@ class FlowGRPOConfig(GRPOConfig):
     advantage_std: StdOver = "rewards"
     """Whose std divides the advantages; the code's default is that of all the rollout's rewards."""
     kl_coef: float = 0.04
-    """β."""
+    """Weight β of the KL to the model before training, scaled as kl_scaling says; 0 spares the reference."""
     kl_scaling: Literal["code", "paper"] = "code"
     """The KL of the published code, or the paper's, which is larger by D/Δ."""
 
 
 class FlowGRPO(GRPO):
-    """See the module's text; arguments as in `Agent`, with a `FlowGRPOConfig`."""
+    """Flow-GRPO: GRPO with a KL to the base model."""
 
     name = "flow-grpo"
     config_type = FlowGRPOConfig

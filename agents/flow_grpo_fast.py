@@ -12,7 +12,7 @@ from agents.window import WindowConfig, Windowed
 
 @dataclass
 class FlowGRPOFastConfig(WindowConfig, FlowGRPOConfig):
-    """Flow-GRPO-Fast: Flow-GRPO in a short random window."""
+    """Flow-GRPO-Fast's settings."""
 
     shared_noise: bool = True
     """A group starts from the same initial noise."""
@@ -25,7 +25,7 @@ class FlowGRPOFastConfig(WindowConfig, FlowGRPOConfig):
 
 
 class FlowGRPOFast(Windowed, FlowGRPO):
-    """See the module's text; arguments as in `Agent`, with a `FlowGRPOFastConfig`."""
+    """Flow-GRPO-Fast: Flow-GRPO in a short random window."""
 
     name = "flow-grpo-fast"
     config_type = FlowGRPOFastConfig

@@ -18,7 +18,7 @@ from agents.trajectory import Batch
 
 @dataclass
 class GRPOGuardConfig(GRPOConfig):
-    """GRPO-Guard: normalised ratios and balanced gradients."""
+    """GRPO-Guard's settings."""
 
     clip_range: float = 2e-6
     """ε of the clipped ratio."""
@@ -27,10 +27,10 @@ class GRPOGuardConfig(GRPOConfig):
 
 
 class GRPOGuard(GRPO):
-    """See the module's text; arguments as in `Agent`, with a `GRPOGuardConfig`."""
+    """GRPO-Guard: normalised ratios and balanced gradients."""
 
     name = "grpo-guard"
-    weighs_steps = True
+    own_settings = ("step_weighting",)
     config_type = GRPOGuardConfig
     config: GRPOGuardConfig
     needs_means = True
@@ -43,7 +43,7 @@ class GRPOGuard(GRPO):
         return (noise * (transition.mean - batch.old_mean)).flatten(1).mean(1).exp()
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """As in `GRPO.loss`, divided by Δ."""
+        """As in `ClippedSurrogate.loss`, divided by Δ."""
         loss, figures = super().loss(batch)
         if self.config.balance:
             drop = -self.policy.mdp.schedule.sigmas.diff()

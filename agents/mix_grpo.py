@@ -11,7 +11,7 @@ from agents.window import WindowConfig, Windowed
 
 @dataclass
 class MixGRPOConfig(WindowConfig, GRPOConfig):
-    """MixGRPO: GRPO in a sliding window of stochastic steps."""
+    """MixGRPO's settings."""
 
     group_size: int = 12
     """Neighbouring samples of one prompt, G."""
@@ -22,7 +22,7 @@ class MixGRPOConfig(WindowConfig, GRPOConfig):
 
 
 class MixGRPO(Windowed, GRPO):
-    """See the module's text; arguments as in `Agent`, with a `MixGRPOConfig`."""
+    """MixGRPO: GRPO in a sliding window of stochastic steps."""
 
     name = "mix-grpo"
     config_type = MixGRPOConfig

@@ -25,35 +25,37 @@ from agents.rollout import Rollout
 
 @dataclass
 class NFTConfig(FinalSampleConfig):
-    """DiffusionNFT: contrast positive and negative policies."""
+    """DiffusionNFT's settings."""
 
     group_size: int = 24
     """Neighbouring samples of one prompt, G."""
     lr: float = 3e-4
     """AdamW's learning rate (published for LoRA)."""
     reference_coef: float = 1e-4
-    """λ."""
+    """Weight λ of mean |output − base model's output|²; 0 spares the reference."""
     strength: float = 1.0
-    """b, how far the positive and the negative policy lie from the sampling one."""
+    """How far the positive and the negative policy lie from the sampling one, b."""
     advantage_clip: float = 5.0
-    """A_max."""
-    normalisation: StdOver = "group"
+    """Advantages are cut at ± this, A_max."""
+    advantage_std: StdOver = "group"
     """Whose std divides the advantages."""
     adaptive: bool = True
     """Divide by w±; otherwise by 1."""
     old_decay: float = 0.5
-    """η is at most this …"""
+    """The most that η, the share of the sampling weights that an update keeps, grows to."""
     old_decay_slope: float = 0.001
-    """… and this times the iteration; 0 samples with the newest weights."""
+    """What η grows by in every iteration, up to old_decay; 0 samples with the newest weights."""
 
 
 class NFT(FinalSampleAgent):
-    """See the module's text; arguments as in `Agent`, with an `NFTConfig`."""
+    """DiffusionNFT: contrast positive and negative policies."""
 
     name = "nft"
     config_type = NFTConfig
     config: NFTConfig
     smallest_group = 2
+    aggregations = ("advantages", "rewards")
+    joins_rewards = "a sample has one probability q of being a good one"
 
     def __init__(
         self, policy: DenoisingPolicy, config: Any = None, seed: int = 0, microbatch: int | None = None
@@ -71,11 +73,13 @@ class NFT(FinalSampleAgent):
         """Inside, the policy has the sampling weights."""
         return self.weights(self.old)
 
+    def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """As in `Agent.reward_advantages`, normalised within the group."""
+        return group_advantages(rewards, rollout.scores.valid, self.group_size, self.config.advantage_std)
+
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
         """q ``[B]`` in [0, 1], ½ for samples that could not be scored."""
-        scores, clip = rollout.scores, self.config.advantage_clip
-        advantages = group_advantages(scores.total, scores.valid, self.group_size, self.config.normalisation)
-        return {"q": advantages.clamp(-clip, clip) / (2 * clip) + 0.5}
+        return {"q": self.advantages(rollout)["advantage"] / (2 * self.config.advantage_clip) + 0.5}
 
     def denoise(self, x0: Tensor, examples: Any, conditioning: Any) -> NoisedBatch:
         """As in `FinalSampleAgent.denoise`; the sampling weights' output joins the examples."""

@@ -17,23 +17,23 @@ from agents.trajectory import Batch, TrajectoryAgent, TrajectoryConfig
 
 @dataclass
 class RLOOConfig(TrajectoryConfig):
-    """RLOO: REINFORCE with a leave-one-out baseline."""
+    """RLOO's settings."""
 
     timestep_fraction: float = 1.0
     """Share of the trainable steps that each update recomputes."""
 
 
 class RLOO(TrajectoryAgent):
-    """See the module's text; arguments as in `Agent`, with an `RLOOConfig`."""
+    """RLOO: REINFORCE with a leave-one-out baseline."""
 
     name = "rloo"
     config_type = RLOOConfig
     smallest_group = 2
     on_policy = True
 
-    def advantages(self, rollout: Rollout) -> Tensor:
-        """As in `TrajectoryAgent.advantages`."""
-        return leave_one_out(rollout.scores.total, rollout.scores.valid, self.group_size)
+    def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """As in `Agent.reward_advantages`."""
+        return leave_one_out(rewards, rollout.scores.valid, self.group_size)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """As in `TrajectoryAgent.loss`."""

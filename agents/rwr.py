@@ -16,21 +16,22 @@ from agents.rollout import Rollout
 
 @dataclass
 class RWRConfig(FinalSampleConfig):
-    """RWR: reward-weighted regression on finished samples."""
+    """RWR's settings."""
 
     group_size: int = 1
     """Neighbouring samples of one prompt."""
     temperature: float = 0.2
-    """τ, in the reward's unit."""
+    """Temperature τ of the weights exp(r/τ), in the reward's unit."""
     normalise: bool = True
     """Divide the weights by their mean, so that neither the reward's zero nor τ scales the learning rate."""
 
 
 class RWR(FinalSampleAgent):
-    """See the module's text; arguments as in `Agent`, with an `RWRConfig`."""
+    """RWR: reward-weighted regression on finished samples."""
 
     name = "rwr"
     config_type = RWRConfig
+    joins_rewards = "a sample has one weight, exp(r/τ)"
 
     def _validate(self) -> None:
         super()._validate()

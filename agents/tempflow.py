@@ -13,7 +13,7 @@ from agents.window import WindowConfig, Windowed
 
 @dataclass
 class TempFlowConfig(WindowConfig, GRPOConfig):
-    """TempFlow-GRPO: branch at one step, and weigh it by its noise."""
+    """TempFlow-GRPO's settings."""
 
     share_prefix: bool = True
     """Make the network calls before the branch once per group."""
@@ -28,9 +28,9 @@ class TempFlowConfig(WindowConfig, GRPOConfig):
 
 
 class TempFlow(Windowed, GRPO):
-    """See the module's text; arguments as in `Agent`, with a `TempFlowConfig`."""
+    """TempFlow-GRPO: branch at one step, and weigh it by its noise."""
 
     name = "tempflow"
-    weighs_steps = True
+    own_settings = ("step_weighting",)
     config_type = TempFlowConfig
     config: TempFlowConfig

@@ -2,14 +2,15 @@
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from agents.base import Agent, AgentConfig
+from agents.advantages import Aggregation, add_losses
+from agents.base import Agent, LearningConfig
 from agents.policy import DenoisingPolicy
 from agents.rollout import Rollout
 from agents.training.seeding import generator
@@ -17,7 +18,7 @@ from denoise_env.kernels import Kernel, Transition
 
 
 @dataclass
-class TrajectoryConfig(AgentConfig):
+class TrajectoryConfig(LearningConfig):
     """What every agent needs that trains recorded steps."""
 
     timestep_fraction: float = 0.6
@@ -63,9 +64,14 @@ class Batch:
 
 
 class TrajectoryAgent(Agent):
-    """An agent whose examples are recorded steps; arguments and errors as in `Agent`."""
+    """An agent whose examples are recorded steps; arguments and errors as in `Agent`.
+
+    It says what the advantages of one reward are (``reward_advantages``), or else all that its examples hold
+    (``targets``), and what the ``loss`` of a step is.
+    """
 
     config_type = TrajectoryConfig
+    aggregations: ClassVar[tuple[Aggregation, ...]] = ("advantages", "losses", "rewards")
 
     def __init__(
         self, policy: DenoisingPolicy, config: Any = None, seed: int = 0, microbatch: int | None = None
@@ -95,10 +101,6 @@ class TrajectoryAgent(Agent):
         return trainable.nonzero().flatten()
 
     @abstractmethod
-    def advantages(self, rollout: Rollout) -> Tensor:
-        """``[B]`` float32, one per episode, or ``[B, K]``, one per step; 0 for episodes that could not be scored."""
-
-    @abstractmethod
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy loss ``[N]`` of a microbatch and figures ``[N]`` to log."""
 
@@ -108,7 +110,7 @@ class TrajectoryAgent(Agent):
 
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
         """What the examples hold, ``[B]`` or ``[B, K]`` by name: the "advantage", and what else the loss needs."""
-        return {"advantage": self.advantages(rollout)}
+        return self.advantages(rollout)
 
     def divergence(self, transition: Transition, reference: Transition, step: Tensor) -> Tensor:
         """What ``kl_coef`` weighs, ``[N]``: the KL in the policy's reduction."""
@@ -123,33 +125,32 @@ class TrajectoryAgent(Agent):
         return trainable[order.argsort(1)[:, :count]].repeat_interleave(draws, 0)
 
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
-        """As in `Agent.examples`: (row, step) pairs with their advantages."""
+        """As in `Agent.examples`: (episode, step) pairs with their advantages."""
         rows = len(rollout)
         steps = self.select_steps(rows, iteration, rollout.kernel)
-        row = torch.arange(rows)[:, None].expand(steps.shape)
+        episode = torch.arange(rows)[:, None].expand(steps.shape)
         picked = {
             name: value.gather(1, steps.to(value.device)) if value.ndim > 1 else value[:, None].expand(steps.shape)
             for name, value in self.targets(rollout).items()
         }
-        return TensorDict({"row": row, "step": steps, **picked}, batch_size=steps.shape)
+        return TensorDict({"episode": episode, "step": steps, **picked}, batch_size=steps.shape)
 
-    def evaluate(
+    def example_loss(
         self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As in `Agent.evaluate`."""
-        rows, steps = examples["row"], examples["step"]
+        """As in `Agent.example_loss`."""
+        rows, steps = examples["episode"], examples["step"]
         latents, action, old = (rollout.steps[key][rows, steps] for key in ("latents", "action", "action_log_prob"))
         transition = self.policy.transition(latents, steps, conditioning, rollout.kernel)
         log_prob = self.policy.log_prob(transition, action)
         old_mean = rollout.steps["mean"][rows, steps] if self.needs_means else None
         advantage = examples["advantage"]
         batch = Batch(transition, log_prob, old, advantage, steps, latents, action, old_mean, examples, conditioning)
-        loss, figures = self.loss(batch)
+        loss, figures = add_losses(examples, lambda e: self.loss(replace(batch, advantage=e["advantage"], examples=e)))
         loss = loss * self.step_weights[steps.to(loss.device)]
-        # Var[log-ratio] = 2 KL for the joint log-ratio, D times the averaged one
-        scale = latents[0].numel() if self.policy.reduction == "mean" else 1
         difference = (log_prob - old).detach()
-        figures |= {"ratio": difference.exp(), "kl_old": (scale * difference).square() / 2}
+        dimensions = latents[0].numel() if self.policy.reduction == "mean" else 1
+        figures |= {"ratio": difference.exp(), "kl_old": kl_estimate(dimensions * difference.double())}
         if self.config.kl_coef:
             with torch.no_grad(), self.policy.model.reference():
                 reference = self.policy.transition(latents, steps, conditioning, rollout.kernel)
@@ -160,3 +161,13 @@ class TrajectoryAgent(Agent):
             loss = loss + more[0]
             figures |= more[1]
         return loss, figures
+
+
+def kl_estimate(log_ratio: Tensor) -> Tensor:
+    """KL(old ‖ new) from log new(x) − log old(x) of x ~ old, ``[N]`` float64: unbiased, and at least 0.
+
+    It is k3 = exp(L) − 1 − L of Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html), whose
+    mean is the KL because exp(L) has the mean 1. L is that of all latent dimensions together. Beyond exp(500), where
+    no sample tells the mean any more, it grows no further.
+    """
+    return log_ratio.clamp(max=500).expm1() - log_ratio

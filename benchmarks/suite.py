@@ -173,7 +173,7 @@ def grid(suite: Suite, environment: Environment, agent: str) -> list[dict[str, f
         raise ValueError(f"trials must be a multiple of {len(suite.clips)}, not {suite.trials}")
     config = Run(environment.preset, agent, environment.overrides).config()
     others: list[dict[str, float]] = [{}]
-    if hasattr(config.agent_options, "clip_range") and not AGENTS[agent].on_policy:
+    if hasattr(config.agent_options, "clip_range"):
         rows = config.prompts_per_iteration * config.agent_options.group_size
         others = [
             {

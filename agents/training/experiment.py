@@ -55,7 +55,8 @@ def build(config: TrainConfig) -> Experiment:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = config.prompts_per_iteration * config.agent_options.group_size
-    update = max(1, rows // max(1, config.agent_options.updates_per_rollout))  # what one update has at most
+    updates = getattr(config.agent_options, "updates_per_rollout", 1)  # an agent that does not learn has none
+    update = max(1, rows // max(1, updates))  # what one update has at most
     microbatch = min(config.microbatch or update, update)
     mdp = DenoisingMDP.make(
         config.model,

@@ -94,9 +94,9 @@ def make_config(
 ) -> TrainConfig:
     """A preset's configuration, with another agent or model in the place of its own.
 
-    The agent comes with its published settings, but for what the preset says of the learning rate, the averaging and,
-    where the algorithm has none of its own, the step weighting; and with the largest group up to its own that divides
-    the episodes.
+    The agent comes with its published settings, but for what the preset says of the learning rate, the averaging and
+    the step weighting, except where one of these is the algorithm's own (`Agent.own_settings`); and with the largest
+    group up to its own that divides the episodes.
 
     Args:
         preset: a name in `PRESETS`.
@@ -119,8 +119,9 @@ def make_config(
         return dataclasses.replace(config, prompts_per_iteration=rows // old.group_size)
     kind = find_agent(agent)
     new = kind.config_type()
+    known = {field.name for field in dataclasses.fields(new)}
     for name in ("lr", "step_weighting", "ema_decay"):
-        if hasattr(new, name) and not (name == "step_weighting" and kind.weighs_steps):
+        if name in known and name not in kind.own_settings:
             setattr(new, name, getattr(old, name, getattr(new, name)))
     group = max(n for n in range(1, new.group_size + 1) if rows % n == 0)
     new.group_size = group

@@ -7,11 +7,13 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 
-from agents.advantages import PromptTracker, group_advantages, leave_one_out, whiten
+from agents.advantages import PromptTracker, add_losses, aggregate, group_advantages, leave_one_out, whiten
 from agents.algorithms import AGENTS
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
+from agents.surrogate import clipped
 from denoise_env.mdp import Scores, row_generators
 
 
@@ -47,6 +49,13 @@ class Published:
         return found
 
 
+def learn(tracker, *batch):
+    found = tracker.normalise(*batch)
+    assert torch.equal(found, tracker.normalise(*batch))
+    tracker.remember(*batch)
+    return found
+
+
 @pytest.mark.parametrize(("size", "minimum", "batch"), [(16, 16, 10), (16, 16, 64), (5, 3, 7), (1, 1, 3), (4, 4, 40)])
 def test_the_tracker_is_ddpos(size, minimum, batch):
     """Over many batches, so that the buffers fill, wrap around and overflow in one batch."""
@@ -56,7 +65,7 @@ def test_the_tracker_is_ddpos(size, minimum, batch):
         prompts, rewards = rng.integers(0, 3, batch), rng.normal(size=batch).astype(np.float32)
         expected = published.update(prompts, rewards.astype(np.float64))
         valid = torch.ones(batch, dtype=torch.bool)
-        found = tracker.normalise(torch.tensor(rewards), valid, torch.tensor(prompts))
+        found = learn(tracker, torch.tensor(rewards), valid, torch.tensor(prompts))
         torch.testing.assert_close(found.double(), torch.tensor(expected), rtol=1e-4, atol=1e-4)
     for prompt, known in published.stats.items():
         count = int(tracker.count[prompt])
@@ -66,13 +75,13 @@ def test_the_tracker_is_ddpos(size, minimum, batch):
 def test_the_tracker_by_hand():
     tracker = PromptTracker(2, size=3, min_count=2)
     valid = torch.tensor([True, True, False])
-    first = tracker.normalise(torch.tensor([1.0, 2.0, torch.nan]), valid, torch.tensor([0, 1, 1]))
+    first = learn(tracker, torch.tensor([1.0, 2.0, torch.nan]), valid, torch.tensor([0, 1, 1]))
     # one reward each: the batch's mean 1.5 and std 0.5
     assert first.tolist() == pytest.approx([-1, 1, 0], abs=1e-5)
-    second = tracker.normalise(torch.tensor([3.0, 5.0]), torch.ones(2, dtype=torch.bool), torch.tensor([0, 0]))
+    second = learn(tracker, torch.tensor([3.0, 5.0]), torch.ones(2, dtype=torch.bool), torch.tensor([0, 0]))
     std = math.sqrt((4 + 0 + 4) / 3)  # of 1, 3, 5
     assert second.tolist() == pytest.approx([0, 2 / std], abs=1e-5)
-    third = tracker.normalise(torch.tensor([7.0]), torch.ones(1, dtype=torch.bool), torch.tensor([0]))
+    third = learn(tracker, torch.tensor([7.0]), torch.ones(1, dtype=torch.bool), torch.tensor([0]))
     assert third.tolist() == pytest.approx([2 / std], abs=1e-5)  # of 3, 5, 7: the 1 is forgotten
     assert tracker.values[0].tolist() == [3, 5, 7]
     assert tracker.count.tolist() == [3, 1]
@@ -84,6 +93,45 @@ def test_equal_rewards_have_no_advantage_in_the_tracker():
         tracker.normalise(torch.full((4,), 0.1), torch.ones(4, dtype=torch.bool), torch.zeros(4).long()).abs().max()
         < 1e-6
     )
+
+
+@pytest.mark.parametrize("name", ["ddpo-is", "ddpo-sf"])
+def test_the_tracker_remembers_once_per_update_and_asking_changes_nothing(points, name):
+    agent = make(points, name, tracker_size=8, tracker_min_count=5)
+    rollout = scored(agent, [0.3, 0.9, 0.1, 0.5, 2.0, torch.nan, -1.0, 0.0])
+    before = {key: value.clone() for key, value in agent.modules.state_dict().items()}
+    first = agent.advantages(rollout)["advantage"]
+    assert torch.equal(first, agent.advantages(rollout)["advantage"])
+    agent.examples(rollout, 1)
+    assert all(torch.equal(before[key], value) for key, value in agent.modules.state_dict().items())
+    agent.update(rollout, 1)
+    tracker = agent.tracker("points")
+    ring, line = ([p.text for p in points.prompts].index(prompt) for prompt in ("ring", "line"))
+    assert tracker.values[ring, :4].tolist() == pytest.approx([0.3, 0.9, 0.1, 0.5])
+    assert tracker.values[line, :3].tolist() == [2.0, -1.0, 0.0]
+    assert tracker.count.sum() == 7
+    assert not torch.equal(first, agent.advantages(rollout)["advantage"])  # now ring has 8, and line 6
+
+
+def test_an_update_that_fails_is_not_remembered(points):
+    agent = make(points, "ddpo-is")
+    rollout = scored(agent, [0.3, 0.9, 0.1, 0.5, 2.0, 1.0, -1.0, 0.0])
+    rollout.steps["action_log_prob"][:] = -torch.inf
+    with pytest.raises(FloatingPointError):
+        agent.update(rollout, 1)
+    assert agent.tracker("points").count.sum() == 0
+
+
+def test_a_prompt_named_later_is_normalised_by_the_batch(points):
+    """The trackers have room for the training prompts."""
+    agent = make(points, "ddpo-is", tracker_size=4, tracker_min_count=2)
+    rewards = torch.tensor([1.0, 3.0, 4.0, 8.0])
+    prompts = torch.tensor([0, 0, len(points.prompts), len(points.prompts)])
+    valid, tracker = torch.ones(4, dtype=torch.bool), agent.tracker("points")
+    found = learn(tracker, rewards, valid, prompts)
+    std = math.sqrt((9 + 1 + 0 + 16) / 4)
+    assert found.tolist() == pytest.approx([-1, 1, 0, 4 / std], abs=1e-5)
+    assert tracker.count.tolist() == [2, 0, 0, 0, 0, 0]
 
 
 # --- Others ---
@@ -248,26 +296,58 @@ def test_draws_visit_every_noise_level_before_any_twice(points):
 # --- Two rewards ---
 
 
+def two(values_a, values_b):
+    a, b = torch.tensor(values_a), torch.tensor(values_b)
+    return Scores({"a": a, "b": b}, 0.7 * a + 1.4 * b, a.isfinite() & b.isfinite(), {})
+
+
+WEIGHTS = {"a": 0.7, "b": 1.4}
+
+
+def doubled(name, values):
+    return 2 * values
+
+
+def test_what_rewards_are_added_up_as():
+    scores = two([1.0, -3.0], [2.0, 1.0])
+    assert aggregate("rewards", scores, WEIGHTS, doubled, 1.0)["advantage"].tolist() == pytest.approx([1.0, -1.0])
+    total = [2 * (0.7 + 2.8), 2 * (-2.1 + 1.4)]
+    for how in ("advantages", "rewards"):
+        found = aggregate(how, scores, WEIGHTS, doubled)
+        assert list(found) == ["advantage"]
+        assert found["advantage"].tolist() == pytest.approx(total)
+    apart = aggregate("losses", scores, WEIGHTS, doubled, 3.0)
+    assert apart.pop("advantage").tolist() == pytest.approx([3.0, -1.4])
+    assert [values.tolist() for values in apart.values()] == [pytest.approx([1.4, -2.1]), pytest.approx([4.2, 2.8])]
+
+
+@pytest.mark.parametrize("how", ["advantages", "losses"])
+def test_a_reward_of_weight_0_takes_no_part(how):
+    scores = two([1.0, -3.0], [torch.nan, 1.0])
+    named = []
+
+    def own(name, values):
+        named.append(name)
+        return values
+
+    found = aggregate(how, scores, {"a": 0.5, "b": 0.0}, own)
+    assert named == ["a"]
+    assert all(values.tolist() == [0.5, -1.5] for values in found.values())
+
+
 @pytest.mark.parametrize("log_ratio", [0.0, 0.5, -0.5])
 @pytest.mark.parametrize(("a", "b"), [(1.0, 2.0), (-1.0, -2.0), (2.0, -1.0), (-2.0, 1.0), (1.0, -1.0)])
-def test_losses_and_advantages_differ_where_signs_differ_and_the_clip_binds(points, a, b, log_ratio):
-    from tensordict import TensorDict
-
-    from agents.trajectory import Batch
-
-    points.rewards = {"a": points.rewards["points"], "b": points.rewards["points"]}
-    points.reward_weights = {"a": 0.7, "b": 1.4}
+def test_losses_and_advantages_differ_where_signs_differ_and_the_clip_binds(a, b, log_ratio):
+    scores, ratio = two([a], [b]), torch.tensor([log_ratio]).exp()
     found = {}
-    for aggregation in ("advantages", "losses"):
-        agent = make(points, "grpo", clip_range=0.1, reward_aggregation=aggregation)
-        entries = {"advantage of a": torch.tensor([0.7 * a]), "advantage of b": torch.tensor([1.4 * b])}
-        examples, zero = TensorDict(entries, batch_size=1), torch.zeros(1)
-        total = torch.tensor([0.7 * a + 1.4 * b])
-        batch = Batch(None, torch.tensor([log_ratio]), zero, total, zero.long(), zero, zero, examples=examples)
-        found[aggregation] = agent.loss(batch)[0].item()
+    for how in ("advantages", "losses"):
+        examples = TensorDict(aggregate(how, scores, WEIGHTS, lambda name, values: values), batch_size=1)
+        loss, figures = add_losses(examples, lambda e: (clipped(e["advantage"], ratio, 0.1), {"seen": e["advantage"]}))
+        found[how], total = loss.item(), 0.7 * a + 1.4 * b
+        assert figures["seen"].item() == pytest.approx(total if how == "advantages" else total / 2)
     rho = math.exp(log_ratio)
     cut = min(max(rho, 0.9), 1.1)
-    assert found["advantages"] == pytest.approx(max(-total.item() * rho, -total.item() * cut), rel=1e-5)
+    assert found["advantages"] == pytest.approx(max(-total * rho, -total * cut), rel=1e-5)
     parts = [max(-x * rho, -x * cut) for x in (0.7 * a, 1.4 * b)]
     assert found["losses"] == pytest.approx(sum(parts), rel=1e-5)
     differ = a * b < 0 and log_ratio != 0

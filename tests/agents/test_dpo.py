@@ -22,7 +22,7 @@ def scored(agent, total):
 
 def pairs(agent, total):
     found = agent.targets(scored(agent, total))
-    rows = zip(found["row"].tolist(), found["loser"].tolist(), found["counts"].tolist(), strict=True)
+    rows = zip(found["episode"].tolist(), found["loser"].tolist(), found["counts"].tolist(), strict=True)
     return [(winner, loser) for winner, loser, counts in rows if counts]
 
 
@@ -68,7 +68,7 @@ def test_both_sides_of_a_pair_share_timestep_and_noise(points):
         return noised(x0, step, noise)
 
     agent.noised = recording
-    agent.evaluate(rollout, examples[:, 0], agent.conditioning(rollout, examples))
+    agent.example_loss(rollout, examples[:, 0], agent.conditioning(rollout, examples))
     ((x0, step, noise),) = seen
     assert torch.equal(x0, rollout.final_latents[[1, 3, 2, 0]])
     for both in (step, noise):
@@ -87,7 +87,7 @@ def test_the_losers_caption_is_another_prompt(points):
         assert (wrong != right).all()
         seen |= set(zip(right.tolist(), wrong.tolist(), strict=True))
         conditioning = agent.conditioning(rollout, examples)["prompt_id"]
-        assert torch.equal(conditioning, torch.cat([rollout.prompt_index[examples["row"][:, 0]], wrong]))
+        assert torch.equal(conditioning, torch.cat([rollout.prompt_index[examples["episode"][:, 0]], wrong]))
     assert len(seen) == 30
     same = DPO(DenoisingPolicy(points), DPOConfig(group_size=4))
     conditioning = same.conditioning(rollout, same.examples(rollout, 1))["prompt_id"]

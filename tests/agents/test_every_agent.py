@@ -22,6 +22,8 @@ from agents.trajectory import TrajectoryAgent
 from denoise_env.mdp import row_generators
 
 EVERY = sorted(AGENTS)
+UNTRAINED = ["base", "best-of-n"]
+LEARNING = [name for name in EVERY if name not in UNTRAINED]
 TRAINING = [name for name in EVERY if name not in ("base", "best-of-n", "zero-lr", "shuffled-reward")]
 RATIO = [name for name in EVERY if issubclass(AGENTS[name], TrajectoryAgent)]
 SEVERAL = [name for name in TRAINING if not AGENTS[name].on_policy]
@@ -40,6 +42,7 @@ def tiny(name, changes=None, **options):
     several = {"updates_per_rollout": 2, "epochs": 2} if name in SEVERAL else {}
     small = {"group_size": 4, "lr": 3e-3, "ema_decay": 0.5, "window_size": 2, "window_every": 1, "kl_coef": 0.01}
     small |= {"kl_reward": 0.01, "critic_width": 8, "tracker_size": 6, "tracker_min_count": 6, "draws_per_sample": 3}
+    small = {key: value for key, value in small.items() if key not in AGENTS[name].own_settings}
     chosen = settings(name, **{**small, "old_decay_slope": 0.2, **several, **(changes or {})})
     base = TrainConfig(
         model="points",
@@ -61,15 +64,15 @@ def tiny(name, changes=None, **options):
 
 def first_ratios(agent, rollout):
     """The ratios of an update's first optimizer step."""
-    evaluate, found, stepped = agent.evaluate, [], []
+    example_loss, found, stepped = agent.example_loss, [], []
 
     def recording(*arguments):
-        loss, figures = evaluate(*arguments)
+        loss, figures = example_loss(*arguments)
         if not stepped:
             found.append(figures["ratio"].detach().clone())
         return loss, figures
 
-    agent.evaluate = recording
+    agent.example_loss = recording
     handle = agent.optimizer.register_step_post_hook(lambda *_: stepped.append(1))
     agent.update(rollout, 1)
     handle.remove()
@@ -107,19 +110,25 @@ def test_the_first_ratio_is_one_in_bf16(make_shapes, name, microbatch):
 
 @pytest.mark.parametrize("name", ["rwr", "nft", "awm", "dpo"])
 def test_final_samples_losses_are_float32_in_bf16(make_shapes, name):
-    """bf16's steps near 1 are 1/128 wide: DPO's β of 2000 would make them 8."""
+    """Those of the same outputs in float64. Near 1 bf16's steps are 1/128, and DPO's β of 2000 makes them 8."""
     mdp = make_shapes(dtype="bf16")
-    agent = AGENTS[name](DenoisingPolicy(mdp), settings(name, group_size=4, draws_per_sample=1, updates_per_rollout=1))
-    rollout = collect(mdp, agent.policy, row_generators(range(4)), [p.text for p in mdp.prompts][:1], group_size=4)
+    config = settings(name, group_size=4, draws_per_sample=1, updates_per_rollout=2)
+    agent = AGENTS[name](DenoisingPolicy(mdp), config)
+    rollout = collect(mdp, agent.policy, row_generators(range(8)), mdp.prompts[:2], group_size=4)
     examples = agent.examples(rollout, 1)
     with torch.no_grad():
         for p in agent.parameters:  # away from the reference, by less than bf16 resolves in a mean square of about 1
             p.mul_(1.001)
-    loss, figures = agent.evaluate(rollout, examples[:, 0], agent.conditioning(rollout, examples))
-    for value in (loss, *figures.values()):
-        assert value.dtype == torch.float32
-        coarse = value.detach().bfloat16().float()
-        assert torch.equal(value, value.round()) or not torch.equal(coarse, value.detach())
+    arguments = rollout, examples[:, 0], agent.conditioning(rollout, examples)
+    loss, figures = agent.example_loss(*arguments)
+    predict, noised = agent.policy.predict, agent.noised
+    agent.policy.predict = lambda *inputs: predict(*inputs).double()
+    agent.noised = lambda x0, step, noise: (noised(x0, step, noise)[0], noised(x0.double(), step, noise)[1])
+    exact, exact_figures = agent.example_loss(*arguments)
+    assert loss.dtype == torch.float32
+    assert exact.dtype == torch.float64
+    for value, right in ((loss, exact), *((figures[key], exact_figures[key]) for key in figures)):
+        torch.testing.assert_close(value.double(), right.double(), rtol=0, atol=1e-3 if name == "dpo" else 1e-5)
 
 
 def test_awms_old_likelihoods_come_from_the_batches_of_the_first_update():
@@ -131,6 +140,39 @@ def test_awms_old_likelihoods_come_from_the_batches_of_the_first_update():
     experiment.mdp.model.network.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     agent.update(rollout, 1)
     assert sizes == [4] * (2 * 3 + 2 * 2 * 3)  # two halves, three draws; the old ones once, then two epochs
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_what_agents_share_they_do_alike(name):
+    """So many optimizer steps, each on a clipped gradient; between them the weights stay; nothing is scored anew."""
+    experiment = build(tiny(name, {"max_grad_norm": 1e-3}))
+    agent, seen = experiment.agent, []
+    with agent.rollout_weights():
+        rollout = collect(
+            experiment.mdp,
+            agent.policy,
+            row_generators(range(8)),
+            ["ring"] * (8 // agent.group_size),
+            **agent.rollout_options(1),
+        )
+    now = [p.detach().clone() for p in agent.parameters]
+
+    def before(optimizer, args, kwargs):
+        norm = torch.stack([p.grad.norm() for p in agent.parameters]).norm()
+        assert 0 < norm <= 1e-3 * (1 + 1e-5)
+        assert all(torch.equal(a, b) for a, b in zip(now, agent.parameters, strict=True))
+
+    def after(optimizer, args, kwargs):
+        now[:] = [p.detach().clone() for p in agent.parameters]
+        seen.append(now)
+
+    agent.optimizer.register_step_pre_hook(before)
+    agent.optimizer.register_step_post_hook(after)
+    experiment.mdp.score = experiment.mdp.step = experiment.mdp.reset = None  # not callable
+    agent.update(rollout, 1)
+    config = experiment.config.agent_options
+    assert len(seen) == config.updates_per_rollout * config.epochs
+    assert all(torch.equal(a, b) for a, b in zip(now, agent.parameters, strict=True))
 
 
 # --- Resuming ---
@@ -184,7 +226,7 @@ def test_a_resumed_run_equals_the_run_that_never_stopped(name, tmp_path, monkeyp
     config = tiny(name, eval_kl=True)
     whole = run(config, tmp_path / "whole", report=False)
     tensors = assert_same_run(whole, stop_and_resume(config, tmp_path / "stopped", monkeypatch, stop=4))
-    assert any(key.startswith("average.") for key in tensors)
+    assert any(key.startswith("average.") for key in tensors) == (name in LEARNING)
     if name in REMEMBERED:
         assert any(key.startswith(REMEMBERED[name]) for key in tensors)
     rows = table(whole / "metrics.csv")
@@ -299,6 +341,12 @@ def test_the_others_learn_from_the_ode(name, tmp_path):
 
 GROUPS = ["grpo", "flow-grpo", "flow-grpo-fast", "mix-grpo", "tempflow", "grpo-guard", "flow-dppo", "rloo"]
 GROUPS += ["nft", "awm", "dpo", "dcpo", "zero-lr", "shuffled-reward"]
+JOINS = {
+    **dict.fromkeys(("ppo", "dpok"), "it has one critic, for their weighted sum"),
+    **dict.fromkeys(("dpo", "dcpo"), "a sample has one place in its group's ranking"),
+    "rwr": r"a sample has one weight, exp\(r/τ\)",
+    "nft": "a sample has one probability q of being a good one",
+}
 POSITIVE = {
     "grpo": ["clip_range", "advantage_clip", "max_grad_norm", "updates_per_rollout", "epochs"],
     "ddpo-is": ["tracker_size", "tracker_min_count"],
@@ -324,7 +372,18 @@ POSITIVE = {
         ("ppo", {"critic_lr": 0.0}, "needs a critic"),
         ("ppo", {"gamma": 1.5}, r"gamma and gae_lambda must lie in \[0, 1\]"),
         ("ppo", {"gae_lambda": 1.01}, r"gamma and gae_lambda must lie in \[0, 1\]"),
-        ("ppo", {"reward_aggregation": "losses"}, "one critic"),
+        *(
+            (
+                name,
+                {"reward_aggregation": how},
+                f"{name} cannot add up the rewards' {how}, because {why}: set reward_aggreg",
+            )
+            for name, why in JOINS.items()
+            for how in ("advantages", "losses")
+            if how not in AGENTS[name].aggregations
+        ),
+        ("nft", {"reward_aggregation": "losses"}, 'set reward_aggregation to "advantages" or "rewards"'),
+        ("zero-lr", {"lr": 1e-3}, "zero-lr has a learning rate of 0, not 0.001"),
         *(
             (name, {"window_size": size}, f"between 1 and the 4 trainable steps.*not {size}: use a smaller window")
             for name in ("mix-grpo", "flow-grpo-fast", "tempflow")
@@ -334,14 +393,20 @@ POSITIVE = {
         ("ddpo-sf", {"tracker_min_count": 7}, "tracker_min_count=7 is never reached"),
         ("nft", {"old_decay": 1.0}, r"old_decay must lie in \[0, 1\)"),
         *((name, {key: 0}, f"{key} must be positive, not 0") for name, keys in POSITIVE.items() for key in keys),
-        *((name, {"lr": float("nan")}, "lr must be a finite number") for name in EVERY if name != "zero-lr"),
-        *((name, {"ema_decay": 1.0}, "ema_decay must lie in") for name in EVERY),
+        *((name, {"lr": float("nan")}, "lr must be a finite number") for name in LEARNING),
+        *((name, {"ema_decay": 1.0}, "ema_decay must lie in") for name in LEARNING),
         ("dpok", {"kl_coef": -1.0}, "kl_coef must be a finite number ≥ 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_written(name, changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(tiny(name, changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rewards_that_all_weigh_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="every reward has weight 0"):
+        run(tiny("grpo", rewards={"points": 0.0}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -364,14 +429,21 @@ def test_without_a_learning_rate_nothing_changes(name):
 
 
 @pytest.mark.parametrize("name", ["base", "best-of-n", "zero-lr"])
-def test_controls_change_nothing_whatever_their_learning_rate(name):
-    experiment = build(tiny(name, {"lr": 1.0}))
+def test_controls_change_nothing(name):
+    experiment = build(tiny(name, {"weight_decay": 1.0}))
     before = [p.detach().clone() for p in experiment.agent.parameters]
     for iteration in (1, 2):
         figures = loop._iterate(experiment, iteration)
         assert figures["network_calls"] > 0
     assert all(torch.equal(a, b) for a, b in zip(before, experiment.agent.parameters, strict=True))
     assert figures.get("ratio_deviation", 0) == 0
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_what_does_not_train_has_no_setting_of_training(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--preset", "points", "--agent", name, "--agent.lr", "0.1"])
+    assert "--agent.lr" in capsys.readouterr().err
 
 
 def final(name, seed=0, iterations=30, **changes):

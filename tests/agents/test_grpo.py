@@ -1,6 +1,7 @@
 """GRPO's arithmetic against numbers computed by hand or by other means."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from agents.advantages import group_advantages
 from agents.grpo import GRPO, GRPOConfig
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
-from agents.trajectory import Batch
+from agents.trajectory import Batch, kl_estimate
+from denoise_env.kernels import Transition
 from denoise_env.mdp import DenoisingMDP, Scores, row_generators
 
 
@@ -51,11 +53,11 @@ def test_rewards_are_normalised_one_by_one_and_then_weighted(points):
     a, b = torch.rand(8), 1000 * torch.rand(8)
     scores = Scores({"a": a, "b": b}, 0.7 * a + 1.4 * b, torch.ones(8, dtype=torch.bool), {})
     rollout = collect(points, agent.policy, row_generators(range(8)), group_size=4)
-    advantages = agent.advantages(dataclasses.replace(rollout, scores=scores))
+    advantages = agent.advantages(dataclasses.replace(rollout, scores=scores))["advantage"]
     valid = scores.valid
     expected = 0.7 * group_advantages(a, valid, 4) + 1.4 * group_advantages(b, valid, 4)
     torch.testing.assert_close(advantages, expected)
-    tight = make(points, advantage_clip=0.5).advantages(dataclasses.replace(rollout, scores=scores))
+    tight = make(points, advantage_clip=0.5).advantages(dataclasses.replace(rollout, scores=scores))["advantage"]
     torch.testing.assert_close(tight, expected.clamp(-0.5, 0.5))
 
 
@@ -95,7 +97,7 @@ def test_the_gradient_is_that_of_the_published_objective(kl_coef):
         for p in agent.parameters:
             p.add_(0.1 * torch.randn_like(p))
     rollout = collect(points, policy, row_generators(range(8)), ["ring", "line"], group_size=4, shared_noise=True)
-    advantages, steps = agent.advantages(rollout).double(), agent.select_steps(8, 0)
+    advantages, steps = agent.advantages(rollout)["advantage"].double(), agent.select_steps(8, 0)
     parameter, place = agent.parameters[-2], (1, 3)
 
     def objective():
@@ -126,6 +128,35 @@ def test_the_gradient_is_that_of_the_published_objective(kl_coef):
     agent.update(rollout, 0)
     assert gradient["value"] == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4)
     assert abs(gradient["value"]) > 1e-4
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("shift", "kl", "error"), [(0.07, 0.01150, 4e-4), (0.48, 0.5406, 0.02)])
+def test_kl_old_is_the_kl(reduction, shift, kl, error):
+    """Its mean over 80,000 recorded steps is KL(old ‖ new); half the squared log-ratio's is KL + KL²/2, here 0.6870."""
+    points = DenoisingMDP.make("points-flow", num_steps=5)
+    policy = DenoisingPolicy(points, reduction=reduction)
+    agent = GRPO(policy, GRPOConfig(group_size=2, lr=0.0, timestep_fraction=1.0))
+    rows = 20_000
+    rollout = collect(
+        points, policy, row_generators(range(rows)), ["ring"] * (rows // 2), group_size=2, keep_means=True
+    )
+    with torch.no_grad():
+        agent.parameters[-1].add_(shift)
+        exact = []
+        for k in agent.trainable_steps.tolist():
+            conditioning = rollout.conditioning(slice(None))
+            new = policy.transition(rollout.steps["latents"][:, k], k, conditioning)
+            exact.append(Transition(rollout.steps["mean"][:, k], new.std).kl(new, "sum").double())
+    assert torch.stack(exact).mean().item() == pytest.approx(kl, abs=1e-4)
+    assert agent.update(rollout, 1)["kl_old"] == pytest.approx(kl, abs=error)
+
+
+def test_kl_old_stays_finite():
+    values = kl_estimate(torch.tensor([0.0, 1e-9, -1e-9, 5.0, -1e6, 1e6], dtype=torch.float64))
+    assert values.isfinite().all()
+    assert (values >= 0).all()
+    assert values[:4].tolist() == pytest.approx([0, 5e-19, 5e-19, math.exp(5) - 6], rel=1e-3)
 
 
 def test_steps_are_drawn_per_sample_or_per_group(points):
@@ -195,10 +226,10 @@ def test_steps_weigh_as_their_std(points):
     rollout = collect(points, uniform.policy, row_generators(range(8)), group_size=4)
     conditioning = rollout.conditioning(slice(None))
     for k in (0, 8):
-        pairs = {"row": torch.arange(8), "step": torch.full((8,), k), "advantage": torch.ones(8)}
+        pairs = {"episode": torch.arange(8), "step": torch.full((8,), k), "advantage": torch.ones(8)}
         examples = TensorDict(pairs, batch_size=8)
-        plain, _ = uniform.evaluate(rollout, examples, conditioning)
-        scaled, _ = weighted.evaluate(rollout, examples, conditioning)
+        plain, _ = uniform.example_loss(rollout, examples, conditioning)
+        scaled, _ = weighted.example_loss(rollout, examples, conditioning)
         torch.testing.assert_close(scaled, plain * (stds[k] / stds.mean()).float())
 
 

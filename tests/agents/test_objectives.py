@@ -267,21 +267,61 @@ def upness(images, prompts, metadata):
 TWO = {f"{__name__}:leftness": 0.7, f"{__name__}:upness": 1.4}
 
 
-def test_grpo_of_two_rewards_adds_up_their_advantages_or_their_losses():
-    for aggregation in ("advantages", "losses"):
-        bench = Bench("grpo", off=0.1, clip_range=0.05, advantage_clip=1.1, reward_aggregation=aggregation, rewards=TWO)
-        own = {name: normalised(values) for name, values in bench.reward.items()}
-        assert (math.prod(own.values()) < 0).any()
-        total = sum(TWO[name] * a for name, a in own.items()).clamp(-1.1, 1.1)
+AGGREGATIONS = ["advantages", "losses", "rewards"]
 
-        def losses(rows, bench=bench, own=own):
-            parts = [TWO[name] * grpo_loss(bench, a.clamp(-1.1, 1.1), rows) for name, a in own.items()]
-            return sum(parts)
 
-        def advantages(rows, bench=bench, total=total):
-            return grpo_loss(bench, total, rows)
+def of_two_rewards(bench, how, advantage, loss, clip):
+    """The objective: ``advantage`` of rewards, ``loss`` of advantages and rows, advantages cut at ± ``clip``."""
+    assert (math.prod(normalised(values) for values in bench.reward.values()) < 0).any()
+    if how == "losses":
+        own = {name: advantage(values).clamp(-clip, clip) for name, values in bench.reward.items()}
+        return lambda rows: sum(TWO[name] * loss(a, rows) for name, a in own.items())
+    if how == "advantages":
+        whole = sum(TWO[name] * advantage(values) for name, values in bench.reward.items())
+    else:
+        whole = advantage(sum(TWO[name] * values for name, values in bench.reward.items()))
+    return lambda rows: loss(whole.clamp(-clip, clip), rows)
 
-        bench.check(losses if aggregation == "losses" else advantages)
+
+@pytest.mark.parametrize("how", AGGREGATIONS)
+def test_grpo_of_two_rewards(how):
+    bench = Bench("grpo", off=0.1, clip_range=0.05, advantage_clip=1.1, reward_aggregation=how, rewards=TWO)
+    bench.check(of_two_rewards(bench, how, normalised, lambda a, rows: grpo_loss(bench, a, rows), 1.1))
+    some_are_clipped(bench)
+
+
+@pytest.mark.parametrize("how", AGGREGATIONS)
+@pytest.mark.parametrize("name", ["ddpo-sf", "ddpo-is"])
+def test_ddpo_of_two_rewards(name, how):
+    options = {"tracker_min_count": 4, "clip_range": 0.03, "advantage_clip": 1.1, "reward_aggregation": how}
+    bench = Bench(name, off=0.05, rewards=TWO, **options)
+    prompts = bench.rollout.prompt_index
+
+    def advantage(rewards):
+        known = {p: rewards[prompts == p] for p in prompts.tolist()}
+        return tracked(rewards, prompts.tolist(), known, 4)
+
+    def loss(a, rows):
+        if name == "ddpo-is":
+            return grpo_loss(bench, a, rows)
+        return policy_loss(bench, lambda k: -a * bench.log_prob(k), rows)
+
+    bench.check(of_two_rewards(bench, how, advantage, loss, 1.1))
+    kept = [bench.total] if how == "rewards" else list(bench.reward.values())
+    trackers = list(bench.agent.modules.values())
+    assert len(trackers) == len(kept)
+    for tracker, values in zip(trackers, kept, strict=True):
+        for prompt in set(prompts.tolist()):
+            torch.testing.assert_close(tracker.values[prompt, :GROUP], values[prompts == prompt])
+
+
+@pytest.mark.parametrize("how", AGGREGATIONS)
+def test_rloo_of_two_rewards(how):
+    """Its loss is linear in the rewards: the three are one."""
+    bench = Bench("rloo", off=0.02, rewards=TWO, reward_aggregation=how)
+    groups = bench.total.view(-1, GROUP)
+    advantage = ((groups - groups.mean(1, keepdim=True)) * GROUP / (GROUP - 1)).flatten()
+    bench.check(lambda rows: policy_loss(bench, lambda k: -advantage * bench.log_prob(k), rows))
 
 
 @pytest.mark.parametrize(("scaling", "beta"), [("code", 40.0), ("paper", 4.0)])
@@ -622,12 +662,12 @@ def compare(bench, weights, gradients, objective, rel=1e-4):
 
 
 @pytest.mark.parametrize("world", FINAL)
-@pytest.mark.parametrize("normalisation", ["batch", "group"])
-def test_awm(world, normalisation):
-    options = {"normalisation": normalisation, "clip_range": 0.02, "reference_coef": 0.3, "advantage_clip": 1.2}
+@pytest.mark.parametrize("std", ["batch", "group"])
+def test_awm(world, std):
+    options = {"advantage_std": std, "clip_range": 0.02, "reference_coef": 0.3, "advantage_clip": 1.2}
     bench = Bench("awm", *world, off=0.1, updates_per_rollout=2, epochs=2, lr=0.02, **options)
     start = bench.weights()
-    advantage = normalised(bench.total, normalisation).clamp(-1.2, 1.2)
+    advantage = normalised(bench.total, std).clamp(-1.2, 1.2)
 
     def per_draw(x0, noisy, target, step, rows, j):
         out = bench.predict(noisy, step, rows)
@@ -640,11 +680,37 @@ def test_awm(world, normalisation):
     some_are_clipped(bench)
 
 
+@pytest.mark.parametrize("how", AGGREGATIONS)
+def test_awm_of_two_rewards(how):
+    options = {"clip_range": 0.02, "reference_coef": 0.0, "advantage_clip": 1.1, "reward_aggregation": how}
+    bench = Bench("awm", off=0.1, updates_per_rollout=2, lr=0.02, rewards=TWO, **options)
+    start = bench.weights()
+
+    def loss(a, rows):
+        def per_draw(x0, noisy, target, step, rows, j):
+            out, old = bench.predict(noisy, step, rows), bench.at(start, lambda: bench.predict(noisy, step, rows))
+            ratio = (((old - target) ** 2).mean(1) - ((out - target) ** 2).mean(1)).exp()
+            return clipped(a[rows], ratio, 0.02)
+
+        return matching_loss(bench, per_draw)(rows)
+
+    bench.check(of_two_rewards(bench, how, lambda r: normalised(r, "batch"), loss, 1.1), rel=1e-3)
+
+
+@pytest.mark.parametrize("how", ["advantages", "rewards"])
+def test_nfts_q_of_two_rewards(how):
+    bench = Bench("nft", advantage_clip=1.1, rewards=TWO, reward_aggregation=how)
+    seen = []
+    of_two_rewards(bench, how, normalised, lambda a, rows: seen.append(a), 1.1)(None)
+    torch.testing.assert_close(bench.agent.targets(bench.rollout)["q"].double(), seen[0] / 2.2 + 0.5)
+
+
 @pytest.mark.parametrize("world", FINAL)
 @pytest.mark.parametrize("pairing", ["ranked", "best_worst"])
 @pytest.mark.parametrize("name", ["dpo", "dcpo"])
 def test_dpo(world, pairing, name):
-    bench = Bench(name, *world, off=0.05, beta=7.0, pairing=pairing, updates_per_rollout=2, lr=0.01)
+    options = {"pairing": pairing, "reference_coef": 0.3 if pairing == "ranked" else 0.0}
+    bench = Bench(name, *world, off=0.05, beta=7.0, updates_per_rollout=2, lr=0.01, **options)
     ranking = bench.total.view(-1, GROUP).argsort(1, descending=True)
     pairs = [
         (g * GROUP + int(ranking[g, i]), g * GROUP + int(ranking[g, GROUP - 1 - i]))
@@ -662,7 +728,7 @@ def test_dpo(world, pairing, name):
             winner, loser = pairs[i]
             for j in range(draws.shape[1]):
                 step, noise = draws["step"][i : i + 1, j], draws["noise"][i : i + 1, j].double()
-                sides = []
+                sides, distances = [], []
                 for row in (winner, loser):
                     prompt = prompts[row : row + 1]
                     if row == loser and captions is not None:
@@ -672,8 +738,13 @@ def test_dpo(world, pairing, name):
                     def error(noisy=noisy, target=target, prompt=prompt, step=step):
                         return ((target - bench.predict(noisy, step, prompts=prompt)) ** 2).mean()
 
+                    def output(noisy=noisy, prompt=prompt, step=step):
+                        return bench.predict(noisy, step, prompts=prompt)
+
                     sides.append(error() - bench.at(bench.base, error))
+                    distances.append(((output() - bench.at(bench.base, output)) ** 2).mean())
                 losses.append(-torch.log(torch.sigmoid(-7.0 / 2 * (sides[0] - sides[1]))))
+                losses[-1] = losses[-1] + options["reference_coef"] * sum(distances) / 2
         return torch.stack(losses).mean()
 
     half = len(pairs) // 2

@@ -1,0 +1,52 @@
+"""PPO's clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7), whatever the advantages are.
+
+    L = mean max( −A ρ, −A clip(ρ, 1 ± ε) ),   ρ = exp(ℓ_θ − ℓ_old).
+
+The ratio is that of the policy's log-prob, which is averaged or summed over latent dimensions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agents.trajectory import Batch, TrajectoryAgent, TrajectoryConfig
+
+
+@dataclass
+class SurrogateConfig(TrajectoryConfig):
+    """What every agent needs whose ratio is clipped."""
+
+    clip_range: float = 1e-4
+    """ε of the clipped ratio; for the mean log-prob, whose ratio is (true ratio)^(1/D)."""
+    advantage_clip: float = 5.0
+    """Advantages are cut at ± this."""
+
+
+class ClippedSurrogate(TrajectoryAgent):
+    """An agent whose ratio is clipped; arguments and errors as in `Agent`."""
+
+    config_type = SurrogateConfig
+
+    def _validate(self) -> None:
+        super()._validate()
+        self.require_positive("clip_range", "advantage_clip")
+
+    def ratio(self, batch: Batch) -> Tensor:
+        """ρ ``[N]``."""
+        return (batch.log_prob - batch.old_log_prob).exp()
+
+    def surrogate(self, batch: Batch, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """The clipped loss ``[N]``, and where the ratio is out of its range."""
+        clip = self.config.clip_range
+        return clipped(batch.advantage, ratio, clip), (ratio - 1).abs() > clip
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """As in `TrajectoryAgent.loss`."""
+        loss, outside = self.surrogate(batch, self.ratio(batch))
+        return loss, {"clip_fraction": outside.float()}
+
+
+def clipped(advantage: Tensor, ratio: Tensor, clip: float) -> Tensor:
+    """max( −A ρ, −A clip(ρ, 1 ± ε) ), ``[N]``."""
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
