@@ -88,23 +88,20 @@ class DPO(FinalSampleAgent):
             return torch.cat([winner, self.policy.mdp.prompts.conditioning[first["caption"]]])
         return torch.cat([winner, rollout.conditioning[rollout.row[first["loser"]]]])
 
-    def evaluate(
-        self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As in `Agent.evaluate`: both sides of the pairs in one network call."""
-        x0 = rollout.final_latents[torch.cat([examples["row"], examples["loser"]])]
-        batch = self.denoise(x0, torch.cat([examples, examples]), conditioning)
-        loss, figures = self.loss(batch)
-        counts = examples["counts"]
-        return loss.where(counts, 0.0), {name: value.where(counts, 0.0) for name, value in figures.items()}
+    def complete(self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict) -> TensorDict:
+        """As in `FinalSampleAgent.complete`: the winners and then the losers, so that one network call takes both."""
+        sides = torch.cat([examples, examples.copy().set("row", examples["loser"])])
+        return super().complete(rollout, sides, conditioning)
 
     def loss(self, batch: NoisedBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """As in `FinalSampleAgent.loss`; ``[N/2]``, of a batch of winners and then losers."""
+        """As in `FinalSampleAgent.loss`; ``[N/2]``, of a batch of winners and then losers; 0 for no true pair."""
         reference: Any = batch.reference
         gap = mean_square(batch.output - batch.target) - mean_square(reference - batch.target)
         winner, loser = gap.chunk(2)
         logits = -self.config.beta / 2 * (winner - loser)
-        return -logsigmoid(logits), {"accuracy": (logits > 0).float(), "margin": logits.detach()}
+        counts = batch.examples["counts"].chunk(2)[0]
+        figures = {"accuracy": (logits > 0).float(), "margin": logits.detach()}
+        return -logsigmoid(logits).where(counts, 0.0), {n: value.where(counts, 0.0) for n, value in figures.items()}
 
 
 @dataclass

@@ -1,6 +1,8 @@
 """What agents share that learn from finished samples alone, noised anew; they need no log-probs and no SDE."""
 
+import contextlib
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -103,11 +105,34 @@ class FinalSampleAgent(Agent):
         """The network's output: in bf16 the losses, which are differences of it, would be lost in rounding."""
         return precise(self.policy.predict(noisy, step, conditioning))
 
+    def others(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:
+        """Which other weights' outputs the loss needs: a name → what gives the policy those weights."""
+        return {"reference": self.policy.model.reference} if self.needs_reference else {}
+
+    def complete(self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict) -> TensorDict:
+        """As in `Agent.complete`: the ``others``' outputs ``[n, T, *latent]`` join the examples."""
+        found = {}
+        for name, weights in self.others().items():
+            with torch.no_grad(), weights():
+                columns = [
+                    self.predict(self.noised(*self.sample(rollout, column))[0], column["step"], conditioning)
+                    for column in examples.unbind(1)
+                ]
+            found[name] = torch.stack(columns, 1)
+        return examples.copy().update(found)
+
+    def sample(self, rollout: Rollout, examples: TensorDict) -> tuple[Tensor, Tensor, Tensor]:
+        """What `noised` takes, of examples ``[N]``."""
+        return rollout.final_latents[examples["row"]], examples["step"], examples["noise"]
+
     def evaluate(
         self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As in `Agent.evaluate`."""
-        batch = self.denoise(rollout.final_latents[examples["row"]], examples, conditioning)
+        x0, step, noise = self.sample(rollout, examples)
+        noisy, target = self.noised(x0, step, noise)
+        output = self.predict(noisy, step, conditioning)
+        batch = NoisedBatch(x0, noisy, step, output, target, examples.get("reference"), examples, conditioning)
         loss, figures = self.loss(batch)
         if self.config.reference_coef:
             assert batch.reference is not None
@@ -115,16 +140,6 @@ class FinalSampleAgent(Agent):
             loss = loss + self.config.reference_coef * distance
             figures["reference_distance"] = distance
         return loss, figures
-
-    def denoise(self, x0: Tensor, examples: TensorDict, conditioning: TensorDict) -> NoisedBatch:
-        """Noise ``x0 [N, *latent]`` as the examples say and call the network, and the base model where needed."""
-        noisy, target = self.noised(x0, examples["step"], examples["noise"])
-        reference = None
-        if self.needs_reference:
-            with torch.no_grad(), self.policy.model.reference():
-                reference = self.predict(noisy, examples["step"], conditioning)
-        output = self.predict(noisy, examples["step"], conditioning)
-        return NoisedBatch(x0, noisy, examples["step"], output, target, reference, examples, conditioning)
 
 
 def precise(x: Tensor) -> Tensor:

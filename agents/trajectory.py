@@ -133,6 +133,17 @@ class TrajectoryAgent(Agent):
         }
         return TensorDict({"row": row, "step": steps, **picked}, batch_size=steps.shape)
 
+    def complete(self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict) -> TensorDict:
+        """As in `Agent.complete`: with ``kl_coef`` the reference's outputs ``[n, T, *latent]`` join the examples."""
+        if not self.config.kl_coef:
+            return examples
+        with torch.no_grad(), self.policy.model.reference():
+            columns = [
+                self.policy.predict(rollout.steps["latents"][row, step], step, conditioning)
+                for row, step in zip(examples["row"].unbind(1), examples["step"].unbind(1), strict=True)
+            ]
+        return examples.copy().set("reference", torch.stack(columns, 1))
+
     def evaluate(
         self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -151,8 +162,7 @@ class TrajectoryAgent(Agent):
         difference = (log_prob - old).detach()
         figures |= {"ratio": difference.exp(), "kl_old": (scale * difference).square() / 2}
         if self.config.kl_coef:
-            with torch.no_grad(), self.policy.model.reference():
-                reference = self.policy.transition(latents, steps, conditioning, rollout.kernel)
+            reference = rollout.kernel.transition(latents, examples["reference"], steps)
             kl = self.divergence(transition, reference, steps)
             loss = loss + self.config.kl_coef * kl
             figures["kl_reference"] = kl

@@ -171,7 +171,7 @@ class StableDiffusion(DenoisingModel):
             latents, timestep = torch.cat([latents, latents]), torch.cat([timestep, timestep])
             embeds = torch.cat([self._unconditional.expand_as(embeds), embeds])
         with self._autocast():
-            output = self.network(latents, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+            output = self.called(latents, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
         if not guided:
             return output
         unconditional, conditional = output.float().chunk(2)
@@ -194,24 +194,6 @@ class StableDiffusion(DenoisingModel):
 
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.network))
         self.pipeline.save_lora_weights(directory, unet_lora_layers=layers)
-
-    def keep_reference(self) -> None:
-        """As in `DenoisingModel.keep_reference`; free with LoRA, whose base is the reference."""
-        if not self.lora_rank:
-            super().keep_reference()
-
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
-        """As in `DenoisingModel.reference`; with LoRA the adapters are switched off."""
-        if not self.lora_rank:
-            with super().reference():
-                yield
-            return
-        self.network.disable_adapters()
-        try:
-            yield
-        finally:
-            self.network.enable_adapters()
 
     def describe(self) -> dict[str, Any]:
         """As in `DenoisingModel.describe`, with the UNet's config and the adapters' rank."""

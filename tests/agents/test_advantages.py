@@ -224,7 +224,7 @@ def test_nfts_sampling_weights_follow_and_roll_out(points):
         figures = agent.update(scored(agent, [0.25, 0.30, 0.28, 0.35, 1.0, 0.2, 0.7, 0.5]), iteration)
         assert figures["old_decay"] == pytest.approx(decay)
         old = [decay * a + (1 - decay) * p.detach() for a, p in zip(old, agent.parameters, strict=True)]
-        torch.testing.assert_close(agent.old, old)
+        torch.testing.assert_close(list(agent.old.values()), old)
     trained = [p.detach().clone() for p in agent.parameters]
     with agent.rollout_weights():
         torch.testing.assert_close([p.detach() for p in agent.parameters], old)

@@ -68,11 +68,15 @@ def test_both_sides_of_a_pair_share_timestep_and_noise(points):
         return noised(x0, step, noise)
 
     agent.noised = recording
-    agent.evaluate(rollout, examples[:, 0], agent.conditioning(rollout, examples))
-    ((x0, step, noise),) = seen
-    assert torch.equal(x0, rollout.final_latents[[1, 3, 2, 0]])
-    for both in (step, noise):
-        assert torch.equal(*both.chunk(2))
+    conditioning = agent.conditioning(rollout, examples)
+    completed = agent.complete(rollout, examples, conditioning)
+    agent.evaluate(rollout, completed[:, 0], conditioning)
+    assert len(seen) == examples.shape[1] + 1  # the reference at every draw, and the trained weights at the first
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[-1], strict=True))
+    for x0, step, noise in seen:
+        assert torch.equal(x0, rollout.final_latents[[1, 3, 2, 0]])
+        for both in (step, noise):
+            assert torch.equal(*both.chunk(2))
 
 
 def test_the_losers_caption_is_another_prompt(points):

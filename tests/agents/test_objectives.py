@@ -578,9 +578,9 @@ def test_rwr(world, normalise):
 def test_nft(world, b, adaptive, clip):
     options = {"strength": b, "adaptive": adaptive, "advantage_clip": clip, "reference_coef": 0.05}
     bench = Bench("nft", *world, off=0.1, updates_per_rollout=2, lr=0.01, **options)
-    for old, p in zip(bench.agent.old, bench.weights(), strict=True):
+    for old, p in zip(bench.agent.old.values(), bench.weights(), strict=True):
         old.copy_(p + 0.05 * torch.randn_like(p))  # base, sampling and present weights all differ
-    sampling = [old.clone() for old in bench.agent.old]
+    sampling = [old.clone() for old in bench.agent.old.values()]
     q = (normalised(bench.total).clamp(-clip, clip) / clip + 1) / 2
     assert q.min() >= 0
     assert q.max() <= 1
