@@ -49,7 +49,9 @@ class AWM(FinalSampleAgent):
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
         """The advantages."""
         scores, clip = rollout.scores, self.config.advantage_clip
-        advantages = group_advantages(scores.total, scores.valid, self.group_size, self.config.normalisation)
+        advantages = self.over_all_rows(
+            group_advantages, scores.total, scores.valid, group_size=self.group_size, over=self.config.normalisation
+        )
         return {"advantage": advantages.clamp(-clip, clip)}
 
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:

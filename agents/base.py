@@ -3,15 +3,18 @@
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from agents.policy import DenoisingPolicy
+from agents.ranks import Ranks
 from agents.rollout import Rollout
 from denoise_env.kernels import Kernel
 from denoise_env.weights import copies, divided, fill, follow, is_sharded, swapped, whole
@@ -53,6 +56,7 @@ class Agent(ABC):
         seed: of the agent's own draws.
         microbatch: rows per network call of an update; use the rollout's. It bounds the memory and does not
             change the result.
+        ranks: the processes that train together, each on its own rows; default: this one alone.
 
     Class attributes declare what the algorithm needs: ``smallest_group``, ``needs_density`` (a stochastic kernel),
     ``needs_means`` (of the rollout's Gaussians), ``needs_reference`` (the model before training), ``on_policy`` (one
@@ -86,11 +90,13 @@ class Agent(ABC):
         config: Any = None,
         seed: int = 0,
         microbatch: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config or self.config_type()
         self.policy = policy
         self.seed = seed
         self.microbatch = microbatch
+        self.ranks = ranks or Ranks()
         self.group_size: int = self.config.group_size
         self.trained = policy.model.trainable()
         self._validate()
@@ -143,17 +149,41 @@ class Agent(ABC):
                 raise ValueError(f"{name} must be positive, not {getattr(self.config, name)}")
 
     def check_rows(self, rows: int) -> None:
-        """Refuse a rollout size that groups, updates or microbatches do not divide with a ``ValueError``."""
-        updates = self.config.updates_per_rollout
-        if rows % (updates * self.group_size):
+        """Refuse a number of rows, of all ranks, that cannot be divided with a ``ValueError``.
+
+        Ranks, updates, groups and microbatches divide it.
+        """
+        updates, ranks = self.config.updates_per_rollout, self.ranks.size
+        if rows % (updates * ranks * self.group_size):
+            among = f", each in equal shares for {ranks} processes" if ranks > 1 else ""
             raise ValueError(
                 f"{rows} episodes per rollout cannot be divided into updates_per_rollout={updates} parts of whole "
-                f"groups of {self.group_size}"
+                f"groups of {self.group_size}{among}"
             )
-        if self.microbatch and (rows // updates) % self.microbatch:
+        if self.microbatch and (rows // updates // ranks) % self.microbatch:
+            whose = "one process in one update" if ranks > 1 else "one update"
             raise ValueError(
-                f"the {rows // updates} episodes of one update cannot be divided into microbatches of {self.microbatch}"
+                f"the {rows // updates // ranks} episodes of {whose} cannot be divided into microbatches of "
+                f"{self.microbatch}"
             )
+
+    # --- Rows that are divided among ranks ---
+
+    def mine(self, rows: Sequence[Any]) -> list[Any]:
+        """This rank's of an iteration's rows, or of one entry per group."""
+        return self.ranks.mine(rows, self.config.updates_per_rollout)
+
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """All ranks' ``[B, ...]``, in the order of the iteration's rows."""
+        return self.ranks.gather(rows, self.config.updates_per_rollout)
+
+    def over_all_rows(self, function: Callable[..., Tensor], *rows: Tensor, **options: Any) -> Tensor:
+        """This rank's rows of ``function(*rows, **options)``, which is called with the rows ``[B, ...]`` of all ranks.
+
+        For whatever compares episodes: a mean, a std, a permutation over the whole rollout.
+        """
+        found = function(*(self.all_rows(r) for r in rows), **options)
+        return found if self.ranks.size == 1 else found[self.mine(range(len(found)))]
 
     # --- What an algorithm may say about its rollouts ---
 
@@ -215,16 +245,16 @@ class Agent(ABC):
         """Train on a rollout.
 
         Args:
-            rollout: of this agent's policy, with its parameters as they are now.
+            rollout: of this agent's policy, with its parameters as they are now; this rank's rows.
             iteration: numbers the agent's random draws.
 
         Returns:
-            Figures to log, averages over the rollout's updates.
+            Figures to log, averages over the rollout's updates and the ranks.
 
         Raises:
             FloatingPointError: the gradient is not finite; the weights are as before that step.
         """
-        self.check_rows(len(rollout))
+        self.check_rows(len(rollout) * self.ranks.size)
         examples = self.examples(rollout, iteration)
         part = len(examples) // self.config.updates_per_rollout
         parts = [examples[start : start + part] for start in range(0, len(examples), part)] * self.config.epochs
@@ -232,7 +262,12 @@ class Agent(ABC):
         figures = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
         if "ratio" in figures:
             figures["ratio_deviation"] = max(result["ratio_deviation"] for result in results)
-        return figures
+        if self.ranks.size == 1:
+            return figures
+        values = torch.tensor(list(figures.values()), dtype=torch.float64, device=self.policy.model.device)
+        each = self.ranks.each(values)
+        both = zip(figures, each.mean(0).tolist(), each.amax(0).tolist(), strict=True)
+        return {name: most if name == "ratio_deviation" else mean for name, mean, most in both}
 
     def _optimize(self, rollout: Rollout, examples: TensorDict) -> dict[str, float]:
         """One optimizer step."""
@@ -251,7 +286,8 @@ class Agent(ABC):
                     deviation = torch.maximum(deviation, (figures["ratio"] - 1).abs().max())
                 for name, value in {**figures, "loss": loss}.items():
                     sums[name] = sums.get(name, 0) + value.detach().sum()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        self._average_gradients()
+        norm = clip(self.parameters, self.config.max_grad_norm)
         if not norm.isfinite():
             self.optimizer.zero_grad()
             raise FloatingPointError(
@@ -259,13 +295,19 @@ class Agent(ABC):
                 "explodes"
             )
         if others := list(self.modules.parameters()):
-            torch.nn.utils.clip_grad_norm_(others, self.config.max_grad_norm)
+            clip(others, self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:
             follow(self.average, self.trained, self.config.ema_decay)
         result = {name: value.item() / (rows * times) for name, value in sums.items()}
         return {**result, "ratio_deviation": deviation.item(), "grad_norm": norm.item()}
+
+    def _average_gradients(self) -> None:
+        """Average over the ranks what neither ``DistributedDataParallel`` nor ``fully_shard`` averages."""
+        averaged = isinstance(self.policy.model.called, DistributedDataParallel)
+        plain = [] if averaged else [p for p in self.parameters if not is_sharded(p)]
+        self.ranks.average(p.grad for p in [*plain, *self.modules.parameters()] if p.grad is not None)
 
     # --- Weights and state ---
 
@@ -338,6 +380,16 @@ def apart(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Plain and sharded parameters apart, as PyTorch's operations on lists need them; without empty lists."""
     split = [[p for p in parameters if is_sharded(p) == sharded] for sharded in (False, True)]
     return [ps for ps in split if ps]
+
+
+def clip(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Scale gradients so that their norm is at most ``most``; the norm before, over all shards of sharded ones."""
+    groups = apart([p for p in parameters if p.grad is not None])
+    norms = [whole(get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for group in groups:
+        clip_grads_with_norm_(group, most, norm)
+    return norm
 
 
 def _shape(shapes: Mapping[str, Any], name: str, none: str) -> Any:

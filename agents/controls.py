@@ -10,6 +10,7 @@ from torch import Tensor
 from agents.base import Agent, AgentConfig
 from agents.grpo import GRPO, GRPOConfig
 from agents.policy import DenoisingPolicy
+from agents.ranks import Ranks
 from agents.rollout import Rollout
 from agents.training.seeding import generator
 
@@ -74,10 +75,15 @@ class ZeroLR(GRPO):
     config_type = ZeroLRConfig
 
     def __init__(
-        self, policy: DenoisingPolicy, config: Any = None, seed: int = 0, microbatch: int | None = None
+        self,
+        policy: DenoisingPolicy,
+        config: Any = None,
+        seed: int = 0,
+        microbatch: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         config = dataclasses.replace(config or ZeroLRConfig(), lr=0.0)
-        super().__init__(policy, config, seed, microbatch)
+        super().__init__(policy, config, seed, microbatch, ranks)
 
 
 @dataclass
@@ -94,11 +100,15 @@ class ShuffledReward(GRPO):
     def examples(self, rollout: Rollout, iteration: int) -> Any:
         """As in `TrajectoryAgent.examples`, of the shuffled rewards."""
         scores = rollout.scores
-        order = torch.randperm(len(rollout), generator=generator(self.seed, "shuffle", iteration))
+        order = torch.randperm(len(rollout) * self.ranks.size, generator=generator(self.seed, "shuffle", iteration))
+
+        def shuffle(rows: Tensor) -> Tensor:
+            return self.over_all_rows(lambda rows: rows[order], rows)
+
         shuffled = dataclasses.replace(
             scores,
-            values={name: values[order] for name, values in scores.values.items()},
-            total=scores.total[order],
-            valid=scores.valid[order],
+            values={name: shuffle(values) for name, values in scores.values.items()},
+            total=shuffle(scores.total),
+            valid=shuffle(scores.valid),
         )
         return super().examples(dataclasses.replace(rollout, scores=shuffled), iteration)

@@ -75,12 +75,12 @@ class DDPO(GRPO):
         """As in `GRPO.reward_advantages`; the trackers remember the rollout's rewards."""
         scores, prompts = rollout.scores, rollout.prompt_index
         if self.config.normalisation == "batch":
-            return {name: whiten(values, scores.valid) for name, values in scores.values.items()}
+            return {name: self.over_all_rows(whiten, values, scores.valid) for name, values in scores.values.items()}
         named = zip(self.modules.values(), scores.values.items(), strict=True)
         found = {}
         for tracker, (name, values) in named:
             assert isinstance(tracker, PromptTracker)
-            found[name] = tracker.normalise(values, scores.valid, prompts)
+            found[name] = self.over_all_rows(tracker.normalise, values, scores.valid, prompts)
         return found
 
 

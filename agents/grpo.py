@@ -55,9 +55,10 @@ class GRPO(TrajectoryAgent):
 
     def reward_advantages(self, rollout: Rollout) -> dict[str, Tensor]:
         """Each reward's own advantages ``[B]``."""
-        valid, over = rollout.scores.valid, self.config.advantage_std
+        valid = rollout.scores.valid
+        options = {"group_size": self.group_size, "over": self.config.advantage_std, "epsilon": self.std_epsilon}
         return {
-            name: group_advantages(values, valid, self.group_size, over, self.std_epsilon)
+            name: self.over_all_rows(group_advantages, values, valid, **options)
             for name, values in rollout.scores.values.items()
         }
 

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from agents.advantages import StdOver, group_advantages
 from agents.final_samples import FinalSampleAgent, FinalSampleConfig, NoisedBatch, mean_square
 from agents.policy import DenoisingPolicy
+from agents.ranks import Ranks
 from agents.rollout import Rollout
 from denoise_env.weights import copies, follow
 
@@ -57,9 +57,14 @@ class NFT(FinalSampleAgent):
     smallest_group = 2
 
     def __init__(
-        self, policy: DenoisingPolicy, config: Any = None, seed: int = 0, microbatch: int | None = None
+        self,
+        policy: DenoisingPolicy,
+        config: Any = None,
+        seed: int = 0,
+        microbatch: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        super().__init__(policy, config, seed, microbatch)
+        super().__init__(policy, config, seed, microbatch, ranks)
         self.old = self.kept["old"] = copies(self.trained)
 
     def _validate(self) -> None:
@@ -75,7 +80,9 @@ class NFT(FinalSampleAgent):
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
         """q ``[B]`` in [0, 1], ½ for samples that could not be scored."""
         scores, clip = rollout.scores, self.config.advantage_clip
-        advantages = group_advantages(scores.total, scores.valid, self.group_size, self.config.normalisation)
+        advantages = self.over_all_rows(
+            group_advantages, scores.total, scores.valid, group_size=self.group_size, over=self.config.normalisation
+        )
         return {"q": advantages.clamp(-clip, clip) / (2 * clip) + 0.5}
 
     def others(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:

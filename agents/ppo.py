@@ -128,7 +128,7 @@ class PPO(GRPO):
 
     def scale(self, raw: Tensor, valid: Tensor) -> Tensor:
         """Advantages as the loss takes them: whitened, clipped."""
-        return whiten(raw, valid).clamp(-self.config.advantage_clip, self.config.advantage_clip)
+        return self.over_all_rows(whiten, raw, valid).clamp(-self.config.advantage_clip, self.config.advantage_clip)
 
     def auxiliary_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic's squared error."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from agents.base import Agent, AgentConfig
 from agents.policy import DenoisingPolicy
+from agents.ranks import Ranks
 from agents.rollout import Rollout
 from agents.training.seeding import generator
 from denoise_env.kernels import Kernel, Transition
@@ -68,9 +69,14 @@ class TrajectoryAgent(Agent):
     config_type = TrajectoryConfig
 
     def __init__(
-        self, policy: DenoisingPolicy, config: Any = None, seed: int = 0, microbatch: int | None = None
+        self,
+        policy: DenoisingPolicy,
+        config: Any = None,
+        seed: int = 0,
+        microbatch: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        super().__init__(policy, config, seed, microbatch)
+        super().__init__(policy, config, seed, microbatch, ranks)
         stds = policy.kernel.stds.float()
         uniform = self.config.step_weighting == "uniform"
         weights = torch.ones_like(stds) if uniform else stds / stds[self.trainable_steps].mean()

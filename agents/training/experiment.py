@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,9 +10,11 @@ import torch
 from agents.algorithms import find_agent
 from agents.base import Agent
 from agents.policy import DenoisingPolicy
+from agents.ranks import Ranks
 from agents.training import checkpoints
 from agents.training.config import TrainConfig
 from denoise_env.mdp import DenoisingMDP, load_prompts
+from denoise_env.models import DenoisingModel
 from denoise_env.rewards import load_reward
 
 EVAL_PROMPTS = 32  # of the training prompts, where no others were named
@@ -33,8 +36,16 @@ class Experiment:
         return self.eval_mdp.prompts.texts
 
 
-def build(config: TrainConfig) -> Experiment:
+def build(
+    config: TrainConfig, prepare: Callable[[DenoisingModel], object] | None = None, ranks: Ranks | None = None
+) -> Experiment:
     """Build a run's parts.
+
+    Args:
+        config: the run's.
+        prepare: called with the loaded model before anything holds its parameters: the place to compile, wrap or
+            shard the network (``lambda model: model.wrap(fully_shard)``).
+        ranks: the processes that train together (`Ranks.present`); default: this one alone.
 
     Raises:
         ValueError: whatever does not fit together, before any work is done.
@@ -56,7 +67,8 @@ def build(config: TrainConfig) -> Experiment:
     names = ("height", "width", "dtype", "lora_rank", "lora_alpha", "gradient_checkpointing", "guidance_scale")
     chosen = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)}
     rows = config.prompts_per_iteration * config.agent_options.group_size
-    update = max(1, rows // max(1, config.agent_options.updates_per_rollout))  # what one update has at most
+    ranks = ranks or Ranks()
+    update = max(1, rows // max(1, config.agent_options.updates_per_rollout) // ranks.size)  # what one has at most
     microbatch = min(config.microbatch or update, update)
     mdp = DenoisingMDP.make(
         config.model,
@@ -67,6 +79,8 @@ def build(config: TrainConfig) -> Experiment:
         device=device,
         **chosen,
     )
+    if prepare is not None:
+        prepare(mdp.model)
     held_out = config.eval_prompts or ("shapes-held-out" if config.model == "shapes" else None)
     extra = {name: load_reward(name) for name in config.eval_rewards if name not in mdp.rewards}
     eval_mdp = DenoisingMDP(
@@ -78,7 +92,7 @@ def build(config: TrainConfig) -> Experiment:
         microbatch=config.microbatch,
     )
     policy = DenoisingPolicy(mdp, config.kernel, config.eta, reduction=config.reduction)
-    agent = find_agent(config.agent)(policy, config.agent_options, config.seed, microbatch)
+    agent = find_agent(config.agent)(policy, config.agent_options, config.seed, microbatch, ranks)
     agent.check_rows(rows)
     if config.eval_kl:
         mdp.model.keep_reference()
