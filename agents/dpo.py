@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from agents.final_samples import FinalSampleAgent, FinalSampleConfig, NoisedBatch, mean_square
 from agents.rollout import Rollout
-from agents.training.seeding import generator
+from agents.training.seeding import episode_numbers
 
 
 @dataclass
@@ -64,21 +64,22 @@ class DPO(FinalSampleAgent):
         return {"row": winner, "loser": loser, "counts": counts}
 
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
-        """As in `Agent.examples`: pairs, with one draw of noise for both sides."""
+        """As in `Agent.examples`: pairs, with one draw of noise, the winner's, for both sides."""
         targets = self.targets(rollout)
         if self.config.loser_caption == "perturbed":
-            random = generator(self.seed, "captions", iteration)
-            wrong = [self._perturb(i, random) for i in rollout.prompt_index[targets["loser"]].tolist()]
+            numbers = episode_numbers([rollout.seeds[i] for i in targets["loser"].tolist()], "caption").flatten()
+            prompts = rollout.prompt_index[targets["loser"]]
+            wrong = [self._perturb(i, n) for i, n in zip(prompts.tolist(), numbers.tolist(), strict=True)]
             targets["caption"] = torch.tensor(wrong)
-        draws = self.draws(len(targets["row"]), iteration)
+        draws = self.draws([rollout.seeds[i] for i in targets["row"].tolist()])
         return draws.update({name: value[:, None].expand(draws.shape) for name, value in targets.items()})
 
-    def _perturb(self, prompt: int, random: torch.Generator) -> int:
+    def _perturb(self, prompt: int, number: int) -> int:
         texts = self.policy.mdp.prompts.texts
         words = set(texts[prompt].split())
         shared = torch.tensor([-1 if i == prompt else len(words & set(t.split())) for i, t in enumerate(texts)])
         nearest = (shared == shared.max()).nonzero().flatten()
-        return int(nearest[torch.randint(len(nearest), (), generator=random)])
+        return int(nearest[number % len(nearest)])
 
     def conditioning(self, rollout: Rollout, examples: TensorDict) -> TensorDict:
         """The winners' and then the losers'."""

@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agents.base import Agent, AgentConfig
 from agents.rollout import Rollout
-from agents.training.seeding import generator
+from agents.training.seeding import episode_numbers
 
 
 @dataclass
@@ -71,19 +71,23 @@ class FinalSampleAgent(Agent):
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
         """As in `Agent.examples`: every sample with T steps (evenly spread, in an order of its own) and noises."""
         entries = self.targets(rollout)
-        draws = self.draws(len(rollout), iteration)
+        draws = self.draws(rollout.seeds)
         spread = {name: value[:, None].expand(-1, draws.shape[1]) for name, value in entries.items()}
         row = torch.arange(len(rollout))[:, None].expand(draws.shape)
         return draws.update({"row": row, **spread})
 
-    def draws(self, rows: int, iteration: int) -> TensorDict:
-        """``step [N, T]`` and ``noise [N, T, *latent]``: T of the K noise levels (all of them before any twice)."""
-        policy, times = self.policy, self.config.draws_per_sample
+    def draws(self, seeds: Sequence[int]) -> TensorDict:
+        """``step [N, T]`` and ``noise [N, T, *latent]``: T of the K noise levels (all of them before any twice).
+
+        A row's follow from its episode's seed.
+        """
+        policy, times, rows = self.policy, self.config.draws_per_sample, len(seeds)
         steps = policy.mdp.num_steps
-        random = generator(self.seed, "steps", iteration)
-        laps = [torch.rand(rows, steps, generator=random).argsort(1) for _ in range(-(-times // steps))]
-        noise = torch.randn(rows, times, *policy.model.latent_shape, generator=random)
-        step = torch.cat(laps, 1)[:, :times]
+        laps = -(-times // steps)
+        step = episode_numbers(seeds, "steps", laps * steps).view(rows, laps, steps).argsort(2).flatten(1)[:, :times]
+        noise, random = torch.empty(rows, times, *policy.model.latent_shape), torch.Generator()
+        for row, seed in zip(noise.unbind(), episode_numbers(seeds, "noise").flatten().tolist(), strict=True):
+            row.normal_(generator=random.manual_seed(seed))
         return TensorDict({"step": step, "noise": noise.to(policy.model.device)}, batch_size=(rows, times))
 
     def noised(self, x0: Tensor, step: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

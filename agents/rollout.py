@@ -27,6 +27,7 @@ class Rollout:
         scores: the rewards of the episodes.
         group_size: G; groups are neighbouring rows with one prompt.
         kernel: whose steps these are.
+        seeds: each episode's own, that of the generator it was drawn with; what is drawn for it later follows too.
     """
 
     steps: TensorDict
@@ -36,6 +37,7 @@ class Rollout:
     scores: Scores
     group_size: int
     kernel: Kernel
+    seeds: Sequence[int]
 
     @property
     def prompt_index(self) -> torch.Tensor:
@@ -217,4 +219,5 @@ def collect(
     )
     scores = mdp.score(final, prompt_index)
     conditioning = mdp.prompts.conditioning[used]
-    return Rollout(td, conditioning, row, final, scores, group_size, kernel or policy.kernel)
+    seeds = [generator.initial_seed() for generator in generators]
+    return Rollout(td, conditioning, row, final, scores, group_size, kernel or policy.kernel, seeds)

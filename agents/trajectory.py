@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from agents.base import Agent, AgentConfig
 from agents.policy import DenoisingPolicy
 from agents.ranks import Ranks
 from agents.rollout import Rollout
-from agents.training.seeding import generator
+from agents.training.seeding import episode_numbers
 from denoise_env.kernels import Kernel, Transition
 
 
@@ -120,18 +121,21 @@ class TrajectoryAgent(Agent):
         """What ``kl_coef`` weighs, ``[N]``: the KL in the policy's reduction."""
         return transition.kl(reference, self.policy.reduction)
 
-    def select_steps(self, rows: int, iteration: int, kernel: Kernel | None = None) -> Tensor:
-        """The steps to train ``[B, T]``, a random subset per row, T = ceil(fraction · trainable steps)."""
+    def select_steps(self, seeds: Sequence[int], kernel: Kernel | None = None) -> Tensor:
+        """The steps to train ``[B, T]``, a random subset per row, T = ceil(fraction · trainable steps).
+
+        A row's follow from its episode's seed, or "per_group" from that of its group's first episode.
+        """
         trainable = self.trainable_steps if kernel is None else self.steps_of(kernel)
         count = math.ceil(self.config.timestep_fraction * len(trainable) - 1e-9)
         draws = self.group_size if self.config.timestep_selection == "per_group" else 1
-        order = torch.rand(rows // draws, len(trainable), generator=generator(self.seed, "steps", iteration))
+        order = episode_numbers(seeds[::draws], "steps", len(trainable))
         return trainable[order.argsort(1)[:, :count]].repeat_interleave(draws, 0)
 
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
         """As in `Agent.examples`: (row, step) pairs with their advantages."""
         rows = len(rollout)
-        steps = self.select_steps(rows, iteration, rollout.kernel)
+        steps = self.select_steps(rollout.seeds, rollout.kernel)
         row = torch.arange(rows)[:, None].expand(steps.shape)
         picked = {
             name: value.gather(1, steps.to(value.device)) if value.ndim > 1 else value[:, None].expand(steps.shape)

@@ -235,14 +235,17 @@ def test_nfts_sampling_weights_follow_and_roll_out(points):
 def test_draws_visit_every_noise_level_before_any_twice(points):
     for count in (1, 6, 10, 13, 20):
         agent = make(points, "rwr", draws_per_sample=count)
-        draws = agent.draws(64, 2)
+        draws = agent.draws(range(64))
         assert draws["step"].shape == (64, count)
         assert draws["noise"].shape == (64, count, 2)
         for row in draws["step"].tolist():
             times = [row.count(k) for k in range(10)]
             assert max(times) - min(times) <= 1
-        assert torch.equal(draws["step"], agent.draws(64, 2)["step"])
-        assert not torch.equal(draws["noise"], agent.draws(64, 3)["noise"])
+        for name, drawn in draws.items():
+            assert torch.equal(drawn[8:24], agent.draws(range(8, 24))[name])  # whatever the batch
+        assert len(draws["noise"].flatten(1).unique(dim=0)) == 64
+        moments = draws["noise"].mean().item(), draws["noise"].std().item()
+        assert moments == pytest.approx((0, 1), abs=5 / (128 * count) ** 0.5)
 
 
 # --- Two rewards ---

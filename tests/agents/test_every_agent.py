@@ -404,9 +404,9 @@ BASE = 0.256
 
 def test_a_shuffled_reward_does_not_improve_and_the_base_model_is_what_it_is():
     assert final("base", iterations=1)[0] == pytest.approx(BASE, abs=2e-3)
-    mean, low, _ = final("shuffled-reward", iterations=25)
-    assert low < BASE
-    assert mean < BASE + 0.03
+    means, lows, _ = zip(*(final("shuffled-reward", seed, 25) for seed in range(3)), strict=True)
+    assert min(lows) < BASE
+    assert sum(means) / 3 < BASE + 0.03
 
 
 def test_best_of_n_is_better_than_the_base():

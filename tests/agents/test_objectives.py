@@ -540,7 +540,7 @@ def pred_x0(bench, x, out, step):
 
 def matching_loss(bench, per_draw, iteration=1):
     """Mean of ``per_draw(x0, noisy, target, step, rows)`` over rows and their draws of (step, noise)."""
-    draws = bench.agent.draws(ROWS, iteration)
+    draws = bench.agent.draws(bench.rollout.seeds)
     x0 = bench.rollout.final_latents
 
     def objective(rows):
@@ -651,7 +651,7 @@ def test_dpo(world, pairing, name):
         for g in range(len(PROMPTS))
         for i in range(1 if pairing == "best_worst" else GROUP // 2)
     ]
-    draws = bench.agent.draws(len(pairs), 1)
+    draws = bench.agent.draws([bench.rollout.seeds[winner] for winner, _ in pairs])
     examples = bench.agent.examples(bench.rollout, 1)
     captions = examples["caption"][:, 0] if name == "dcpo" else None
     x0, prompts = bench.rollout.final_latents, bench.rollout.prompt_index

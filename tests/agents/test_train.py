@@ -18,6 +18,7 @@ from agents.training.config import TrainConfig
 from agents.training.experiment import build
 from agents.training.loop import train as run
 from agents.training.presets import make_config, points
+from agents.training.seeding import row_seeds
 from agents.training.tables import Table
 from denoise_env.shapes import WEIGHTS
 
@@ -312,7 +313,7 @@ def test_the_dancegrpo_preset_is_danceGRPOs_setting():
     )
     tiny = dataclasses.replace(config, model="shapes", height=32, width=32, dtype="fp32")
     experiment = build(tiny)
-    steps = experiment.agent.select_steps(512, 1)
+    steps = experiment.agent.select_steps(row_seeds(0, "rollout", 1, 512))
     assert steps.shape == (512, 49)
     assert steps.max() == 48
     assert all(len(set(row)) == 49 for row in steps[:4].tolist())
