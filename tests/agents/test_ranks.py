@@ -1,20 +1,27 @@
 """Weights that are swapped, sharded and saved, and an iteration's rows divided among processes."""
 
+import contextlib
 import dataclasses
+import itertools
+import math
 import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_every_agent import settings
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from agents.algorithms import AGENTS
 from agents.grpo import GRPO, GRPOConfig
 from agents.policy import DenoisingPolicy
 from agents.ranks import Ranks
-from agents.training import loop
+from agents.training import checkpoints, loop
 from agents.training.config import TrainConfig
-from agents.training.experiment import build
+from agents.training.experiment import build, restore
 from denoise_env.weights import copies, fill, swapped
 
 TRAINING = sorted(set(AGENTS) - {"base", "best-of-n", "zero-lr"})
@@ -75,23 +82,23 @@ def test_a_swap_between_a_pass_and_its_backward_pass_is_an_error():
 def test_a_part_of_an_update_holds_the_same_rows_whatever_the_ranks(size, parts):
     rows = list(range(24))
     shares = [Ranks(rank, size).mine(rows, parts) for rank in range(size)]
-    assert sorted(sum(shares, [])) == rows
+    assert sorted(itertools.chain(*shares)) == rows
     length = 24 // parts
     for part in range(parts):
         held = [share[part * length // size : (part + 1) * length // size] for share in shares]
-        assert sum(held, []) == rows[part * length : (part + 1) * length]
+        assert list(itertools.chain(*held)) == rows[part * length : (part + 1) * length]
 
 
 def test_numbers_that_ranks_do_not_divide_are_refused(points):
     config = GRPOConfig(group_size=4, updates_per_rollout=2)
     agent = GRPO(DenoisingPolicy(points), config, ranks=Ranks(0, 3))
     with pytest.raises(
-        ValueError, match="32 episodes .* 2 parts of whole groups of 4, each in equal shares for 3 proc"
+        ValueError, match=r"32 episodes .*=2 parts of whole groups of 4, each in equal shares for 3 proc"
     ):
         agent.check_rows(32)
     agent.check_rows(48)
     agent.microbatch = 6
-    with pytest.raises(ValueError, match="the 8 episodes of one process in one update .* microbatches of 6"):
+    with pytest.raises(ValueError, match=r"the 8 episodes of one process in one update .* microbatches of 6"):
         agent.check_rows(48)
 
 
@@ -152,7 +159,7 @@ def observe(experiment):
 
         def recording(*arguments):
             chosen = examples(*arguments)
-            found.update({key: chosen[key].clone() for key in ("step", "noise", "caption") if key in chosen.keys()})
+            found.update({key: chosen[key].clone() for key in ("step", "noise", "caption") if key in chosen})
             return chosen
 
         agent.examples = recording
@@ -164,7 +171,7 @@ def observe(experiment):
     agent.update = watching
     rows = [loop._iterate(experiment, iteration) for iteration in (1, 2)]
     figures = [{n: v for n, v in row.items() if n not in ("seconds", "images_per_second")} for row in rows]
-    return seen, figures, agent.state()
+    return seen, figures, bits(agent.state())
 
 
 def side_by_side(config, size):
@@ -243,3 +250,137 @@ def test_a_gradient_that_is_not_finite_is_raised_on_every_rank():
     for thread in threads:
         thread.join()
     assert len(raised) == 2
+
+
+# --- Two processes ---
+
+
+def shapes_run(name, changes=None, **options):
+    """A run of the shipped Stable Diffusion that two processes can divide."""
+    small = {"group_size": 2, "lr": 1e-4, "ema_decay": 0.5, "kl_coef": 0.01, "draws_per_sample": 2}
+    small |= {"updates_per_rollout": 2, "reference_coef": 0.1, "old_decay_slope": 0.2}
+    base = TrainConfig(
+        model="shapes",
+        agent=name,
+        agent_options=settings(name, **{**small, **(changes or {})}),
+        prompts_per_iteration=4,
+        microbatch=2,
+        eval_images_per_prompt=1,
+        num_steps=3,
+        device="cpu",
+    )
+    return dataclasses.replace(base, **options)
+
+
+def shard_twice(model):
+    """A block of its own, and then the root."""
+    fully_shard(model.network.mid_block, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    shard(model)
+
+
+def shard(model):
+    model.wrap(lambda network: fully_shard(network, mesh=init_device_mesh("cpu", (dist.get_world_size(),))))
+
+
+def shard_half(model):
+    """Only the last layer: plain and sharded weights in one optimizer."""
+    fully_shard(model.network.residual[-1], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def copy_to_all(model):
+    model.wrap(DistributedDataParallel)
+
+
+CASES = {
+    "grpo, no wrapper": (points_run("grpo"), None),
+    "grpo, DDP": (points_run("grpo"), copy_to_all),
+    "grpo, FSDP": (points_run("grpo"), shard),
+    "grpo, FSDP of one layer": (points_run("grpo"), shard_half),
+    "ppo, no wrapper": (points_run("ppo"), None),
+    "ppo, FSDP": (points_run("ppo"), shard),
+    "nft, DDP": (points_run("nft"), copy_to_all),
+    "nft, FSDP": (points_run("nft"), shard),
+    "dcpo, FSDP": (points_run("dcpo", {"beta": 5.0}), shard),
+    "nft on Stable Diffusion, FSDP": (shapes_run("nft"), shard_twice),
+    "grpo on Stable Diffusion, LoRA, FSDP": (shapes_run("grpo", lora_rank=2), shard_twice),
+    "grpo on Stable Diffusion, LoRA, DDP": (shapes_run("grpo", lora_rank=2), copy_to_all),
+}
+
+
+def outputs(experiment):
+    """What the network says with its weights, the average's, the reference's and those that roll out, and again."""
+    mdp, agent = experiment.mdp, experiment.agent
+    x = torch.linspace(-1, 1, 2 * math.prod(mdp.model.latent_shape)).view(2, *mdp.model.latent_shape)
+    conditioning = mdp.prompts.conditioning[:2]
+    found = []
+    own = contextlib.nullcontext
+    for weights in (own, agent.evaluation_weights, mdp.model.reference, own, agent.rollout_weights, own):
+        with torch.no_grad(), weights():
+            found.append(mdp.model.predict(x, mdp.schedule.timesteps[1], conditioning))
+    return torch.stack(found)
+
+
+def life(config, directory, wrap=None, ranks=None):
+    """Two iterations, and a checkpoint of them."""
+    first = build(config, wrap, ranks)
+    _, figures, state = observe(first)
+    with pytest.raises(KeyError), first.mdp.model.reference():
+        raise KeyError
+    assert same(first.agent.state(), state)
+    if not first.agent.ranks.rank:
+        checkpoints.save(directory, 2, state, {"network_calls": 0, "model": first.mdp.model.describe()})
+    return {"figures": figures, "state": state, "outputs": outputs(first)}
+
+
+def continued(config, path, wrap=None, ranks=None):
+    """The third iteration, from a checkpoint."""
+    second = build(config, wrap, ranks)
+    restore(second, path)
+    loaded = bits(second.agent.state())
+    loop._iterate(second, 3)
+    return {"loaded": loaded, "state": second.agent.state()}
+
+
+def process(rank, size, directory):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{directory}/meeting", rank=rank, world_size=size)
+    ranks = Ranks.present()
+    assert (ranks.rank, ranks.size) == (rank, size)
+    import time
+    for name, (config, wrap) in CASES.items():
+        print(rank, name, time.time(), flush=True)
+        found = life(config, directory / name, wrap, ranks)
+        dist.barrier()
+        after = {whose: continued(config, directory / whose / "000002", wrap, ranks) for whose in (name, f"{name}, 1")}
+        if rank == 0:
+            torch.save((found, *after.values()), directory / f"{name}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Where the results of two processes lie, and what one process found."""
+    directory, alone = tmp_path_factory.mktemp("ranks"), {}
+    for name, (config, _) in CASES.items():
+        found = life(config, directory / f"{name}, 1")
+        alone[name] = found, continued(config, directory / f"{name}, 1" / "000002")
+    torch.multiprocessing.spawn(process, (2, directory), nprocs=2)
+    return directory, alone
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_equal_one(two_processes, name):
+    directory, alone = two_processes
+    (config, _), (expected, later) = CASES[name], alone[name]
+    found, own, others = torch.load(directory / f"{name}.pt", weights_only=False)
+    assert_same_figures(found["figures"], expected["figures"])
+    torch.testing.assert_close(found["outputs"], expected["outputs"], rtol=0, atol=1e-5)
+    print(name, deviation(found["state"], expected["state"]))
+    assert deviation(found["state"], expected["state"]) < 1e-5
+    assert same(own["loaded"], found["state"])
+    assert same(others["loaded"], expected["state"])
+    back = continued(config, directory / name / "000002")  # what two processes saved, in one
+    assert same(back["loaded"], found["state"])
+    for after in (own, others, back):
+        print(deviation(after["state"], later["state"]))
+        assert deviation(after["state"], later["state"]) < 1e-5
