@@ -3,18 +3,22 @@
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from agents.advantages import Aggregation, aggregate
 from agents.policy import DenoisingPolicy
+from agents.ranks import Ranks
 from agents.rollout import Rollout
 from denoise_env.kernels import Kernel
+from denoise_env.weights import copies, divided, fill, follow, is_sharded, swapped, whole
 
 
 @dataclass
@@ -63,6 +67,7 @@ class Agent(ABC):
         seed: of the agent's own draws.
         microbatch: rows per network call of an update; use the rollout's. It bounds the memory and does not
             change the result.
+        ranks: the processes that train together, each on its own rows; default: this one alone.
 
     Class attributes declare what the algorithm needs: ``smallest_group``, ``needs_density`` (a stochastic kernel),
     ``needs_means`` (of the rollout's Gaussians), ``needs_reference`` (the model before training), ``on_policy`` (one
@@ -71,8 +76,9 @@ class Agent(ABC):
     ``rows_per_example``, episodes that one example compares.
 
     Attributes:
+        trained: the policy's parameters that training changes, by name.
         modules: what the agent trains or remembers beside the policy (a critic, say); checkpoints hold it.
-        kept: lists of tensors that checkpoints hold too, by name.
+        kept: copies of the trained weights that checkpoints hold too: a word for them → parameter's name → weights.
 
     Raises:
         ValueError: the policy lacks what the algorithm needs.
@@ -97,24 +103,32 @@ class Agent(ABC):
         config: Any = None,
         seed: int = 0,
         microbatch: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config or self.config_type()
         self.policy = policy
         self.seed = seed
         self.microbatch = microbatch
+        self.ranks = ranks or Ranks()
         self.group_size: int = self.config.group_size
-        self.parameters = list(policy.model.trainable().values())
+        self.trained = policy.model.trainable()
         self._validate()
         self.modules = nn.ModuleDict(self.make_modules()).to(policy.model.device)
         if self.needs_reference:
             policy.model.keep_reference()
         fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
         config = self.config
+        groups = [{**group, "params": ps} for group in self.parameter_groups() for ps in apart(group["params"])]
         self.optimizer = torch.optim.AdamW(
-            self.parameter_groups(), config.lr, config.betas, weight_decay=config.weight_decay, fused=fused
+            groups, config.lr, config.betas, weight_decay=config.weight_decay, fused=fused
         )
-        self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay else []
-        self.kept: dict[str, list[Tensor]] = {"average": self.average}
+        self.average = copies(self.trained) if config.ema_decay else {}
+        self.kept: dict[str, dict[str, Tensor]] = {"average": self.average}
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The policy's parameters that training changes."""
+        return list(self.trained.values())
 
     def _validate(self) -> None:
         config, kernel = self.config, self.policy.kernel
@@ -156,17 +170,41 @@ class Agent(ABC):
                 raise ValueError(f"{name} must be positive, not {getattr(self.config, name)}")
 
     def check_rows(self, rows: int) -> None:
-        """Refuse a rollout size that groups, updates or microbatches do not divide with a ``ValueError``."""
-        updates = self.config.updates_per_rollout
-        if rows % (updates * self.group_size):
+        """Refuse a number of rows, of all ranks, that cannot be divided with a ``ValueError``.
+
+        Ranks, updates, groups and microbatches divide it.
+        """
+        updates, ranks = self.config.updates_per_rollout, self.ranks.size
+        if rows % (updates * ranks * self.group_size):
+            among = f", each in equal shares for {ranks} processes" if ranks > 1 else ""
             raise ValueError(
                 f"{rows} episodes per rollout cannot be divided into updates_per_rollout={updates} parts of whole "
-                f"groups of {self.group_size}"
+                f"groups of {self.group_size}{among}"
             )
-        if self.microbatch and (rows // updates) % self.microbatch:
+        if self.microbatch and (rows // updates // ranks) % self.microbatch:
+            whose = "one process in one update" if ranks > 1 else "one update"
             raise ValueError(
-                f"the {rows // updates} episodes of one update cannot be divided into microbatches of {self.microbatch}"
+                f"the {rows // updates // ranks} episodes of {whose} cannot be divided into microbatches of "
+                f"{self.microbatch}"
             )
+
+    # --- Rows that are divided among ranks ---
+
+    def mine(self, rows: Sequence[Any]) -> list[Any]:
+        """This rank's of an iteration's rows, or of one entry per group."""
+        return self.ranks.mine(rows, self.config.updates_per_rollout)
+
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """All ranks' ``[B, ...]``, in the order of the iteration's rows."""
+        return self.ranks.gather(rows, self.config.updates_per_rollout)
+
+    def over_all_rows(self, function: Callable[..., Tensor], *rows: Tensor, **options: Any) -> Tensor:
+        """This rank's rows of ``function(*rows, **options)``, which is called with the rows ``[B, ...]`` of all ranks.
+
+        For whatever compares episodes: a mean, a std, a permutation over the whole rollout.
+        """
+        found = function(*(self.all_rows(r) for r in rows), **options)
+        return found if self.ranks.size == 1 else found[self.mine(range(len(found)))]
 
     # --- What an algorithm may say about its rollouts ---
 
@@ -245,20 +283,27 @@ class Agent(ABC):
         """The conditioning of a microbatch of examples ``[n, T]``."""
         return rollout.conditioning(examples["episode"][:, 0])
 
+    def complete(self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict) -> TensorDict:
+        """A microbatch of examples ``[n, T]`` as ``example_loss`` takes them, a column ``[n]`` at a time.
+
+        Here, before any pass with gradient, is the place for what other weights say of them.
+        """
+        return examples
+
     def update(self, rollout: Rollout, iteration: int) -> dict[str, float]:
         """Train on a rollout.
 
         Args:
-            rollout: of this agent's policy, with its parameters as they are now.
+            rollout: of this agent's policy, with its parameters as they are now; this rank's rows.
             iteration: numbers the agent's random draws.
 
         Returns:
-            Figures to log, averages over the rollout's updates.
+            Figures to log, averages over the rollout's updates and the ranks.
 
         Raises:
             FloatingPointError: the gradient is not finite; the weights are as before that step.
         """
-        self.check_rows(len(rollout))
+        self.check_rows(len(rollout) * self.ranks.size)
         examples = self.examples(rollout, iteration)
         part = len(examples) // self.config.updates_per_rollout
         parts = [examples[start : start + part] for start in range(0, len(examples), part)] * self.config.epochs
@@ -266,7 +311,12 @@ class Agent(ABC):
         figures = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
         if "ratio" in figures:
             figures["ratio_deviation"] = max(result["ratio_deviation"] for result in results)
-        return figures
+        if self.ranks.size == 1:
+            return figures
+        values = torch.tensor(list(figures.values()), dtype=torch.float64, device=self.policy.model.device)
+        each = self.ranks.each(values)
+        both = zip(figures, each.mean(0).tolist(), each.amax(0).tolist(), strict=True)
+        return {name: most if name == "ratio_deviation" else mean for name, mean, most in both}
 
     def _optimize(self, rollout: Rollout, examples: TensorDict) -> dict[str, float]:
         """One optimizer step."""
@@ -277,6 +327,7 @@ class Agent(ABC):
         for first in range(0, rows, size):
             chunk = examples[first : first + size]
             conditioning = self.conditioning(rollout, chunk)
+            chunk = self.complete(rollout, chunk, conditioning)
             for j in range(times):
                 loss, figures = self.example_loss(rollout, chunk[:, j], conditioning)
                 (loss.sum() / (rows * times)).backward()
@@ -284,7 +335,8 @@ class Agent(ABC):
                     deviation = torch.maximum(deviation, (figures["ratio"] - 1).abs().max())
                 for name, value in {**figures, "loss": loss}.items():
                     sums[name] = sums.get(name, 0) + value.detach().sum()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        self._average_gradients()
+        norm = clip(self.parameters, self.config.max_grad_norm)
         if not norm.isfinite():
             self.optimizer.zero_grad()
             raise FloatingPointError(
@@ -292,74 +344,102 @@ class Agent(ABC):
                 "explodes"
             )
         if others := list(self.modules.parameters()):
-            torch.nn.utils.clip_grad_norm_(others, self.config.max_grad_norm)
+            clip(others, self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:
-            follow(self.average, self.parameters, self.config.ema_decay)
+            follow(self.average, self.trained, self.config.ema_decay)
         result = {name: value.item() / (rows * times) for name, value in sums.items()}
         return {**result, "ratio_deviation": deviation.item(), "grad_norm": norm.item()}
 
+    def _average_gradients(self) -> None:
+        """Average over the ranks what neither ``DistributedDataParallel`` nor ``fully_shard`` averages."""
+        averaged = isinstance(self.policy.model.called, DistributedDataParallel)
+        plain = [] if averaged else [p for p in self.parameters if not is_sharded(p)]
+        self.ranks.average(p.grad for p in [*plain, *self.modules.parameters()] if p.grad is not None)
+
     # --- Weights and state ---
 
-    @contextlib.contextmanager
-    def weights(self, other: Sequence[Tensor]) -> Iterator[None]:
-        """Inside, the policy has ``other`` weights; an empty list leaves it as it is."""
-        for p, tensor in zip(self.parameters, other, strict=False):
-            p.data, tensor.data = tensor.data, p.data
-        try:
-            yield
-        finally:
-            for p, tensor in zip(self.parameters, other, strict=False):
-                p.data, tensor.data = tensor.data, p.data
+    def weights(self, other: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Inside, the policy has ``other`` weights, by name; an empty mapping leaves it as it is."""
+        return swapped(self.policy.model.network, self.trained, other) if other else contextlib.nullcontext()
 
     def evaluation_weights(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the policy has the averaged weights, where there are any."""
         return self.weights(self.average)
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything a checkpoint needs to continue, by name."""
-        tensors = {f"weights.{name}": p.detach() for name, p in self.policy.model.trainable().items()}
-        tensors |= {f"modules.{name}": t.detach() for name, t in self.modules.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
-        return tensors | {f"{name}.{i}": t for name, kept in self.kept.items() for i, t in enumerate(kept)}
+    def _learned(self) -> dict[str, Tensor]:
+        """Whatever the optimizer may train, by name."""
+        return {**self.trained, **{f"modules.{name}": p for name, p in self.modules.named_parameters()}}
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from ``state``'s tensors.
+    def state(self) -> dict[str, Tensor]:
+        """Everything a checkpoint needs to continue, by name; whole tensors, where the policy's are sharded too."""
+        tensors: dict[str, Tensor] = {f"weights.{name}": p for name, p in self.trained.items()}
+        tensors |= {f"modules.{name}": t for name, t in self.modules.state_dict().items()}
+        for word, kept in self.kept.items():
+            tensors |= {f"{word}.{name}": t for name, t in kept.items()}
+        for name, p in self._learned().items():
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state.get(p, {}).items()}
+        return {name: whole(tensor) for name, tensor in tensors.items()}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from ``state``'s tensors, whether they were sharded there or are to be here.
 
         Raises:
-            ValueError: they belong to another architecture or configuration.
+            ValueError: they belong to another architecture or configuration; nothing has changed.
         """
-        parameters = self.policy.model.trainable()
-        expected = {f"weights.{name}": tuple(p.shape) for name, p in parameters.items()}
-        expected |= {f"modules.{name}": tuple(t.shape) for name, t in self.modules.state_dict().items()}
-        found = {n: tuple(t.shape) for n, t in tensors.items() if n.startswith(("weights.", "modules."))}
+        if bool(self.average) != any(name.startswith("average.") for name in tensors):
+            raise ValueError("the checkpoint and ema_decay disagree on whether weights are averaged")
+        learned = self._learned()
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
+                states.setdefault(parameter, {})[key] = tensor
+        sets: dict[str, Mapping[str, Tensor]] = {"weights": self.trained, **self.kept}
+        expected = {f"{word}.{name}": t.shape for word, kept in sets.items() for name, t in kept.items()}
+        expected |= {f"modules.{name}": t.shape for name, t in self.modules.state_dict().items()}
+        expected |= {
+            f"optimizer.{name}.{key}": learned[name].shape if t.ndim else t.shape  # the count of steps has no shape
+            for name, state in states.items()
+            if name in learned
+            for key, t in state.items()
+        }
+        found = {name: t.shape for name, t in tensors.items()}
         if found != expected:
             odd = sorted(dict(found.items() ^ expected.items()))[0]
             raise ValueError(
-                f"the checkpoint holds another architecture: {odd} is {found.get(odd, 'missing')} in it and "
-                f"{expected.get(odd, 'absent')} in the model"
+                f"the checkpoint holds another architecture: {odd} is {_shape(found, odd, 'missing')} in it and "
+                f"{_shape(expected, odd, 'absent')} in the model"
             )
-        if bool(self.average) != ("average.0" in tensors):
-            raise ValueError("the checkpoint and ema_decay disagree on whether weights are averaged")
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(tensors[f"weights.{name}"])
+        for word, kept in sets.items():
+            values = {name: divided(tensors[f"{word}.{name}"], p) for name, p in kept.items()}
+            fill(self.policy.model.network, kept, values)
         modules = {n.removeprefix("modules."): t for n, t in tensors.items() if n.startswith("modules.")}
         self.modules.load_state_dict(modules)
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, number, key = name.split(".")
-                state.setdefault(int(number), {})[key] = tensor
+        numbers = {p: i for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
+        state = {
+            numbers[learned[name]]: {key: divided(t, learned[name]) if t.ndim else t for key, t in state.items()}
+            for name, state in states.items()
+        }
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        for name, kept in self.kept.items():
-            for i, tensor in enumerate(kept):
-                tensor.copy_(tensors[f"{name}.{i}"])
 
 
-@torch.no_grad()
-def follow(average: list[Tensor], parameters: Sequence[Tensor], decay: float) -> None:
-    """``average ← decay · average + (1 − decay) · parameters``, in place."""
-    torch._foreach_lerp_(average, list[Tensor](parameters), 1 - decay)
+def apart(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Plain and sharded parameters apart, as PyTorch's operations on lists need them; without empty lists."""
+    split = [[p for p in parameters if is_sharded(p) == sharded] for sharded in (False, True)]
+    return [ps for ps in split if ps]
+
+
+def clip(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Scale gradients so that their norm is at most ``most``; the norm before, over all shards of sharded ones."""
+    groups = apart([p for p in parameters if p.grad is not None])
+    norms = [whole(get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for group in groups:
+        clip_grads_with_norm_(group, most, norm)
+    return norm
+
+
+def _shape(shapes: Mapping[str, Any], name: str, none: str) -> Any:
+    return tuple(shapes[name]) if name in shapes else none

@@ -102,11 +102,15 @@ class ShuffledReward(GRPO):
     def examples(self, rollout: Rollout, iteration: int) -> Any:
         """As in `TrajectoryAgent.examples`, of the shuffled rewards."""
         scores = rollout.scores
-        order = torch.randperm(len(rollout), generator=generator(self.seed, "shuffle", iteration))
+        order = torch.randperm(len(rollout) * self.ranks.size, generator=generator(self.seed, "shuffle", iteration))
+
+        def shuffle(rows: Tensor) -> Tensor:
+            return self.over_all_rows(lambda rows: rows[order], rows)
+
         shuffled = dataclasses.replace(
             scores,
-            values={name: values[order] for name, values in scores.values.items()},
-            total=scores.total[order],
-            valid=scores.valid[order],
+            values={name: shuffle(values) for name, values in scores.values.items()},
+            total=shuffle(scores.total),
+            valid=shuffle(scores.valid),
         )
         return super().examples(dataclasses.replace(rollout, scores=shuffled), iteration)

@@ -89,15 +89,17 @@ class DDPOSF(TrajectoryAgent):
     def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
         """As in `Agent.reward_advantages`, normalised per prompt; the trackers stay as they are."""
         if self.config.normalisation == "batch":
-            return whiten(rewards, rollout.scores.valid)
-        return self.tracker(name).normalise(rewards, rollout.scores.valid, rollout.prompt_index)
+            return self.over_all_rows(whiten, rewards, rollout.scores.valid)
+        normalise = self.tracker(name).normalise
+        return self.over_all_rows(normalise, rewards, rollout.scores.valid, rollout.prompt_index)
 
     def update(self, rollout: Rollout, iteration: int) -> dict[str, float]:
         """As in `Agent.update`; then the trackers remember the rollout's rewards."""
         figures = super().update(rollout, iteration)
         rewards = {**rollout.scores.values, "total": rollout.scores.total}
         for name in self.tracked if self.modules else ():
-            self.tracker(name).remember(rewards[name], rollout.scores.valid, rollout.prompt_index)
+            seen = (self.all_rows(rows) for rows in (rewards[name], rollout.scores.valid, rollout.prompt_index))
+            self.tracker(name).remember(*seen)
         return figures
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from agents.final_samples import FinalSampleAgent, FinalSampleConfig, NoisedBatch, mean_square
 from agents.rollout import Rollout
-from agents.training.seeding import generator
+from agents.training.seeding import episode_numbers
 
 
 @dataclass
@@ -65,22 +65,23 @@ class DPO(FinalSampleAgent):
         return {"episode": winner, "loser": loser, "counts": counts}
 
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
-        """As in `Agent.examples`: pairs, with one draw of noise for both sides."""
+        """As in `Agent.examples`: pairs, with one draw of noise, the winner's, for both sides."""
         targets = self.targets(rollout)
         if self.config.loser_caption == "perturbed":
-            random = generator(self.seed, "captions", iteration)
-            wrong = [self._perturb(i, random) for i in rollout.prompt_index[targets["loser"]].tolist()]
+            numbers = episode_numbers([rollout.seeds[i] for i in targets["loser"].tolist()], "caption").flatten()
+            prompts = rollout.prompt_index[targets["loser"]]
+            wrong = [self._perturb(i, n) for i, n in zip(prompts.tolist(), numbers.tolist(), strict=True)]
             targets["caption"] = torch.tensor(wrong)
-        draws = self.draws(len(targets["episode"]), iteration)
+        draws = self.draws([rollout.seeds[i] for i in targets["episode"].tolist()])
         return draws.update({name: value[:, None].expand(draws.shape) for name, value in targets.items()})
 
-    def _perturb(self, prompt: int, random: torch.Generator) -> int:
+    def _perturb(self, prompt: int, number: int) -> int:
         mdp = self.policy.mdp
         words = set(mdp.prompts[prompt].text.split())
         others = [i for i in mdp.drawn.tolist() if i != prompt]
         shared = torch.tensor([len(words & set(mdp.prompts[i].text.split())) for i in others])
         nearest = (shared == shared.max()).nonzero().flatten()
-        return others[int(nearest[torch.randint(len(nearest), (), generator=random)])]
+        return others[int(nearest[number % len(nearest)])]
 
     def conditioning(self, rollout: Rollout, examples: TensorDict) -> TensorDict:
         """The winners' and then the losers'."""
@@ -90,9 +91,10 @@ class DPO(FinalSampleAgent):
             loser = first["caption"].to(loser)
         return rollout.store.rows(torch.cat([winner, loser]))
 
-    def samples(self, examples: TensorDict) -> TensorDict:
-        """The winners and then the losers, which are denoised in one network call, from the same noise."""
-        return torch.cat([examples, examples.copy().set("episode", examples["loser"])])
+    def complete(self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict) -> TensorDict:
+        """As in `FinalSampleAgent.complete`: the winners and then the losers, so that one network call takes both."""
+        sides = torch.cat([examples, examples.copy().set("episode", examples["loser"])])
+        return super().complete(rollout, sides, conditioning)
 
     def loss(self, batch: NoisedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """As in `FinalSampleAgent.loss`, ``[N/2]``; 0 for pairs that do not count."""

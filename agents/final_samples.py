@@ -1,6 +1,8 @@
 """What agents share that learn from finished samples alone, noised anew; they need no log-probs and no SDE."""
 
+import contextlib
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from agents.advantages import add_losses
 from agents.base import Agent, LearningConfig
 from agents.rollout import Rollout
-from agents.training.seeding import generator
+from agents.training.seeding import episode_numbers
 
 
 @dataclass
@@ -70,19 +72,23 @@ class FinalSampleAgent(Agent):
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
         """As in `Agent.examples`: every sample with T steps (evenly spread, in an order of its own) and noises."""
         entries = self.targets(rollout)
-        draws = self.draws(len(rollout), iteration)
+        draws = self.draws(rollout.seeds)
         spread = {name: value[:, None].expand(-1, draws.shape[1]) for name, value in entries.items()}
         episode = torch.arange(len(rollout))[:, None].expand(draws.shape)
         return draws.update({"episode": episode, **spread})
 
-    def draws(self, rows: int, iteration: int) -> TensorDict:
-        """``step [N, T]`` and ``noise [N, T, *latent]``: T of the K noise levels (all of them before any twice)."""
-        policy, times = self.policy, self.config.draws_per_sample
+    def draws(self, seeds: Sequence[int]) -> TensorDict:
+        """``step [N, T]`` and ``noise [N, T, *latent]``: T of the K noise levels (all of them before any twice).
+
+        A row's follow from its episode's seed.
+        """
+        policy, times, rows = self.policy, self.config.draws_per_sample, len(seeds)
         steps = policy.mdp.num_steps
-        random = generator(self.seed, "steps", iteration)
-        laps = [torch.rand(rows, steps, generator=random).argsort(1) for _ in range(-(-times // steps))]
-        noise = torch.randn(rows, times, *policy.model.latent_shape, generator=random)
-        step = torch.cat(laps, 1)[:, :times]
+        laps = -(-times // steps)
+        step = episode_numbers(seeds, "steps", laps * steps).view(rows, laps, steps).argsort(2).flatten(1)[:, :times]
+        noise, random = torch.empty(rows, times, *policy.model.latent_shape), torch.Generator()
+        for row, seed in zip(noise.unbind(), episode_numbers(seeds, "noise").flatten().tolist(), strict=True):
+            row.normal_(generator=random.manual_seed(seed))
         return TensorDict({"step": step, "noise": noise.to(policy.model.device)}, batch_size=(rows, times))
 
     def noised(self, x0: Tensor, step: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,16 +110,34 @@ class FinalSampleAgent(Agent):
         """The network's output: in bf16 the losses, which are differences of it, would be lost in rounding."""
         return precise(self.policy.predict(noisy, step, conditioning))
 
-    def samples(self, examples: TensorDict) -> TensorDict:
-        """One entry per finished sample ``[n · rows_per_example]``; first all examples' first samples, and so on."""
-        return examples
+    def others(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:
+        """Which other weights' outputs the loss needs: a name → what gives the policy those weights."""
+        return {"reference": self.policy.model.reference} if self.needs_reference else {}
+
+    def complete(self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict) -> TensorDict:
+        """As in `Agent.complete`: the ``others``' outputs ``[n, T, *latent]`` join the examples."""
+        found = {}
+        for name, weights in self.others().items():
+            with torch.no_grad(), weights():
+                columns = [
+                    self.predict(self.noised(*self.sample(rollout, column))[0], column["step"], conditioning)
+                    for column in examples.unbind(1)
+                ]
+            found[name] = torch.stack(columns, 1)
+        return examples.copy().update(found)
+
+    def sample(self, rollout: Rollout, examples: TensorDict) -> tuple[Tensor, Tensor, Tensor]:
+        """What `noised` takes, of examples ``[N]``."""
+        return rollout.final_latents[examples["episode"]], examples["step"], examples["noise"]
 
     def example_loss(
         self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As in `Agent.example_loss`."""
-        samples = self.samples(examples)
-        batch = self.denoise(rollout.final_latents[samples["episode"]], samples, conditioning)
+        x0, step, noise = self.sample(rollout, examples)
+        noisy, target = self.noised(x0, step, noise)
+        output = self.predict(noisy, step, conditioning)
+        batch = NoisedBatch(x0, noisy, step, output, target, examples.get("reference"), examples, conditioning)
         loss, figures = add_losses(batch.examples, lambda e: self.loss(replace(batch, examples=e)))
         if self.config.reference_coef:
             assert batch.reference is not None
@@ -121,16 +145,6 @@ class FinalSampleAgent(Agent):
             loss = loss + self.config.reference_coef * distance
             figures["reference_distance"] = distance
         return loss, figures
-
-    def denoise(self, x0: Tensor, examples: TensorDict, conditioning: TensorDict) -> NoisedBatch:
-        """Noise ``x0 [N, *latent]`` as the examples say and call the network, and the base model where needed."""
-        noisy, target = self.noised(x0, examples["step"], examples["noise"])
-        reference = None
-        if self.needs_reference:
-            with torch.no_grad(), self.policy.model.reference():
-                reference = self.predict(noisy, examples["step"], conditioning)
-        output = self.predict(noisy, examples["step"], conditioning)
-        return NoisedBatch(x0, noisy, examples["step"], output, target, reference, examples, conditioning)
 
 
 def precise(x: Tensor) -> Tensor:

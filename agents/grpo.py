@@ -46,5 +46,5 @@ class GRPO(ClippedSurrogate):
 
     def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
         """As in `Agent.reward_advantages`, normalised within the group."""
-        over = self.config.advantage_std
-        return group_advantages(rewards, rollout.scores.valid, self.group_size, over, self.std_epsilon)
+        options = {"group_size": self.group_size, "over": self.config.advantage_std, "epsilon": self.std_epsilon}
+        return self.over_all_rows(group_advantages, rewards, rollout.scores.valid, **options)

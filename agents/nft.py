@@ -10,17 +10,18 @@ log-probs: any sampler, the ODE too. The sampling weights follow the trained one
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from agents.advantages import StdOver, group_advantages
-from agents.base import follow
 from agents.final_samples import FinalSampleAgent, FinalSampleConfig, NoisedBatch, mean_square
 from agents.policy import DenoisingPolicy
+from agents.ranks import Ranks
 from agents.rollout import Rollout
+from denoise_env.weights import copies, follow
 
 
 @dataclass
@@ -58,10 +59,15 @@ class NFT(FinalSampleAgent):
     joins_rewards = "a sample has one probability q of being a good one"
 
     def __init__(
-        self, policy: DenoisingPolicy, config: Any = None, seed: int = 0, microbatch: int | None = None
+        self,
+        policy: DenoisingPolicy,
+        config: Any = None,
+        seed: int = 0,
+        microbatch: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        super().__init__(policy, config, seed, microbatch)
-        self.old = self.kept["old"] = [p.detach().clone() for p in self.parameters]
+        super().__init__(policy, config, seed, microbatch, ranks)
+        self.old = self.kept["old"] = copies(self.trained)
 
     def _validate(self) -> None:
         super()._validate()
@@ -81,12 +87,9 @@ class NFT(FinalSampleAgent):
         """q ``[B]`` in [0, 1], ½ for samples that could not be scored."""
         return {"q": self.advantages(rollout)["advantage"] / (2 * self.config.advantage_clip) + 0.5}
 
-    def denoise(self, x0: Tensor, examples: Any, conditioning: Any) -> NoisedBatch:
-        """As in `FinalSampleAgent.denoise`; the sampling weights' output joins the examples."""
-        noisy, _ = self.noised(x0, examples["step"], examples["noise"])
-        with torch.no_grad(), self.weights(self.old):
-            old = self.predict(noisy, examples["step"], conditioning)
-        return super().denoise(x0, examples.copy().set("old", old), conditioning)
+    def others(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:
+        """As in `FinalSampleAgent.others`; and the "old" weights, those that sample."""
+        return {**super().others(), "old": self.rollout_weights}
 
     def loss(self, batch: NoisedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """As in `FinalSampleAgent.loss`."""
@@ -105,5 +108,5 @@ class NFT(FinalSampleAgent):
         """As in `Agent.update`; then the sampling weights follow."""
         figures = super().update(rollout, iteration)
         decay = min(self.config.old_decay_slope * iteration, self.config.old_decay)
-        follow(self.old, self.parameters, decay)
+        follow(self.old, self.trained, decay)
         return {**figures, "old_decay": decay}

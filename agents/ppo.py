@@ -28,4 +28,4 @@ class PPO(ActorCritic, ClippedSurrogate):
 
     def scale(self, raw: Tensor, valid: Tensor) -> Tensor:
         """As in `ActorCritic.scale`: whitened, and cut at ± ``advantage_clip``."""
-        return whiten(raw, valid).clamp(-self.config.advantage_clip, self.config.advantage_clip)
+        return self.over_all_rows(whiten, raw, valid).clamp(-self.config.advantage_clip, self.config.advantage_clip)

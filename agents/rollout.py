@@ -28,6 +28,7 @@ class Rollout:
         scores: the rewards of the episodes.
         group_size: G; groups are neighbouring rows with one prompt.
         kernel: whose steps these are.
+        seeds: each episode's own, that of the generator it was drawn with; what is drawn for it later follows too.
     """
 
     steps: TensorDict
@@ -36,6 +37,7 @@ class Rollout:
     scores: Scores
     group_size: int
     kernel: Kernel
+    seeds: Sequence[int]
 
     @property
     def prompt_index(self) -> torch.Tensor:
@@ -225,4 +227,5 @@ def collect(
         batch_size=(rows, steps),
     )
     scores = mdp.score(final, prompt_index)
-    return Rollout(td, mdp.conditioning, final, scores, group_size, kernel or policy.kernel)
+    seeds = [generator.initial_seed() for generator in generators]
+    return Rollout(td, mdp.conditioning, final, scores, group_size, kernel or policy.kernel, seeds)

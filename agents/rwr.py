@@ -39,11 +39,14 @@ class RWR(FinalSampleAgent):
 
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
         """The weights, 0 for samples that could not be scored."""
-        valid = rollout.scores.valid
-        logits = (rollout.scores.total / self.config.temperature).where(valid, -torch.inf)
+        return {"weight": self.over_all_rows(self.weigh, rollout.scores.total, rollout.scores.valid)}
+
+    def weigh(self, total: Tensor, valid: Tensor) -> Tensor:
+        """The weights ``[B]`` of all episodes of an iteration."""
+        logits = (total / self.config.temperature).where(valid, -torch.inf)
         if self.config.normalise and valid.any():
             logits = logits - (logits.logsumexp(0) - valid.sum().log())
-        return {"weight": logits.exp()}
+        return logits.exp()
 
     def loss(self, batch: NoisedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """As in `FinalSampleAgent.loss`."""

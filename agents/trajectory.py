@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from agents.advantages import Aggregation, add_losses
 from agents.base import Agent, LearningConfig
 from agents.policy import DenoisingPolicy
+from agents.ranks import Ranks
 from agents.rollout import Rollout
-from agents.training.seeding import generator
+from agents.training.seeding import episode_numbers
 from denoise_env.kernels import Kernel, Transition
 
 
@@ -74,9 +76,14 @@ class TrajectoryAgent(Agent):
     aggregations: ClassVar[tuple[Aggregation, ...]] = ("advantages", "losses", "rewards")
 
     def __init__(
-        self, policy: DenoisingPolicy, config: Any = None, seed: int = 0, microbatch: int | None = None
+        self,
+        policy: DenoisingPolicy,
+        config: Any = None,
+        seed: int = 0,
+        microbatch: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        super().__init__(policy, config, seed, microbatch)
+        super().__init__(policy, config, seed, microbatch, ranks)
         stds = policy.kernel.stds.float()
         uniform = self.config.step_weighting == "uniform"
         weights = torch.ones_like(stds) if uniform else stds / stds[self.trainable_steps].mean()
@@ -116,24 +123,38 @@ class TrajectoryAgent(Agent):
         """What ``kl_coef`` weighs, ``[N]``: the KL in the policy's reduction."""
         return transition.kl(reference, self.policy.reduction)
 
-    def select_steps(self, rows: int, iteration: int, kernel: Kernel | None = None) -> Tensor:
-        """The steps to train ``[B, T]``, a random subset per row, T = ceil(fraction · trainable steps)."""
+    def select_steps(self, seeds: Sequence[int], kernel: Kernel | None = None) -> Tensor:
+        """The steps to train ``[B, T]``, a random subset per row, T = ceil(fraction · trainable steps).
+
+        A row's follow from its episode's seed, or "per_group" from that of its group's first episode.
+        """
         trainable = self.trainable_steps if kernel is None else self.steps_of(kernel)
         count = math.ceil(self.config.timestep_fraction * len(trainable) - 1e-9)
         draws = self.group_size if self.config.timestep_selection == "per_group" else 1
-        order = torch.rand(rows // draws, len(trainable), generator=generator(self.seed, "steps", iteration))
+        order = episode_numbers(seeds[::draws], "steps", len(trainable))
         return trainable[order.argsort(1)[:, :count]].repeat_interleave(draws, 0)
 
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
         """As in `Agent.examples`: (episode, step) pairs with their advantages."""
         rows = len(rollout)
-        steps = self.select_steps(rows, iteration, rollout.kernel)
+        steps = self.select_steps(rollout.seeds, rollout.kernel)
         episode = torch.arange(rows)[:, None].expand(steps.shape)
         picked = {
             name: value.gather(1, steps.to(value.device)) if value.ndim > 1 else value[:, None].expand(steps.shape)
             for name, value in self.targets(rollout).items()
         }
         return TensorDict({"episode": episode, "step": steps, **picked}, batch_size=steps.shape)
+
+    def complete(self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict) -> TensorDict:
+        """As in `Agent.complete`: with ``kl_coef`` the reference's outputs ``[n, T, *latent]`` join the examples."""
+        if not self.config.kl_coef:
+            return examples
+        with torch.no_grad(), self.policy.model.reference():
+            columns = [
+                self.policy.predict(rollout.steps["latents"][episode, step], step, conditioning)
+                for episode, step in zip(examples["episode"].unbind(1), examples["step"].unbind(1), strict=True)
+            ]
+        return examples.copy().set("reference", torch.stack(columns, 1))
 
     def example_loss(
         self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict
@@ -152,8 +173,7 @@ class TrajectoryAgent(Agent):
         dimensions = latents[0].numel() if self.policy.reduction == "mean" else 1
         figures |= {"ratio": difference.exp(), "kl_old": kl_estimate(dimensions * difference.double())}
         if self.config.kl_coef:
-            with torch.no_grad(), self.policy.model.reference():
-                reference = self.policy.transition(latents, steps, conditioning, rollout.kernel)
+            reference = rollout.kernel.transition(latents, examples["reference"], steps)
             kl = self.divergence(transition, reference, steps)
             loss = loss + self.config.kl_coef * kl
             figures["kl_reference"] = kl

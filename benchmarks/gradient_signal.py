@@ -60,7 +60,7 @@ def rollout_gradients(agent: GRPO, mdp: DenoisingMDP, options: argparse.Namespac
         shared_noise=True,
         microbatch=options.microbatch,
     )
-    advantages = agent.advantages(rollout)
+    advantages = agent.advantages(rollout)["advantage"]
     found = []
     for step in agent.trainable_steps.tolist():
         for start in range(0, options.images, options.microbatch):

@@ -73,7 +73,7 @@ def denoiser_figures(options: argparse.Namespace) -> dict[str, float]:
     chunks = [slice(i, i + size) for i in range(0, rows, size)]
     inputs = [(noise[c, 0].contiguous(), mdp.conditioning.rows(prompt_index[c])) for c in chunks]
     timesteps = mdp.schedule.timesteps.to(model.device)
-    steps = agent.select_steps(rows, 0).shape[1]
+    steps = agent.select_steps([0]).shape[1]
 
     @torch.no_grad()
     def bare_rollout() -> None:

@@ -31,8 +31,8 @@ class ActionConvention(ABC):
     """What an agent's action does to the base sampler.
 
     Args:
-        mdp: whose model's reference is the base sampler: a copy of its weights, as they are now or as they were when
-            `DenoisingModel.keep_reference` was first called; with LoRA the weights beneath the adapters, and no copy.
+        mdp: whose model's reference is the base sampler: a copy of its trainable weights, as they are now or as they
+            were when `DenoisingModel.keep_reference` was first called.
         kernel: of the base sampler, as in `DenoisingMDP.kernel`.
         eta: its noise level.
         last_step: see `denoise_env.kernels.Kernel`.

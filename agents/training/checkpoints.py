@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 
 
 class CheckpointError(RuntimeError):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,9 +10,11 @@ import torch
 from agents.algorithms import find_agent
 from agents.base import Agent
 from agents.policy import DenoisingPolicy
+from agents.ranks import Ranks
 from agents.training import checkpoints
 from agents.training.config import TrainConfig
 from denoise_env.mdp import DenoisingMDP
+from denoise_env.models import DenoisingModel
 from denoise_env.prompts import Prompt, load_prompts
 from denoise_env.rewards import load_reward
 from denoise_env.worlds import PROMPT_SETS, WORLDS
@@ -35,8 +38,16 @@ class Experiment:
         return self.eval_mdp.drawn_prompts
 
 
-def build(config: TrainConfig) -> Experiment:
+def build(
+    config: TrainConfig, prepare: Callable[[DenoisingModel], object] | None = None, ranks: Ranks | None = None
+) -> Experiment:
     """Build a run's parts.
+
+    Args:
+        config: the run's.
+        prepare: called with the loaded model before anything holds its parameters: the place to compile, wrap or
+            shard the network (``lambda model: model.wrap(fully_shard)``).
+        ranks: the processes that train together (`Ranks.present`); default: this one alone.
 
     Raises:
         ValueError: whatever does not fit together, before any work is done.
@@ -55,8 +66,9 @@ def build(config: TrainConfig) -> Experiment:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = config.prompts_per_iteration * config.agent_options.group_size
+    ranks = ranks or Ranks()
     updates = getattr(config.agent_options, "updates_per_rollout", 1)  # an agent that does not learn has none
-    update = max(1, rows // max(1, updates))  # what one update has at most
+    update = max(1, rows // max(1, updates) // ranks.size)  # what one update has at most, of this rank
     microbatch = min(config.microbatch or update, update)
     mdp = DenoisingMDP.make(
         config.model,
@@ -70,6 +82,8 @@ def build(config: TrainConfig) -> Experiment:
         conditioning_host_gib=config.conditioning_host_gib,
         conditioning_device_gib=config.conditioning_device_gib,
     )
+    if prepare is not None:
+        prepare(mdp.model)
     world = WORLDS.get(config.model)
     held_out = config.eval_prompts or next(iter(world.held_out if world else ()), None)
     extra = {name: load_reward(name) for name in config.eval_rewards if name not in mdp.rewards}
@@ -83,7 +97,7 @@ def build(config: TrainConfig) -> Experiment:
         conditioning=mdp.conditioning,
     )
     policy = DenoisingPolicy(mdp, config.kernel, config.eta, reduction=config.reduction)
-    agent = find_agent(config.agent)(policy, config.agent_options, config.seed, microbatch)
+    agent = find_agent(config.agent)(policy, config.agent_options, config.seed, microbatch, ranks)
     agent.check_rows(rows)
     if config.eval_kl:
         mdp.model.keep_reference()

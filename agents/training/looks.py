@@ -22,13 +22,16 @@ class Looks:
         logger: gets the figures and pictures too.
         done: the iteration that the run resumes from; later rows of ``eval.csv`` are forgotten.
         draw: whether pictures are wanted.
+
+    Of several ranks all sample, since sharded weights need all, and the first writes.
     """
 
     def __init__(self, experiment: Experiment, directory: Path, logger: Logger, done: int, draw: bool) -> None:
         self._experiment = experiment
         self._pictures = directory / "samples" if draw else None
         self._logger = logger
-        self._table = Table(directory / "eval.csv", done)
+        self._first_rank = experiment.agent.ranks.rank == 0
+        self._table = Table(directory / "eval.csv" if self._first_rank else None, done)
 
     def first(self) -> None:
         """Look at the base model, before the first iteration."""
@@ -61,7 +64,8 @@ class Looks:
     def _evaluate(self, iteration: int, spent: int) -> None:
         experiment, config = self._experiment, self._experiment.config
         total = len(experiment.eval_prompts) * config.eval_images_per_prompt
-        with progress(total=total, desc=f"evaluate at {iteration}", leave=False) as bar:
+        disable = not self._first_rank
+        with progress(total=total, desc=f"evaluate at {iteration}", leave=False, disable=disable) as bar:
             found = evaluate(
                 experiment.eval_mdp,
                 experiment.policy,
@@ -83,6 +87,8 @@ class Looks:
         latents, _ = sample(
             experiment.eval_mdp, experiment.policy, prompts, GRID_COLUMNS, config.eval_seed, config.microbatch
         )
+        if not self._first_rank:
+            return
         path = pictures / f"{iteration:06d}.png"
         grid(experiment.mdp.render(latents), GRID_COLUMNS, path)
         write_atomically(pictures / "prompts.txt", "".join(" ".join(prompt.text.split()) + "\n" for prompt in prompts))

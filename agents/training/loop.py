@@ -3,10 +3,13 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from agents.base import Agent
+from agents.ranks import Ranks
 from agents.rollout import Rollout, collect
 from agents.training import checkpoints
 from agents.training.config import TrainConfig, as_dict
@@ -19,6 +22,8 @@ from agents.training.seeding import epoch_order, row_seeds
 from agents.training.tables import Table
 from agents.training.versions import write_versions
 from denoise_env.mdp import row_generators
+from denoise_env.models import DenoisingModel
+from denoise_env.weights import is_sharded
 
 MAY_CHANGE = (
     "iterations",
@@ -36,7 +41,14 @@ MAY_CHANGE = (
 
 
 def train(
-    config: TrainConfig, directory: Path, *, resume: bool = False, report: bool = True, command: Sequence[str] = ()
+    config: TrainConfig,
+    directory: Path,
+    *,
+    resume: bool = False,
+    report: bool = True,
+    command: Sequence[str] = (),
+    prepare: Callable[[DenoisingModel], object] | None = None,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Train, writing everything into ``directory``.
 
@@ -46,6 +58,8 @@ def train(
         resume: continue from the newest checkpoint there (or from the start, where there is none yet).
         report: whether to draw samples and, at the end, export the model and write the report.
         command: what the user typed, for the report.
+        prepare: as in `agents.training.experiment.build`, and so ``ranks``. Every rank calls this; the first writes.
+        ranks: the processes that train together; default: this one alone.
 
     Returns:
         The directory.
@@ -57,28 +71,41 @@ def train(
         agents.training.checkpoints.CheckpointError: a checkpoint cannot be read or written.
         RuntimeError: too many images could not be scored.
     """
+    ranks = ranks or Ranks()
+    writes = ranks.rank == 0
     if (directory / "config.json").exists():
-        if not resume:
+        if resume:
+            _refuse_changes(json.loads((directory / "config.json").read_text()), config)
+        elif writes:
             raise FileExistsError(
                 f"{directory} already holds a run: continue it with --resume {directory}, or choose another "
                 "--output-dir"
             )
-        _refuse_changes(json.loads((directory / "config.json").read_text()), config)
-    experiment = build(config)
+    experiment = build(config, prepare, ranks)
+    if report and any(is_sharded(p) for p in experiment.agent.parameters):
+        raise ValueError("sharded weights are not exported: train with report=False, and export the run afterwards")
     saved = directory / "checkpoints"
     newest = checkpoints.latest(saved) if resume else None
     done, spent = restore(experiment, newest) if newest else (0, 0)
-    with Logger(directory, config) as logger:
-        directory.mkdir(parents=True, exist_ok=True)
-        checkpoints.prune(saved, config.keep_checkpoints)
-        write_versions(directory / "versions.json", command)
-        checkpoints.write_atomically(directory / "config.json", json.dumps(as_dict(config), indent=1))
-        metrics, looks = Table(directory / "metrics.csv", done), Looks(experiment, directory, logger, done, report)
+    with Logger(directory, config if writes else replace(config, wandb=False, tensorboard=False)) as logger:
+        if writes:
+            directory.mkdir(parents=True, exist_ok=True)
+            checkpoints.prune(saved, config.keep_checkpoints)
+            write_versions(directory / "versions.json", command)
+            checkpoints.write_atomically(directory / "config.json", json.dumps(as_dict(config), indent=1))
+        metrics = Table(directory / "metrics.csv" if writes else None, done)
+        looks = Looks(experiment, directory, logger, done, report)
         if newest is None:
             looks.first()
         budget = config.network_budget or math.inf
         rest = range(done + 1, 1 + (config.iterations if spent < budget else done))
-        bar = progress(rest, initial=done, total=None if config.network_budget else config.iterations, desc="train")
+        bar = progress(
+            rest,
+            initial=done,
+            total=None if config.network_budget else config.iterations,
+            desc="train",
+            disable=not writes,
+        )
         for iteration in bar:
             row = _iterate(experiment, iteration)
             before, spent = spent, spent + int(row["network_calls"])
@@ -89,12 +116,15 @@ def train(
             last = iteration == config.iterations or spent >= budget
             looks.after(iteration, before, spent, last)
             if last or iteration % config.checkpoint_every == 0:
-                meta = {"config": as_dict(config), "network_calls": spent, "model": experiment.mdp.model.architecture()}
-                checkpoints.save(saved, iteration, experiment.agent.state(), meta)
-                checkpoints.prune(saved, config.keep_checkpoints)
+                state = experiment.agent.state()  # of all ranks together
+                if writes:
+                    model = experiment.mdp.model.architecture()
+                    meta = {"config": as_dict(config), "network_calls": spent, "model": model}
+                    checkpoints.save(saved, iteration, state, meta)
+                    checkpoints.prune(saved, config.keep_checkpoints)
             if last:
                 break
-    if report:
+    if report and writes:
         with experiment.agent.evaluation_weights():
             experiment.mdp.model.export(directory / "export")
         write_report(directory)
@@ -130,30 +160,32 @@ def _iterate(experiment: Experiment, iteration: int) -> dict[str, float]:
     started = time.perf_counter()
     count = config.prompts_per_iteration
     prompts = epoch_order(experiment.mdp.drawn_prompts, config.seed, (iteration - 1) * count, count)
-    seeds = row_seeds(config.seed, "rollout", iteration, count * agent.group_size)
+    rows = count * agent.group_size
+    seeds = row_seeds(config.seed, "rollout", iteration, rows)
     before = experiment.policy.network_calls
     options = agent.rollout_options(iteration)
     with agent.rollout_weights():
-        rollout = collect(experiment.mdp, experiment.policy, row_generators(seeds), prompts, **options)
-    row = {"iteration": iteration, **_reward_figures(rollout)}
-    if row["unscored"] > config.max_unscored * len(rollout):
+        generators = row_generators(agent.mine(seeds))
+        rollout = collect(experiment.mdp, experiment.policy, generators, agent.mine(prompts), **options)
+    row = {"iteration": iteration, **_reward_figures(agent, rollout)}
+    if row["unscored"] > config.max_unscored * rows:
         raise RuntimeError(
-            f"iteration {iteration}: {row['unscored']} of {len(rollout)} images could not be scored, more than "
+            f"iteration {iteration}: {row['unscored']} of {rows} images could not be scored, more than "
             f"max_unscored = {config.max_unscored:g} allows: {rollout.scores.errors or 'the reward returned NaN'}"
         )
     row |= agent.update(rollout, iteration)
-    row["network_calls"] = experiment.policy.network_calls - before
+    row["network_calls"] = (experiment.policy.network_calls - before) * agent.ranks.size
     seconds = time.perf_counter() - started
-    return {**row, "seconds": seconds, "images_per_second": len(rollout) / seconds}
+    return {**row, "seconds": seconds, "images_per_second": rows / seconds}
 
 
-def _reward_figures(rollout: Rollout) -> dict[str, float]:
-    scores = rollout.scores
-    groups = scores.total.view(-1, rollout.group_size)
-    figures = {"reward": scores.total.nanmean().item()}
-    figures |= {f"reward/{name}": value.nanmean().item() for name, value in scores.values.items()}
+def _reward_figures(agent: Agent, rollout: Rollout) -> dict[str, float]:
+    scores, total = rollout.scores, agent.all_rows(rollout.scores.total)
+    groups = total.view(-1, rollout.group_size)
+    figures = {"reward": total.nanmean().item()}
+    figures |= {f"reward/{name}": agent.all_rows(value).nanmean().item() for name, value in scores.values.items()}
     return {
         **figures,
         "reward_std_in_group": groups.std(1).nanmean().item() if rollout.group_size > 1 else 0.0,
-        "unscored": int((~scores.valid).sum()),
+        "unscored": int((~agent.all_rows(scores.valid)).sum()),
     }

@@ -1,4 +1,8 @@
-"""Every random number of a run follows from (seed, purpose, iteration), so a run resumes by counting."""
+"""Every random number of a run follows from (seed, purpose, iteration), so a run resumes by counting.
+
+What belongs to one episode follows from (the episode's own seed, purpose): it is the same in whatever batch, and on
+whichever of several processes, the episode is trained.
+"""
 
 import zlib
 from collections.abc import Sequence
@@ -22,6 +26,13 @@ def row_seeds(seed: int, purpose: str, iteration: int, rows: int) -> list[int]:
 def generator(seed: int, purpose: str, iteration: int = 0) -> torch.Generator:
     """A CPU generator for one purpose in one iteration."""
     return torch.Generator().manual_seed(row_seeds(seed, purpose, iteration, 1)[0])
+
+
+def episode_numbers(seeds: Sequence[int], purpose: str, count: int = 1) -> torch.Tensor:
+    """63-bit numbers ``[B, count]`` for one purpose; row i's follow from ``seeds[i]`` alone."""
+    entropy = zlib.crc32(purpose.encode())
+    rows = [np.random.SeedSequence([seed, entropy]).generate_state(count, np.uint64) for seed in seeds]
+    return torch.from_numpy((np.stack(rows) >> np.uint64(1)).astype(np.int64))
 
 
 def epoch_order(items: Sequence[T], seed: int, start: int, count: int) -> list[T]:

@@ -8,12 +8,15 @@ from agents.training.checkpoints import write_atomically
 
 
 class Table:
-    """A CSV file that grows a row at a time and forgets what lies after the iteration a run resumes from."""
+    """A CSV file that grows a row at a time and forgets what lies after the iteration a run resumes from.
 
-    def __init__(self, path: Path, keep_to: int) -> None:
+    Without a path it holds nothing.
+    """
+
+    def __init__(self, path: Path | None, keep_to: int) -> None:
         self.path = path
         self.columns: list[str] = []
-        if path.exists():
+        if path is not None and path.exists():
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= keep_to]
             if keep_to and kept:
@@ -24,6 +27,8 @@ class Table:
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row; its first column is ``iteration``."""
+        if self.path is None:
+            return
         new = not self.columns
         self.columns = self.columns or list(row)
         with self.path.open("a", newline="") as file:

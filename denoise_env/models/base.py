@@ -1,7 +1,6 @@
 """What an environment and a policy need of a generative model, and nothing else."""
 
 import contextlib
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from denoise_env.kernels import PredictionType, Schedule
 from denoise_env.prompts import Prompt
+from denoise_env.weights import copies, reshard, swapped
 
 
 @dataclass
@@ -80,7 +80,8 @@ class DenoisingModel(ABC):
     images_per_prompt: ClassVar[int] = 0
     masks: ClassVar[Mapping[str, str]] = {}
     fixed_length: int | None = None
-    _frozen: nn.Module | None = None
+    _wrapped: nn.Module | None = None
+    _kept: dict[str, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -215,8 +216,23 @@ class DenoisingModel(ABC):
             "trainable": {name: list(p.shape) for name, p in self.trainable().items()},
         }
 
+    def wrap(self, wrapper: Callable[[nn.Module], nn.Module]) -> None:
+        """Call the network through ``wrapper(network)`` from now on (``DistributedDataParallel``, say).
+
+        ``network`` stays the bare module, to which the names of its parameters refer. A wrapper may also change it in
+        place and return it, as ``fully_shard`` does. To be called before anything holds the network's parameters, an
+        optimizer or a reference.
+        """
+        self._wrapped = wrapper(self.network)
+
+    @property
+    def called(self) -> Any:
+        """What ``predict`` calls: the network, or what ``wrap`` put around it."""
+        return self.network if self._wrapped is None else self._wrapped
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name."""
+        reshard(self.network)
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
     def compile(self) -> None:
@@ -225,16 +241,16 @@ class DenoisingModel(ABC):
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, ``predict`` uses the weights as they were at the first call of ``keep_reference``."""
-        if self._frozen is None:
+        """Inside, the weights are as they were at the first call of ``keep_reference``.
+
+        To be called without gradient, and not between a pass with gradient and its backward pass.
+        """
+        if self._kept is None:
             raise RuntimeError("call keep_reference() before training to have a reference to compare with")
-        trained, self.network = self.network, self._frozen
-        try:
+        with swapped(self.network, self.trainable(), self._kept):
             yield
-        finally:
-            self.network = trained
 
     def keep_reference(self) -> None:
-        """Keep a frozen copy of the present weights for ``reference``; once, later calls do nothing."""
-        if self._frozen is None:
-            self._frozen = copy.deepcopy(self.network).requires_grad_(False)
+        """Keep a copy of the present weights for ``reference``; once, later calls do nothing."""
+        if self._kept is None:
+            self._kept = copies(self.trainable())

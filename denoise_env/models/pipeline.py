@@ -217,24 +217,6 @@ class PipelineModel(DenoisingModel):
             directory, **{f"{self.network_name}_{key}": value for key, value in named.items()}
         )
 
-    def keep_reference(self) -> None:
-        """As in `DenoisingModel.keep_reference`; free with LoRA, whose base is the reference."""
-        if not self.adapted:
-            super().keep_reference()
-
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
-        """As in `DenoisingModel.reference`; with LoRA the adapters are switched off."""
-        if not self.adapted:
-            with super().reference():
-                yield
-            return
-        self.network.disable_adapters()
-        try:
-            yield
-        finally:
-            self.network.enable_adapters()
-
     def architecture(self) -> dict[str, Any]:
         """As in `DenoisingModel.architecture`, with the network's config and the adapters' rank and alpha."""
         config = {k: v for k, v in self.network.config.items() if not k.startswith("_")}

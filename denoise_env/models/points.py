@@ -162,7 +162,7 @@ class Points(DenoisingModel):
         """As in `DenoisingModel.predict`; there is no guidance."""
         if guidance_scale is not None:
             raise ValueError("Points has no guidance: leave guidance_scale out")
-        return self.network(latents, timestep, conditioning["prompt_id"])
+        return self.called(latents, timestep, conditioning["prompt_id"])
 
     def decode(self, latents: Tensor) -> Tensor:
         """The points themselves, ``[B, 2]``: Points' rewards read coordinates."""

@@ -115,7 +115,7 @@ class StableDiffusion(PipelineModel):
             negative = conditioning.get("negative_embeds", self._unconditional.expand_as(embeds))
             embeds = torch.cat([negative, embeds])
         with self.autocast():
-            output = self.network(latents, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+            output = self.called(latents, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
         if not guided:
             return output
         unconditional, conditional = output.float().chunk(2)

@@ -8,6 +8,7 @@ import torch
 from agents.dpo import DCPO, DPO, DCPOConfig, DPOConfig
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
+from agents.training.seeding import row_seeds
 from denoise_env.mdp import Scores, row_generators
 
 NAN = float("nan")
@@ -68,20 +69,25 @@ def test_both_sides_of_a_pair_share_timestep_and_noise(points):
         return noised(x0, step, noise)
 
     agent.noised = recording
-    agent.example_loss(rollout, examples[:, 0], agent.conditioning(rollout, examples))
-    ((x0, step, noise),) = seen
-    assert torch.equal(x0, rollout.final_latents[[1, 3, 2, 0]])
-    for both in (step, noise):
-        assert torch.equal(*both.chunk(2))
+    conditioning = agent.conditioning(rollout, examples)
+    completed = agent.complete(rollout, examples, conditioning)
+    agent.example_loss(rollout, completed[:, 0], conditioning)
+    assert len(seen) == examples.shape[1] + 1  # the reference at every draw, and the trained weights at the first
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[-1], strict=True))
+    for x0, step, noise in seen:
+        assert torch.equal(x0, rollout.final_latents[[1, 3, 2, 0]])
+        for both in (step, noise):
+            assert torch.equal(*both.chunk(2))
 
 
 def test_the_losers_caption_is_another_prompt(points):
     """On Points, where no two prompts share a word, any other."""
     agent = DCPO(DenoisingPolicy(points), DCPOConfig(group_size=4))
-    rollout = scored(agent, list(range(24)))
     seen = set()
     for iteration in range(20):
-        examples = agent.examples(rollout, iteration)
+        rollout = scored(agent, list(range(24)))
+        rollout = dataclasses.replace(rollout, seeds=row_seeds(0, "rollout", iteration, 24))
+        examples = agent.examples(rollout, 1)
         right = rollout.prompt_index[examples["loser"][:, 0]]
         wrong = examples["caption"][:, 0]
         assert (wrong != right).all()
@@ -98,10 +104,9 @@ def test_the_losers_caption_shares_most_words(make_shapes):
     mdp = make_shapes()
     agent = DCPO(DenoisingPolicy(mdp), DCPOConfig(group_size=2))
     texts = [p.text for p in mdp.prompts]
-    random = torch.Generator().manual_seed(0)
     for i in range(0, len(texts), 7):
         words = set(texts[i].split())
-        wrong = agent._perturb(i, random)
+        wrong = agent._perturb(i, 7 * i)
         most = max(len(words & set(t.split())) for j, t in enumerate(texts) if j != i)
         assert wrong != i
         assert len(words & set(texts[wrong].split())) == most

@@ -14,6 +14,7 @@ from agents.algorithms import AGENTS
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
 from agents.training import loop
+from agents.training.evaluation import evaluate
 from agents.training.config import TrainConfig, as_dict
 from agents.training.experiment import build
 from agents.training.loop import train as run
@@ -119,12 +120,14 @@ def test_final_samples_losses_are_float32_in_bf16(make_shapes, name):
     with torch.no_grad():
         for p in agent.parameters:  # away from the reference, by less than bf16 resolves in a mean square of about 1
             p.mul_(1.001)
-    arguments = rollout, examples[:, 0], agent.conditioning(rollout, examples)
-    loss, figures = agent.example_loss(*arguments)
+    conditioning = agent.conditioning(rollout, examples)
     predict, noised = agent.policy.predict, agent.noised
+    completed = agent.complete(rollout, examples, conditioning)
+    loss, figures = agent.example_loss(rollout, completed[:, 0], conditioning)
     agent.policy.predict = lambda *inputs: predict(*inputs).double()
     agent.noised = lambda x0, step, noise: (noised(x0, step, noise)[0], noised(x0.double(), step, noise)[1])
-    exact, exact_figures = agent.example_loss(*arguments)
+    completed = agent.complete(rollout, examples, conditioning)
+    exact, exact_figures = agent.example_loss(rollout, completed[:, 0], conditioning)
     assert loss.dtype == torch.float32
     assert exact.dtype == torch.float64
     for value, right in ((loss, exact), *((figures[key], exact_figures[key]) for key in figures)):
@@ -214,7 +217,7 @@ def stop_and_resume(config, directory, monkeypatch, stop):
 
 
 REMEMBERED = {
-    "nft": "old.0",
+    "nft": "old.residual.0.weight",
     "ppo": "modules.critic.",
     "dpok": "modules.critic.",
     "ddpo-is": "modules.tracker 0.values",
@@ -463,7 +466,7 @@ def final(name, seed=0, iterations=30, **changes):
 
 
 def measure(experiment):
-    found = loop.evaluate(
+    found = evaluate(
         experiment.eval_mdp, experiment.policy, experiment.eval_prompts, 128, 1234, best_of=experiment.agent.best_of
     )
     return found.means["points"], *found.intervals["points"]
@@ -474,9 +477,9 @@ BASE = 0.256
 
 def test_a_shuffled_reward_does_not_improve_and_the_base_model_is_what_it_is():
     assert final("base", iterations=1)[0] == pytest.approx(BASE, abs=2e-3)
-    mean, low, _ = final("shuffled-reward", iterations=25)
-    assert low < BASE
-    assert mean < BASE + 0.03
+    means, lows, _ = zip(*(final("shuffled-reward", seed, 25) for seed in range(3)), strict=True)
+    assert min(lows) < BASE
+    assert sum(means) / 3 < BASE + 0.03
 
 
 def test_best_of_n_is_better_than_the_base():

@@ -11,6 +11,7 @@ from agents.advantages import group_advantages
 from agents.grpo import GRPO, GRPOConfig
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
+from agents.training.seeding import row_seeds
 from agents.trajectory import Batch, kl_estimate
 from denoise_env.kernels import Transition
 from denoise_env.mdp import DenoisingMDP, Scores, row_generators
@@ -97,7 +98,7 @@ def test_the_gradient_is_that_of_the_published_objective(kl_coef):
         for p in agent.parameters:
             p.add_(0.1 * torch.randn_like(p))
     rollout = collect(points, policy, row_generators(range(8)), ["ring", "line"], group_size=4, shared_noise=True)
-    advantages, steps = agent.advantages(rollout)["advantage"].double(), agent.select_steps(8, 0)
+    advantages, steps = agent.advantages(rollout)["advantage"].double(), agent.select_steps(rollout.seeds)
     parameter, place = agent.parameters[-2], (1, 3)
 
     def objective():
@@ -161,16 +162,17 @@ def test_kl_old_stays_finite():
 
 def test_steps_are_drawn_per_sample_or_per_group(points):
     agent = make(points, timestep_fraction=0.6, drop_last=True)
-    steps = agent.select_steps(64, 3)
+    seeds = row_seeds(0, "rollout", 1, 64)
+    steps = agent.select_steps(seeds)
     # ten steps; the last is deterministic on Points: nine trainable, less none dropped twice
     assert agent.trainable_steps.tolist() == list(range(9))
     assert steps.shape == (64, 6)
     assert all(len(set(row)) == 6 for row in steps.tolist())
     counts = torch.bincount(steps.flatten(), minlength=9)
     assert counts.min() > 25
-    assert torch.equal(steps, agent.select_steps(64, 3))
-    assert not torch.equal(steps, agent.select_steps(64, 4))
-    grouped = make(points, timestep_selection="per_group").select_steps(64, 3).view(16, 4, -1)
+    assert torch.equal(steps[8:24], agent.select_steps(seeds[8:24]))  # whatever the batch
+    assert not torch.equal(steps, agent.select_steps(row_seeds(0, "rollout", 2, 64)))
+    grouped = make(points, timestep_selection="per_group").select_steps(seeds).view(16, 4, -1)
     assert (grouped == grouped[:, :1]).all()
     assert not (grouped[0] == grouped[1]).all()
 

@@ -580,7 +580,7 @@ def pred_x0(bench, x, out, step):
 
 def matching_loss(bench, per_draw, iteration=1):
     """Mean of ``per_draw(x0, noisy, target, step, rows)`` over rows and their draws of (step, noise)."""
-    draws = bench.agent.draws(ROWS, iteration)
+    draws = bench.agent.draws(bench.rollout.seeds)
     x0 = bench.rollout.final_latents
 
     def objective(rows):
@@ -618,9 +618,9 @@ def test_rwr(world, normalise):
 def test_nft(world, b, adaptive, clip):
     options = {"strength": b, "adaptive": adaptive, "advantage_clip": clip, "reference_coef": 0.05}
     bench = Bench("nft", *world, off=0.1, updates_per_rollout=2, lr=0.01, **options)
-    for old, p in zip(bench.agent.old, bench.weights(), strict=True):
+    for old, p in zip(bench.agent.old.values(), bench.weights(), strict=True):
         old.copy_(p + 0.05 * torch.randn_like(p))  # base, sampling and present weights all differ
-    sampling = [old.clone() for old in bench.agent.old]
+    sampling = [old.clone() for old in bench.agent.old.values()]
     q = (normalised(bench.total).clamp(-clip, clip) / clip + 1) / 2
     assert q.min() >= 0
     assert q.max() <= 1
@@ -717,7 +717,7 @@ def test_dpo(world, pairing, name):
         for g in range(len(PROMPTS))
         for i in range(1 if pairing == "best_worst" else GROUP // 2)
     ]
-    draws = bench.agent.draws(len(pairs), 1)
+    draws = bench.agent.draws([bench.rollout.seeds[winner] for winner, _ in pairs])
     examples = bench.agent.examples(bench.rollout, 1)
     captions = examples["caption"][:, 0] if name == "dcpo" else None
     x0, prompts = bench.rollout.final_latents, bench.rollout.prompt_index

@@ -224,7 +224,7 @@ def test_a_checkpoint_of_another_version_or_architecture_is_refused(tmp_path):
     with pytest.raises(checkpoints.CheckpointError, match="another architecture"):
         restore(build(small(model="points-flow")), directory / "checkpoints" / "000002")
     meta = directory / "checkpoints" / "000002" / "meta.json"
-    meta.write_text(meta.read_text().replace('"version": 1', '"version": 99'))
+    meta.write_text(meta.read_text().replace(f'"version": {checkpoints.VERSION}', '"version": 99'))
     with pytest.raises(checkpoints.CheckpointError, match="version 99"):
         run(small(iterations=3), directory, resume=True)
 

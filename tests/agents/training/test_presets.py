@@ -6,6 +6,7 @@ import torch
 from agents.algorithms import AGENTS
 from agents.training.experiment import build
 from agents.training.presets import dancegrpo, make_config, points
+from agents.training.seeding import row_seeds
 
 
 def test_the_dancegrpo_preset_is_danceGRPOs_setting():
@@ -28,7 +29,7 @@ def test_the_dancegrpo_preset_is_danceGRPOs_setting():
         model_options=dataclasses.replace(config.model_options, height=32, width=32, dtype="fp32"),
     )
     experiment = build(tiny)
-    steps = experiment.agent.select_steps(512, 1)
+    steps = experiment.agent.select_steps(row_seeds(0, "rollout", 1, 512))
     assert steps.shape == (512, 49)
     assert steps.max() == 48
     assert all(len(set(row)) == 49 for row in steps[:4].tolist())
