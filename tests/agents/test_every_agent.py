@@ -14,8 +14,8 @@ from agents.algorithms import AGENTS
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
 from agents.training import loop
-from agents.training.evaluation import evaluate
 from agents.training.config import TrainConfig, as_dict
+from agents.training.evaluation import evaluate
 from agents.training.experiment import build
 from agents.training.loop import train as run
 from agents.training.presets import make_config

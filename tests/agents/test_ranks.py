@@ -22,6 +22,7 @@ from agents.ranks import Ranks
 from agents.training import checkpoints, loop
 from agents.training.config import TrainConfig
 from agents.training.experiment import build, restore
+from denoise_env.models import model_options
 from denoise_env.weights import copies, fill, parts, swapped
 
 TRAINING = sorted(set(AGENTS) - {"base", "best-of-n", "zero-lr"})
@@ -302,7 +303,10 @@ CASES = {
     "nft, FSDP": (points_run("nft"), shard),
     "dcpo, FSDP": (points_run("dcpo", {"beta": 5.0}), shard),
     "nft on Stable Diffusion, FSDP": (shapes_run("nft", {"draws_per_sample": 1}, num_steps=2), shard_twice),
-    "grpo on Stable Diffusion, LoRA, FSDP": (shapes_run("grpo", lora_rank=2), shard_twice),
+    "grpo on Stable Diffusion, LoRA, FSDP": (
+        shapes_run("grpo", model_options=model_options("shapes", lora_rank=2)),
+        shard_twice,
+    ),
 }
 
 
