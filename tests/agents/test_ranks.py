@@ -242,7 +242,7 @@ def test_a_run_of_two_ranks_writes_what_a_run_of_one_writes(tmp_path, monkeypatc
             return build(*arguments)
 
     monkeypatch.setattr(loop, "build", one_by_one)
-    config = points_run("grpo", iterations=2, checkpoint_every=1, keep_checkpoints=5, sample_every=1, eval_kl=True)
+    config = points_run("grpo", iterations=2, checkpoint_every=1, keep_checkpoints=5, eval_every=1, eval_kl=True)
     together = Together(2)
     loop.train(config, tmp_path / "one", report=False)
     for resume, iterations in ((False, 1), (True, 2)):
