@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-from test_every_agent import settings
+from test_every_agent import TIMING, settings
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,6 +22,7 @@ from agents.ranks import Ranks
 from agents.training import checkpoints, loop
 from agents.training.config import TrainConfig
 from agents.training.experiment import build, restore
+from agents.training.tables import read_table
 from denoise_env.models import model_options
 from denoise_env.weights import copies, fill, parts, swapped
 
@@ -171,7 +172,7 @@ def observe(experiment):
 
     agent.update = watching
     rows = [loop._iterate(experiment, iteration) for iteration in (1, 2)]
-    figures = [{n: v for n, v in row.items() if n not in ("seconds", "images_per_second")} for row in rows]
+    figures = [{n: v for n, v in row.items() if n not in TIMING} for row in rows]
     return seen, figures, bits(agent.state())
 
 
@@ -232,6 +233,39 @@ def test_rows_split_over_ranks_roll_out_and_train_alike(name, changes):
             assert_same_figures(found, figures)
             assert deviation(other, state) < 1e-5
             assert same(other, results[0][2])
+
+
+def test_a_run_of_two_ranks_writes_what_a_run_of_one_writes(tmp_path, monkeypatch):
+    lock = threading.Lock()
+
+    def one_by_one(*arguments):  # threads share the generator that initialises a network
+        with lock:
+            return build(*arguments)
+
+    monkeypatch.setattr(loop, "build", one_by_one)
+    config = points_run("grpo", iterations=2, checkpoint_every=1, keep_checkpoints=5, eval_every=1, eval_kl=True)
+    together = Together(2)
+    loop.train(config, tmp_path / "one", report=False)
+    for resume, iterations in ((False, 1), (True, 2)):
+        part = dataclasses.replace(config, iterations=iterations)
+
+        def work(rank, config=part, resume=resume):
+            loop.train(config, tmp_path / "two", report=False, resume=resume, ranks=Simulated(rank, 2, together))
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    one, two = ({p.relative_to(d) for p in d.rglob("*")} for d in (tmp_path / "one", tmp_path / "two"))
+    assert one == two
+    for name in ("metrics", "eval"):
+        tables = [read_table(tmp_path / run / f"{name}.csv") for run in ("two", "one")]
+        kept = [[{n: v for n, v in row.items() if n not in TIMING} for row in table] for table in tables]
+        assert len(kept[0]) == len(kept[1]) > 0
+        assert_same_figures(*kept)
+    states = [checkpoints.load(tmp_path / run / "checkpoints" / "000002")[0] for run in ("one", "two")]
+    assert deviation(*states) < 1e-5
 
 
 def test_a_gradient_that_is_not_finite_is_raised_on_every_rank():
