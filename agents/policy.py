@@ -61,6 +61,8 @@ class DenoisingPolicy(TensorDictModuleBase):
         """The network's output ``[B, *latent]``; arguments as in ``transition``."""
         self.network_calls += len(latents) * self.model.rows_per_sample * (3 if torch.is_grad_enabled() else 1)
         timestep = self.timesteps[step if isinstance(step, int) else step.to(self.timesteps.device)]
+        if self.model.compiled:  # a stride is part of a shape: one compiled form serves every step
+            latents, timestep = latents.contiguous(), timestep.expand(len(latents)).contiguous()
         return self.model.predict(latents, timestep, conditioning)
 
     def transition(

@@ -132,7 +132,7 @@ def test_masked_text_is_padded_to_the_longest_of_the_batch():
     assert alone["embeds"].shape == (1, 2, 4)
     assert torch.equal(alone["embeds"][0], rows["embeds"][2, :2])
     assert store.host_bytes == (1 + 3 + 2) * 4 * 2  # no padding is kept
-    model.fixed_length = 8
+    model.compiled, model.longest = True, 8
     assert store.rows(index)["embeds"].shape == (3, 8, 4)
     assert store.rows(index)["mask"].sum(1).tolist() == [1, 3, 2]
 

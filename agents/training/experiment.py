@@ -13,6 +13,7 @@ from agents.policy import DenoisingPolicy
 from agents.ranks import Ranks
 from agents.training import checkpoints
 from agents.training.config import TrainConfig
+from agents.training.progress import progress
 from denoise_env.mdp import DenoisingMDP
 from denoise_env.models import DenoisingModel
 from denoise_env.prompts import Prompt, load_prompts
@@ -82,6 +83,8 @@ def build(
         conditioning_host_gib=config.conditioning_host_gib,
         conditioning_device_gib=config.conditioning_device_gib,
     )
+    if config.compile:
+        mdp.model.compile()
     if prepare is not None:
         prepare(mdp.model)
     world = WORLDS.get(config.model)
@@ -102,6 +105,22 @@ def build(
     if config.eval_kl:
         mdp.model.keep_reference()
     return Experiment(config, mdp, eval_mdp, policy, agent)
+
+
+def warm_up(experiment: Experiment) -> None:
+    """Compile the network for a microbatch without and with gradient, under a bar; weights and draws stay."""
+    mdp, policy, agent = experiment.mdp, experiment.policy, experiment.agent
+    rows = agent.microbatch or experiment.config.prompts_per_iteration * agent.group_size
+    latents = torch.zeros(rows, *mdp.model.latent_shape, dtype=mdp.model.dtype, device=mdp.model.device)
+    conditioning, spent = mdp.conditioning.rows(mdp.drawn[:1].expand(rows)), policy.network_calls
+    with progress(total=2, desc="compile", leave=False, disable=agent.ranks.rank > 0) as bar:
+        with torch.no_grad():
+            policy.predict(latents, 0, conditioning)
+        bar.update()
+        policy.predict(latents, 0, conditioning).float().mean().backward()
+        agent.optimizer.zero_grad()
+        bar.update()
+    policy.network_calls = spent
 
 
 def restore(experiment: Experiment, path: Path) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from agents.ranks import Ranks
 from agents.rollout import Rollout, collect
 from agents.training import checkpoints
 from agents.training.config import TrainConfig, as_dict
-from agents.training.experiment import Experiment, build, restore
+from agents.training.experiment import Experiment, build, restore, warm_up
 from agents.training.logging import Logger
 from agents.training.looks import Looks
 from agents.training.progress import progress
@@ -95,6 +95,8 @@ def train(
             checkpoints.write_atomically(directory / "config.json", json.dumps(as_dict(config), indent=1))
         metrics = Table(directory / "metrics.csv" if writes else None, done)
         looks = Looks(experiment, directory, logger, done, report)
+        if config.compile:
+            warm_up(experiment)
         if newest is None:
             looks.first()
         budget = config.network_budget or math.inf

@@ -67,7 +67,8 @@ class DenoisingModel(ABC):
         masks: entry of the conditioning → its mask. Such an entry is a sequence ``[P, L, ...]`` with mask ``[P, L]``
             bool, True first: it is kept without its padding, and padded to the longest of every batch. Entries
             without a mask have one fixed shape: their padding is attended to.
-        fixed_length: pad masked entries to this length instead, so that compiled code sees one shape.
+        longest: how many tokens a masked entry has at most. A compiled model pads to it, so that its network sees one
+            shape.
     """
 
     network: nn.Module
@@ -79,7 +80,8 @@ class DenoisingModel(ABC):
     guidance_scale: float | None = None
     images_per_prompt: ClassVar[int] = 0
     masks: ClassVar[Mapping[str, str]] = {}
-    fixed_length: int | None = None
+    longest: int | None = None
+    compiled: bool = False
     _wrapped: nn.Module | None = None
     _kept: dict[str, Tensor] | None = None
 
@@ -171,8 +173,8 @@ class DenoisingModel(ABC):
                 continue
             lengths = torch.tensor([len(row[name]) for row in rows], device=rows[0][name].device)
             padded = nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True)
-            if self.fixed_length:
-                extra = padded.new_zeros(len(rows), self.fixed_length - padded.shape[1], *padded.shape[2:])
+            if self.compiled and self.longest:
+                extra = padded.new_zeros(len(rows), self.longest - padded.shape[1], *padded.shape[2:])
                 padded = torch.cat([padded, extra], 1)
             batch[name] = padded
             batch[self.masks[name]] = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
@@ -236,7 +238,11 @@ class DenoisingModel(ABC):
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
     def compile(self) -> None:
-        """Compile the network in place with `torch.compile`; names of parameters stay as they are."""
+        """Compile the network in place with `torch.compile`; names of parameters stay as they are.
+
+        The compiling itself happens at the first call of every shape, without and with gradient.
+        """
+        self.compiled = True
         self.network.compile(dynamic=False)
 
     @contextlib.contextmanager
