@@ -50,7 +50,8 @@ class AWM(FinalSampleAgent):
 
     def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
         """As in `Agent.reward_advantages`, normalised within the group."""
-        return group_advantages(rewards, rollout.scores.valid, self.group_size, self.config.advantage_std)
+        options = {"group_size": self.group_size, "over": self.config.advantage_std}
+        return self.over_all_rows(group_advantages, rewards, rollout.scores.valid, **options)
 
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
         """The advantages."""

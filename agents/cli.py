@@ -207,11 +207,13 @@ def _train(arguments: Sequence[str]) -> int:
         config = parse_config(rest, default)
         name = f"{chosen.preset}-{agent}".replace(":", "-") if agent else chosen.preset
         directory = Path(config.output_dir) if config.output_dir else _free(Path(f"runs/{name}-seed{config.seed}"))
-    from agents.training.loop import train
+    from agents.training.experiment import build
+    from agents.training.loop import check_directory, train
     from agents.training.report import headline
     from agents.training.tables import read_table
 
-    train(config, directory, resume=bool(chosen.resume), command=["denoise-env", "train", *arguments])
+    check_directory(directory, config, bool(chosen.resume))
+    train(build(config), directory, resume=bool(chosen.resume), command=["denoise-env", "train", *arguments])
     for what, name in (("report", "report.html"), ("picture", "before_after.png"), ("model", "export")):
         print(f"{what:<8} {directory / name}")
     held_out = config.model in WORLDS and WORLDS[config.model].held_out and not config.eval_prompts

@@ -81,7 +81,8 @@ class NFT(FinalSampleAgent):
 
     def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
         """As in `Agent.reward_advantages`, normalised within the group."""
-        return group_advantages(rewards, rollout.scores.valid, self.group_size, self.config.advantage_std)
+        options = {"group_size": self.group_size, "over": self.config.advantage_std}
+        return self.over_all_rows(group_advantages, rewards, rollout.scores.valid, **options)
 
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
         """q ``[B]`` in [0, 1], ½ for samples that could not be scored."""

@@ -22,6 +22,7 @@ import torch
 from agents.cli import main as denoise_env
 from agents.training.checkpoints import write_atomically
 from agents.training.config import TrainConfig, as_dict
+from agents.training.experiment import build
 from agents.training.loop import train
 from agents.training.presets import make_config
 from agents.training.progress import progress
@@ -138,7 +139,7 @@ def work(directory: Path) -> None:
             path = directory / "prompts.txt"
             write_atomically(path, "\n".join(run.prompts))
             config.prompts = config.eval_prompts = str(path)
-        train(config, directory, resume=(directory / "config.json").exists(), report=False)
+        train(build(config), directory, resume=(directory / "config.json").exists(), report=False)
         held_out = {}
         if run.held_out:
             arguments = ["eval", str(directory), "--prompts", run.held_out, "--json", str(directory / "held_out.json")]

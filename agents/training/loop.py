@@ -3,17 +3,16 @@
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from agents.base import Agent
-from agents.ranks import Ranks
 from agents.rollout import Rollout, collect
 from agents.training import checkpoints
 from agents.training.config import TrainConfig, as_dict
-from agents.training.experiment import Experiment, build, restore, warm_up
+from agents.training.experiment import Experiment, restore, warm_up
 from agents.training.logging import Logger
 from agents.training.looks import Looks
 from agents.training.progress import progress
@@ -22,7 +21,6 @@ from agents.training.seeding import epoch_order, row_seeds
 from agents.training.tables import Table
 from agents.training.versions import write_versions
 from denoise_env.mdp import row_generators
-from denoise_env.models import DenoisingModel
 from denoise_env.weights import is_sharded
 
 MAY_CHANGE = (
@@ -40,48 +38,54 @@ MAY_CHANGE = (
 """What a resumed run's configuration may differ in from what its directory says."""
 
 
+def check_directory(directory: Path, config: TrainConfig, resume: bool) -> None:
+    """Refuse to begin a run where one is, and to continue one with another configuration.
+
+    Raises:
+        FileExistsError: the directory already holds a run, and it is not to be resumed.
+        ValueError: it is, and its configuration differs in more than `MAY_CHANGE`.
+    """
+    if not (directory / "config.json").exists():
+        return
+    if not resume:
+        raise FileExistsError(
+            f"{directory} already holds a run: continue it with --resume {directory}, or choose another --output-dir"
+        )
+    _refuse_changes(json.loads((directory / "config.json").read_text()), config)
+
+
 def train(
-    config: TrainConfig,
+    experiment: Experiment,
     directory: Path,
     *,
     resume: bool = False,
     report: bool = True,
     command: Sequence[str] = (),
-    prepare: Callable[[DenoisingModel], object] | None = None,
-    ranks: Ranks | None = None,
 ) -> Path:
     """Train, writing everything into ``directory``.
 
     Args:
-        config: the run's.
+        experiment: as `agents.training.experiment.build` made it. Of several ranks every one calls this, and the
+            first writes.
         directory: made if absent; must not hold a run unless ``resume``.
         resume: continue from the newest checkpoint there (or from the start, where there is none yet).
         report: whether to draw samples and, at the end, export the model and write the report.
         command: what the user typed, for the report.
-        prepare: as in `agents.training.experiment.build`, and so ``ranks``. Every rank calls this; the first writes.
-        ranks: the processes that train together; default: this one alone.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: a configuration that does not fit together; or, where it resumes, one that differs from the
-            directory's in more than `MAY_CHANGE`. Nothing has changed then.
+        ValueError: the directory holds a run of another configuration, see `check_directory`; or sharded weights are
+            to be exported. Nothing has changed then.
         FileExistsError: the directory already holds a run.
         agents.training.checkpoints.CheckpointError: a checkpoint cannot be read or written.
         RuntimeError: too many images could not be scored.
     """
-    ranks = ranks or Ranks()
-    writes = ranks.rank == 0
-    if (directory / "config.json").exists():
-        if resume:
-            _refuse_changes(json.loads((directory / "config.json").read_text()), config)
-        elif writes:
-            raise FileExistsError(
-                f"{directory} already holds a run: continue it with --resume {directory}, or choose another "
-                "--output-dir"
-            )
-    experiment = build(config, prepare, ranks)
+    config = experiment.config
+    writes = experiment.agent.ranks.rank == 0
+    if writes or resume:
+        check_directory(directory, config, resume)
     if report and any(is_sharded(p) for p in experiment.agent.parameters):
         raise ValueError("sharded weights are not exported: train with report=False, and export the run afterwards")
     saved = directory / "checkpoints"

@@ -17,7 +17,6 @@ from agents.training import loop
 from agents.training.config import TrainConfig, as_dict
 from agents.training.evaluation import evaluate
 from agents.training.experiment import build
-from agents.training.loop import train as run
 from agents.training.presets import make_config
 from agents.trajectory import TrajectoryAgent
 from denoise_env.mdp import row_generators
@@ -29,6 +28,10 @@ TRAINING = [name for name in EVERY if name not in ("base", "best-of-n", "zero-lr
 RATIO = [name for name in EVERY if issubclass(AGENTS[name], TrajectoryAgent)]
 SEVERAL = [name for name in TRAINING if not AGENTS[name].on_policy]
 TIMING = {"seconds", "images_per_second"}
+
+
+def run(config, directory, **options):
+    return loop.train(build(config), directory, **options)
 
 
 def settings(name, **changes):

@@ -235,22 +235,16 @@ def test_rows_split_over_ranks_roll_out_and_train_alike(name, changes):
             assert same(other, results[0][2])
 
 
-def test_a_run_of_two_ranks_writes_what_a_run_of_one_writes(tmp_path, monkeypatch):
-    lock = threading.Lock()
-
-    def one_by_one(*arguments):  # threads share the generator that initialises a network
-        with lock:
-            return build(*arguments)
-
-    monkeypatch.setattr(loop, "build", one_by_one)
+def test_a_run_of_two_ranks_writes_what_a_run_of_one_writes(tmp_path):
     config = points_run("grpo", iterations=2, checkpoint_every=1, keep_checkpoints=5, eval_every=1, eval_kl=True)
     together = Together(2)
-    loop.train(config, tmp_path / "one", report=False)
+    loop.train(build(config), tmp_path / "one", report=False)
     for resume, iterations in ((False, 1), (True, 2)):
         part = dataclasses.replace(config, iterations=iterations)
+        built = [build(part, ranks=Simulated(rank, 2, together)) for rank in range(2)]
 
-        def work(rank, config=part, resume=resume):
-            loop.train(config, tmp_path / "two", report=False, resume=resume, ranks=Simulated(rank, 2, together))
+        def work(rank, built=built, resume=resume):
+            loop.train(built[rank], tmp_path / "two", report=False, resume=resume)
 
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
         for thread in threads:
@@ -271,7 +265,7 @@ def test_a_run_of_two_ranks_writes_what_a_run_of_one_writes(tmp_path, monkeypatc
 def test_a_gradient_that_is_not_finite_is_raised_on_every_rank():
     together, raised = Together(2), []
     experiments = [build(points_run("rloo"), ranks=Simulated(rank, 2, together)) for rank in range(2)]
-    experiments[1].agent.advantages = lambda rollout: torch.full((len(rollout),), torch.nan)
+    experiments[1].agent.advantages = lambda rollout: {"advantage": torch.full((len(rollout),), torch.nan)}
 
     def work(experiment):
         try:
@@ -366,7 +360,7 @@ def life(config, directory, wrap=None, ranks=None):
         raise KeyError
     assert all(map(torch.equal, parts(own.values()), parts(first.agent.parameters)))
     if not first.agent.ranks.rank:
-        checkpoints.save(directory, 2, state, {"network_calls": 0, "model": first.mdp.model.describe()})
+        checkpoints.save(directory, 2, state, {"network_calls": 0, "model": first.mdp.model.architecture()})
     return {"figures": figures, "state": state, "outputs": outputs(first)}
 
 

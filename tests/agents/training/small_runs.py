@@ -9,6 +9,13 @@ from safetensors.torch import load_file
 from agents.grpo import GRPOConfig
 from agents.training import checkpoints
 from agents.training.config import TrainConfig
+from agents.training.experiment import build
+from agents.training.loop import train
+
+
+def run(config, directory, **options):
+    return train(build(config), directory, **options)
+
 
 TIMING = {"seconds", "images_per_second"}
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_runs import small
+from small_runs import run, small
 from torch._dynamo.utils import counters
 
 from agents.training import checkpoints, loop
@@ -22,7 +22,7 @@ def test_a_compiled_run_compiles_once_and_its_checkpoint_is_anybodys(tmp_path, m
         return figures[-1]
 
     monkeypatch.setattr(loop, "_iterate", counting)
-    directory = loop.train(small(compile=True, eval_images_per_prompt=5), tmp_path / "run")
+    directory = run(small(compile=True, eval_images_per_prompt=5), tmp_path / "run")
     assert graphs[0] > 0
     assert counters["stats"]["unique_graphs"] == graphs[0]  # the last evaluation's and pictures' too
     assert max(row["ratio_deviation"] for row in figures) < 1e-5

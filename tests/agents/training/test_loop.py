@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import assert_same_run, deterministic, small
+from small_runs import assert_same_run, deterministic, run, small
 
 from agents.grpo import GRPOConfig
 from agents.training import checkpoints, loop
 from agents.training.config import TrainConfig
 from agents.training.experiment import build, restore
-from agents.training.loop import train as run
 from denoise_env.models import model_options
 
 
@@ -121,7 +120,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from agents.training import checkpoints
-from agents.training.config import TrainConfig
+from agents.training.experiment import build
 from agents.training.loop import train
 sys.path.insert(0, {tests!r})
 from small_runs import small
@@ -134,7 +133,7 @@ def killing(path):
     sync(path)
 if {call}:
     checkpoints._sync = killing
-train(small(iterations={iterations}), Path({directory!r}), resume={resume})
+train(build(small(iterations={iterations})), Path({directory!r}), resume={resume})
 """
 
 

@@ -1,6 +1,5 @@
-from small_runs import small
+from small_runs import run, small
 
-from agents.training.loop import train
 from agents.training.report import headline
 
 
@@ -14,7 +13,7 @@ def test_the_headline_is_the_first_and_the_last_evaluation():
 def test_a_single_prompt_has_no_interval_over_prompts(tmp_path):
     (tmp_path / "one.txt").write_text("ring")
     config = small(iterations=1, eval_prompts=str(tmp_path / "one.txt"))
-    page = (train(config, tmp_path / "run") / "report.html").read_text()
+    page = (run(config, tmp_path / "run") / "report.html").read_text()
     assert "over images: [" in page
     assert "over prompts: [" not in page
     assert "nan" not in page.split("<h2>")[1]
