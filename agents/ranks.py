@@ -50,8 +50,9 @@ class Ranks:
         """Every rank's tensor, of one shape, stacked by rank."""
         if self.size == 1:
             return tensor[None]
+        tensor = tensor.contiguous()
         found = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(found, tensor.contiguous())
+        dist.all_gather(found, tensor)
         return torch.stack(found)
 
     def average(self, tensors: Iterable[Tensor]) -> None:

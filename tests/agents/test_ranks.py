@@ -397,6 +397,7 @@ def two_processes(tmp_path_factory):
     return directory, alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one(two_processes, name):
     directory, alone = two_processes
