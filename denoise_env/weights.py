@@ -37,6 +37,8 @@ def fill(network: nn.Module, weights: Mapping[str, Tensor], values: Mapping[str,
     autograd refuses it.
     """
     reshard(network)
+    if not weights:
+        return
     torch._foreach_copy_(parts(weights.values()), parts(values[name] for name in weights))
 
 
