@@ -21,9 +21,9 @@ class DenoiseEnv(gymnasium.Env[dict[str, Any], Any]):
     passive checker warns about all that is not numpy.
 
     Args:
-        model: as there.
-        render_mode: as there.
-        options: the others of `DenoiseVectorEnv`.
+        model: as in `DenoiseVectorEnv`.
+        render_mode: as in `DenoiseVectorEnv`.
+        options: the other arguments of `DenoiseVectorEnv`.
 
     >>> env = DenoiseEnv("points", num_steps=1, prompts=["ring"])
     >>> observation, info = env.reset(seed=0)

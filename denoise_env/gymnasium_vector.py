@@ -52,14 +52,14 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         num_steps: K, 10 by default; ``max_episode_steps`` is Gymnasium's name for it.
         max_episode_steps: the same as ``num_steps``.
         rewards: a reward's name, or name → weight.
-        prompts: what a reset draws from.
+        prompts: the prompts that a reset draws from, as in `DenoisingMDP.make`.
         render_mode: ``None`` or "rgb_array", the decoded latents.
         render_x0: render the model's estimate of the clean latents instead; one network call per ``render``.
         autoreset_mode: "disabled", "same_step", "next_step", or Gymnasium's enum.
         output: "numpy" (float32 latents) or "torch" (tensors in the model's dtype and on its device, in and
             out; texts and the ``_key`` masks of infos stay numpy).
-        group_size: G of resets that do not name it, autoresets included.
-        shared_noise: likewise.
+        group_size: G, how many neighbouring rows share a prompt, in resets that do not say it, autoresets included.
+        shared_noise: whether these rows share their initial latents too, in resets that do not say it.
         options: ``microbatch`` and ``check_finite`` of `DenoisingMDP`, and the model family's own.
 
     Raises:
@@ -171,7 +171,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
 
         Args:
             seed: row i gets ``seed + i``, or the i-th of a list; a row without one continues its stream.
-            options: see the class.
+            options: reset options by name, as the class describes them.
 
         Raises:
             ValueError: a bad option or seed, or groups that an autoreset could not begin together; nothing has changed

@@ -33,9 +33,9 @@ class DenoiseTorchRLEnv(EnvBase):
         num_steps: K, 10 by default.
         max_episode_steps: the same as ``num_steps``.
         rewards: a reward's name, or name → weight.
-        prompts: what a reset draws from.
-        group_size: G of resets that do not name it, a collector's included.
-        shared_noise: likewise.
+        prompts: the prompts that a reset draws from, as in `DenoisingMDP.make`.
+        group_size: G, how many neighbouring rows share a prompt, in resets that do not say it, a collector's included.
+        shared_noise: whether these rows share their initial latents too, in resets that do not say it.
         options: ``microbatch`` and ``check_finite`` of `DenoisingMDP`, and the model family's own.
 
     Raises:

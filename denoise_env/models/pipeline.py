@@ -20,23 +20,23 @@ class PipelineOptions(ModelOptions):
     """What every diffusers family lets one choose."""
 
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Compute and latent dtype; trained parameters are float32 either way."""
+    """The dtype of computation and latents. Trained parameters are float32 with either."""
     lora_rank: int = 0
     """Rank of LoRA adapters on the network's attention; 0 trains every weight of the network."""
     lora_alpha: float | None = None
-    """LoRA's alpha: the adapters are scaled by alpha / rank. Default: the rank."""
+    """LoRA's alpha: the adapters' output is scaled by alpha / rank. Default: the rank."""
     lora: str | None = None
-    """Start from exported LoRA weights: a directory or a file. They bring their rank and alpha."""
+    """Start from exported LoRA weights, given as a directory or a file. Rank and alpha come with them."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass, which takes less memory and more time."""
     attention_backend: str | None = None
     """A name of diffusers' attention backends ("native", "flash", "sage", …); default: diffusers' own choice."""
     vae_slicing: bool = False
-    """Decode one image at a time."""
+    """Decode one image at a time, which takes less memory."""
     vae_tiling: bool = False
-    """Decode large images in overlapping tiles: less memory, and seams may show."""
+    """Decode large images in overlapping tiles. It takes less memory, but seams may show."""
     seed: int = 0
-    """Of the adapters' first weights."""
+    """Seed of the adapters' first weights."""
 
 
 class PipelineModel(DenoisingModel):

@@ -22,8 +22,8 @@ class StableDiffusionOptions(PipelineOptions):
     family = "stable-diffusion"
 
     guidance_scale: float = 5.0
-    """w of classifier-free guidance ε_u + w (ε_c − ε_u), in rollout and training alike; 1 is no guidance and half the
-    compute."""
+    """Scale w of classifier-free guidance, ε_u + w (ε_c − ε_u) with and without the prompt, in rollout and in training.
+    With 1 there is no guidance, and half the compute."""
     height: int | None = None
     """Image height in pixels; default: what the checkpoint was trained for."""
     width: int | None = None
