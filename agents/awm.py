@@ -23,7 +23,7 @@ class AWMConfig(FinalSampleConfig):
     """AWM's settings."""
 
     group_size: int = 24
-    """Samples of each prompt, which form a group, G."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     lr: float = 3e-4
     """AdamW's learning rate (published for LoRA)."""
     reference_coef: float = 0.4

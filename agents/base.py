@@ -26,7 +26,7 @@ class AgentConfig:
     """How every agent rolls out."""
 
     group_size: int = 16
-    """Samples of each prompt, which form a group, G."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     shared_noise: bool = False
     """Start all samples of a group from the same initial noise."""
     share_prefix: bool = False

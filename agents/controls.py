@@ -18,7 +18,7 @@ class BaseConfig(AgentConfig):
     """The base model's settings; those of training are fixed, since it is never trained."""
 
     group_size: int = 1
-    """Samples of each prompt, which form a group, G."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     reward_aggregation: ClassVar[str] = "rewards"
     lr: ClassVar[float] = 0.0
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)

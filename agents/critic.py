@@ -75,7 +75,7 @@ class ActorCriticConfig(TrajectoryConfig):
     """The settings of every agent that learns a value function."""
 
     group_size: int = 1
-    """Samples of each prompt, which form a group, G."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     gamma: float = 1.0
     """Discount γ per denoising step."""
     gae_lambda: float = 0.95

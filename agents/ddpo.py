@@ -28,7 +28,7 @@ class DDPOSFConfig(TrajectoryConfig):
     """DDPO-SF's settings."""
 
     group_size: int = 1
-    """Samples of each prompt, which form a group, G."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     lr: float = 3e-4
     """AdamW's learning rate (published for LoRA)."""
     timestep_fraction: float = 1.0

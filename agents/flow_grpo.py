@@ -22,7 +22,7 @@ class FlowGRPOConfig(GRPOConfig):
     """Flow-GRPO's settings."""
 
     group_size: int = 24
-    """Samples of each prompt, which form a group, G."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     shared_noise: bool = False
     """Start all samples of a group from the same initial noise."""
     timestep_fraction: float = 1.0

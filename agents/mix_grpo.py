@@ -15,7 +15,7 @@ class MixGRPOConfig(WindowConfig, GRPOConfig):
     """MixGRPO's settings."""
 
     group_size: int = 12
-    """Samples of each prompt, which form a group, G."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     share_prefix: bool = True
     """Make the network calls that a group has in common, those up to the window, once per group."""
     timestep_fraction: float = 1.0

@@ -30,7 +30,7 @@ class NFTConfig(FinalSampleConfig):
     """DiffusionNFT's settings."""
 
     group_size: int = 24
-    """Samples of each prompt, which form a group, G."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     lr: float = 3e-4
     """AdamW's learning rate (published for LoRA)."""
     reference_coef: float = 1e-4

@@ -19,7 +19,7 @@ class RWRConfig(FinalSampleConfig):
     """RWR's settings."""
 
     group_size: int = 1
-    """Samples of each prompt, which form a group, G."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     temperature: float = 0.2
     """Temperature τ of the weights exp(r/τ), in the unit of the reward r."""
     normalise: bool = True

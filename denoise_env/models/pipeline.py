@@ -17,7 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class PipelineOptions(ModelOptions):
-    """What every diffusers family lets one choose."""
+    """The options that every diffusers family has."""
 
     dtype: Literal["fp32", "bf16"] = "fp32"
     """The dtype of computation and latents. Trained parameters are float32 with either."""
@@ -43,8 +43,8 @@ class PipelineModel(DenoisingModel):
     """The components of a diffusers pipeline behind the model interface; a family adds its own four methods.
 
     Args:
-        pipeline: with its network, VAE, encoders and tokenizers.
-        options: the family's.
+        pipeline: a diffusers pipeline with its network, VAE, encoders and tokenizers.
+        options: the family's options.
         device: where the network and the VAE live; encoders come there while they encode.
 
     Raises:
@@ -200,7 +200,7 @@ class PipelineModel(DenoisingModel):
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     def export(self, directory: Path) -> None:
-        """A whole pipeline; or, of LoRA, ``pytorch_lora_weights.safetensors`` for ``load_lora_weights``."""
+        """Write a whole pipeline, or with LoRA ``pytorch_lora_weights.safetensors`` for ``load_lora_weights``."""
         if not self.adapted:
             with quiet():
                 save_pipeline(self.pipeline, directory)
@@ -232,8 +232,8 @@ def save_pipeline(pipeline: Any, directory: Path) -> None:
     weights. So the prefix is put back.
 
     Args:
-        pipeline: to save.
-        directory: made if absent.
+        pipeline: the pipeline to save.
+        directory: where to write it; made if absent.
     """
     from safetensors.torch import load_file, save_file
     from transformers import CLIPTextModel

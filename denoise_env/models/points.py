@@ -101,7 +101,7 @@ class PointsNetwork(nn.Module):
 
 @dataclass
 class PointsOptions(ModelOptions):
-    """What Points lets one choose."""
+    """The options of Points."""
 
     family = "points"
 
@@ -178,7 +178,7 @@ class Points(DenoisingModel):
         return (paper + dot * (torch.tensor([30.0, 90.0, 200.0]) - paper)).round().to(torch.uint8)
 
     def export(self, directory: Path) -> None:
-        """``model.safetensors`` and ``model_index.json``."""
+        """Write ``model.safetensors`` and ``model_index.json``."""
         from safetensors.torch import save_file
 
         directory.mkdir(parents=True, exist_ok=True)

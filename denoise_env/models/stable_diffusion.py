@@ -17,7 +17,7 @@ from denoise_env.prompts import Prompt
 
 @dataclass
 class StableDiffusionOptions(PipelineOptions):
-    """What Stable Diffusion lets one choose."""
+    """The options of Stable Diffusion."""
 
     family = "stable-diffusion"
 
@@ -33,7 +33,7 @@ class StableDiffusionOptions(PipelineOptions):
 class StableDiffusion(PipelineModel):
     """A `StableDiffusionPipeline`'s components; arguments and errors as in `PipelineModel`.
 
-    Of the pipeline's scheduler, whichever it is, the noise table is used, at DDIM's timesteps.
+    Whichever scheduler the pipeline has, only its noise table is used, at DDIM's timesteps.
     """
 
     title = "Stable Diffusion"
@@ -92,7 +92,7 @@ class StableDiffusion(PipelineModel):
         return TensorDict(found, batch_size=len(prompts))
 
     def collate(self, rows: Sequence[Mapping[str, Tensor]]) -> TensorDict:
-        """As in `DenoisingModel.collate`; beside prompts with a negative text, the others' is the empty one."""
+        """As in `DenoisingModel.collate`; where some prompts have a negative text, the others get the empty one."""
         if any("negative_embeds" in row for row in rows):
             rows = [{"negative_embeds": self._unconditional[0], **row} for row in rows]
         return super().collate(rows)
