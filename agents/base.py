@@ -23,7 +23,7 @@ from denoise_env.weights import copies, divided, fill, follow, is_sharded, swapp
 
 @dataclass
 class AgentConfig:
-    """How every agent rolls out."""
+    """The settings of every agent: how it collects rollouts."""
 
     group_size: int = 16
     """Neighbouring samples of one prompt, G. They form a group."""
@@ -36,7 +36,7 @@ class AgentConfig:
 
 @dataclass
 class LearningConfig(AgentConfig):
-    """How every agent that learns is trained."""
+    """The settings of every agent that learns."""
 
     reward_aggregation: Aggregation = "rewards"
     """How several rewards become one loss: add up their advantages ("advantages": every reward is normalised by
@@ -60,12 +60,12 @@ class LearningConfig(AgentConfig):
 
 
 class Agent(ABC):
-    """A policy and an ``update``.
+    """An algorithm: a policy, how it collects rollouts, and how it learns from them (``update``).
 
     Args:
-        policy: acts and is trained.
+        policy: the policy that acts and is trained.
         config: the algorithm's settings, a ``config_type``; default: the published ones.
-        seed: of the agent's own random draws.
+        seed: seed of the agent's own random draws.
         microbatch: episodes per network call of an update; give the same as to the rollout. It bounds the memory and
             does not change the result. Default: all episodes of an update.
         ranks: the processes that train together, each on its own episodes; default: this process alone.
@@ -78,7 +78,7 @@ class Agent(ABC):
 
     Attributes:
         trained: the policy's parameters that training changes, by name.
-        modules: what the agent trains or remembers beside the policy (a critic, say); checkpoints hold it.
+        modules: what the agent trains or remembers beside the policy (such as a critic); checkpoints hold it.
         kept: copies of the trained weights that checkpoints hold too: what they are → parameter's name → weights.
 
     Raises:
@@ -293,7 +293,7 @@ class Agent(ABC):
         return rollout.conditioning(examples["episode"][:, 0])
 
     def complete(self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict) -> TensorDict:
-        """A microbatch of examples ``[n, T]`` with all that `example_loss` needs; it takes one column ``[n]`` a time.
+        """A microbatch of examples ``[n, T]`` with all that `example_loss` needs for each column ``[n]``.
 
         It is called before any pass with gradient, and is the place for the outputs of other weights, which must not
         be swapped in between a pass with gradient and its backward pass.
@@ -304,7 +304,7 @@ class Agent(ABC):
         """Train on a rollout.
 
         Args:
-            rollout: this rank's episodes, collected by this agent's policy with the weights it has now.
+            rollout: this rank's episodes, collected under `rollout_weights` as they are now.
             iteration: the iteration's number, from which the agent's random draws follow.
 
         Returns:

@@ -18,7 +18,7 @@ class DenoisingPolicy(TensorDictModuleBase):
     ``action_log_prob`` (0 at steps that are deterministic), so it acts in the TorchRL environment as it is.
 
     Args:
-        mdp: whose model, schedule and prompts the policy uses.
+        mdp: the environment; the policy uses its model, schedule and prompts.
         kernel: a name in `denoise_env.kernels.KERNELS`; default: "ddim" on a diffusion, "dance_sde" on a flow.
         eta: the kernel's noise level; default: the kernel's own.
         last_step: "sde" or "ode", as in `denoise_env.kernels.Kernel`; default: the kernel's own.

@@ -255,7 +255,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         return ResetRequest.parse({"reset_mask": mask}, self.num_envs, **self._defaults)
 
     def _keep_groups_together(self, mask: Mask) -> None:
-        """Refuse to reset rows so that a group which autoresets begin whole would end at different steps."""
+        """Raise a ``ValueError`` for a reset after which rows that autoresets begin as one group would end apart."""
         size = self._defaults["group_size"]
         steps = np.where(mask, 0, self._steps).reshape(-1, size)
         apart = (steps != steps[:, :1]).any(1)

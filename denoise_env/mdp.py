@@ -76,7 +76,7 @@ class Scores:
 class DenoisingMDP:
     """K denoising steps of a model, scored at the end.
 
-    Stateless but for the prompts that it knows: randomness comes in through generators, states through arguments.
+    It has no state except the prompts that it knows: randomness comes in through generators, states through arguments.
 
     Args:
         model: the model that gives latent shape, noise schedule, prompt encoding and decoding.

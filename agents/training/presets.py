@@ -129,7 +129,7 @@ def make_config(
 
 
 def _carry(config: TrainConfig, model: str) -> ModelOptions:
-    """Another model's options, with what the configuration chose of its own model's."""
+    """Another model's options, with the configuration's choices for its own model where both families have them."""
     old, new = config.model_options, model_options(model)
     plain = vars(type(old)()) | (dict(WORLDS[config.model].options) if config.model in WORLDS else {})
     chosen = {name: value for name, value in vars(old).items() if value != plain[name] and hasattr(new, name)}

@@ -221,7 +221,7 @@ class DenoisingModel(ABC):
         }
 
     def wrap(self, wrapper: Callable[[nn.Module], nn.Module]) -> None:
-        """Call the network through ``wrapper(network)`` from now on (``DistributedDataParallel``, say).
+        """Call the network through ``wrapper(network)`` from now on (such as ``DistributedDataParallel``).
 
         ``network`` stays the bare module, to which the names of its parameters refer. A wrapper may also change it in
         place and return it, as ``fully_shard`` does. Call this before anything holds the network's parameters, such as
