@@ -25,15 +25,16 @@ def aggregate(
     """One advantage per episode from several rewards.
 
     Args:
-        how: "advantages" adds up each reward's own, "rewards" takes those of the weighted sum of the rewards, and
-            "losses" leaves the adding up to `add_losses`.
-        scores: of B episodes.
-        weights: of the rewards, by name; a reward of weight 0 takes no part.
-        advantages: from a reward's name ("total" for the sum) and its values ``[B]`` to its advantages ``[B]``.
-        clip: advantages are cut at ± this.
+        how: "advantages" normalises each reward by itself and adds up the advantages, "rewards" takes the advantages
+            of the weighted sum of the rewards, and "losses" keeps the rewards' advantages apart for `add_losses`.
+        scores: the rewards of B episodes.
+        weights: each reward's weight, by name; a reward of weight 0 takes no part.
+        advantages: a function from a reward's name ("total" for the sum) and its values ``[B]`` to its advantages
+            ``[B]``.
+        clip: advantages are clipped to the range ±clip.
 
     Returns:
-        ``advantage [B]``; for "losses" also each reward's own, weighted, as ``advantage of NAME``.
+        ``advantage [B]``; for "losses" also each reward's weighted advantages, as ``advantage of NAME``.
     """
     if how == "rewards":
         return {"advantage": advantages("total", scores.total).clamp(-clip, clip)}
@@ -45,11 +46,11 @@ def aggregate(
 
 
 def add_losses(examples: TensorDict, loss: Callable[[TensorDict], Loss]) -> Loss:
-    """The loss of ``examples [N]``; where `aggregate` left rewards apart, the sum of each reward's own.
+    """The loss of ``examples [N]``; where `aggregate` kept the rewards apart, the sum of the rewards' losses.
 
     Args:
-        examples: with what `aggregate` returned.
-        loss: from examples to their loss ``[N]``, which reads their ``advantage``, and figures ``[N]``.
+        examples: they hold what `aggregate` returned.
+        loss: a function that reads the examples' ``advantage`` and returns their loss ``[N]`` and figures ``[N]``.
 
     Returns:
         The loss, and the figures, averaged over the rewards.
@@ -70,11 +71,12 @@ def group_advantages(
     """(r − mean of its group) / (std + epsilon).
 
     Args:
-        values: ``[B]`` rewards; neighbouring rows form groups.
-        valid: ``[B]`` bool; the others take no part and get 0.
-        group_size: G.
-        over: whose std: that of the "group", unbiased; of all gaps to their groups' means ("batch"), unbiased; or of
-            all "rewards", differences between prompts included, not corrected (Flow-GRPO's code).
+        values: ``[B]`` rewards; each run of G neighbouring episodes is a group.
+        valid: ``[B]`` bool, the episodes that were scored; the others take no part and get 0.
+        group_size: G, the number of samples per prompt.
+        over: which std divides: "group" is the unbiased std of the group; "batch" the unbiased std of all gaps to their
+            groups' means; "rewards" the uncorrected std of all rewards, which includes the differences between prompts
+            (Flow-GRPO's code).
         epsilon: added to the std.
 
     Returns:
@@ -94,7 +96,13 @@ def group_advantages(
 
 
 def leave_one_out(values: Tensor, valid: Tensor, group_size: int) -> Tensor:
-    """r_i − the mean of the others of its group (Ahmadian et al. 2024, eq. 8); ``[B]``, arguments as above."""
+    """Each reward minus the mean of the other rewards in its group (Ahmadian et al. 2024, eq. 8), ``[B]`` float32.
+
+    Args:
+        values: ``[B]`` rewards; each run of G neighbouring episodes is a group.
+        valid: ``[B]`` bool, the episodes that were scored; the others take no part and get 0.
+        group_size: G, the number of samples per prompt.
+    """
     r, mask, count = _grouped(values, valid, group_size)
     others = (r.sum(1, keepdim=True) - r) / (count - 1).clamp(min=1)
     return (r - others).where(mask & (count > 1), 0.0).flatten().float()
@@ -114,12 +122,12 @@ def whiten(values: Tensor, valid: Tensor, epsilon: float = 1e-8) -> Tensor:
 
 
 class PromptTracker(nn.Module):
-    """The last rewards of every prompt (Black et al. 2023, DDPO; there a deque per prompt).
+    """The last rewards of every prompt (Black et al. 2023, DDPO, whose code keeps a deque per prompt).
 
     Args:
-        prompts: how many.
-        size: rewards kept per prompt.
-        min_count: a prompt with fewer is normalised by the batch.
+        prompts: the number of prompts.
+        size: how many rewards are kept per prompt.
+        min_count: a prompt with fewer rewards than this is normalised by the batch.
     """
 
     values: Tensor
@@ -132,28 +140,34 @@ class PromptTracker(nn.Module):
         self.register_buffer("count", torch.zeros(prompts, dtype=torch.long))
 
     def normalise(self, rewards: Tensor, valid: Tensor, prompt_index: Tensor) -> Tensor:
-        """(r − mean) / (std + 1e-6), ``[B]`` float32, by what `remember` will have made of the prompt's last rewards.
+        """(r − mean) / (std + 1e-6), ``[B]`` float32.
 
-        The std is the population's. A prompt that the tracker has no room for, or with too few rewards, is normalised
-        by the batch.
+        Mean and population std are those of the prompt's last rewards, these rewards included. A prompt that the
+        tracker has no room for, or with too few rewards, is normalised by the batch. The tracker stays as it is.
 
         Args:
-            rewards: ``[B]``.
-            valid: ``[B]`` bool; the others get 0.
-            prompt_index: ``[B]``.
+            rewards: ``[B]`` rewards.
+            valid: ``[B]`` bool, the episodes that were scored; the others get 0.
+            prompt_index: ``[B]``, each episode's prompt.
         """
         batch = rewards[valid].double()
         result = torch.zeros_like(rewards)
         for prompt in prompt_index[valid].unique().tolist():
-            rows = (prompt_index == prompt) & valid
-            seen = self._seen(prompt, rewards[rows])
+            episodes = (prompt_index == prompt) & valid
+            seen = self._seen(prompt, rewards[episodes])
             known = seen.double() if len(seen) >= self.min_count else batch
             std = known.std(correction=0)
-            result[rows] = ((rewards[rows].double() - known.mean()) / (std + 1e-6)).float()
+            result[episodes] = ((rewards[episodes].double() - known.mean()) / (std + 1e-6)).float()
         return result
 
     def remember(self, rewards: Tensor, valid: Tensor, prompt_index: Tensor) -> None:
-        """Keep a batch's rewards; arguments as in `normalise`."""
+        """Keep a batch's rewards.
+
+        Args:
+            rewards: ``[B]`` rewards.
+            valid: ``[B]`` bool, the episodes that were scored; the others are not kept.
+            prompt_index: ``[B]``, each episode's prompt.
+        """
         for prompt in prompt_index[valid].unique().tolist():
             seen = self._seen(prompt, rewards[(prompt_index == prompt) & valid])
             if len(seen):
@@ -161,7 +175,7 @@ class PromptTracker(nn.Module):
                 self.count[prompt] = len(seen)
 
     def _seen(self, prompt: int, rewards: Tensor) -> Tensor:
-        """A prompt's last rewards, these included; none for one that the tracker has no room for."""
+        """A prompt's last rewards, the given ones included; empty for a prompt that the tracker has no room for."""
         if prompt >= len(self.count):
             return rewards[:0]
         return torch.cat([self.values[prompt, : int(self.count[prompt])], rewards])[-self.values.shape[1] :]

@@ -45,14 +45,14 @@ AGENTS: dict[str, type[Agent]] = {
         ShuffledReward,
     )
 }
-"""Name → agent; a new one is a file, an import and a line here."""
+"""Name → agent. A new agent is a file of its own, an import and a line here."""
 
 
 def find_agent(name: str) -> type[Agent]:
     """The agent of a name in `AGENTS`, or of ``module:attribute`` for one of your own.
 
     Raises:
-        ValueError: no such agent, or it is none.
+        ValueError: there is no such agent, or what was found is no subclass of `Agent`.
     """
     if name in AGENTS:
         return AGENTS[name]

@@ -1,7 +1,7 @@
 """Advantage weighted matching (Xue et al. 2025, arXiv:2509.25050): policy gradient on the pretraining loss.
 
-The log-likelihood of a finished sample is replaced by ℓ = −w(t) mean |output(x_t, t) − target|² at random (t, ε), the
-same ones for θ and for the weights that sampled:
+The log-likelihood of a finished sample is replaced by ℓ = −w(t) mean |output(x_t, t) − target|² at random (t, ε).
+The trained weights θ and the weights that sampled see the same (t, ε):
 
     ρ = exp(ℓ_θ − ℓ_old),      L = mean max( −A ρ, −A clip(ρ, 1 ± ε) ) + β |output − output_ref|².
 """
@@ -23,21 +23,22 @@ class AWMConfig(FinalSampleConfig):
     """AWM's settings."""
 
     group_size: int = 24
-    """Neighbouring samples of one prompt, G."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     lr: float = 3e-4
     """AdamW's learning rate (published for LoRA)."""
     reference_coef: float = 0.4
-    """Weight β of mean |output − base model's output|²; 0 spares the reference."""
+    """Weight β of mean |output − base model's output|²; with 0 the reference is not computed."""
     clip_range: float = 1e-3
-    """ε of the clipped ratio, that of the likelihoods exp(−mean |output − target|²)."""
+    """The ratio of the likelihoods exp(−mean |output − target|²) is clipped to 1 ± this value, ε."""
     advantage_std: StdOver = "batch"
-    """Whose std divides the advantages."""
+    """Which std divides the advantages: that of the group ("group"), that of all the rollout's gaps to their group's
+    mean ("batch"), or that of all the rollout's rewards ("rewards")."""
     advantage_clip: float = 5.0
-    """Advantages are cut at ± this."""
+    """Advantages are clipped to the range from minus this to plus this."""
 
 
 class AWM(FinalSampleAgent):
-    """AWM: a clipped policy gradient on the denoising loss; w(t) = 1."""
+    """AWM: a clipped policy gradient on the denoising loss, with w(t) = 1."""
 
     name = "awm"
     config_type = AWMConfig
@@ -58,7 +59,7 @@ class AWM(FinalSampleAgent):
         return self.advantages(rollout)
 
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
-        """As in `Agent.examples`; ℓ_old joins where more than one optimizer step will need it."""
+        """As in `Agent.examples`; with ℓ_old where a rollout has more than one optimizer step, which then need it."""
         examples = super().examples(rollout, iteration)
         if self.config.updates_per_rollout * self.config.epochs == 1:
             return examples

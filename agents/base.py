@@ -23,25 +23,26 @@ from denoise_env.weights import copies, divided, fill, follow, is_sharded, swapp
 
 @dataclass
 class AgentConfig:
-    """How every agent rolls out."""
+    """The settings of every agent: how it collects rollouts."""
 
     group_size: int = 16
-    """Neighbouring samples of one prompt, G."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     shared_noise: bool = False
-    """A group starts from the same initial noise."""
+    """Start all samples of a group from the same initial noise."""
     share_prefix: bool = False
-    """Make the network calls that a group with shared noise has in common once. The results stay the same but for
-    rounding, so that the first ratio is 1 only to about 1e-6; keep it off in bf16."""
+    """Make the network calls that a group with shared noise has in common once. The results stay the same except for
+    rounding, so that the first ratio is 1 only to about 1e-6; leave it off in bf16."""
 
 
 @dataclass
 class LearningConfig(AgentConfig):
-    """How every agent that learns is trained."""
+    """The settings of every agent that learns."""
 
     reward_aggregation: Aggregation = "rewards"
-    """What several rewards are added up as, each times its weight: their advantages (every reward is normalised by
-    itself), their losses (every reward's advantages are clipped, and so is its loss), or the rewards (the advantages
-    are those of the sum). With one reward of weight 1 all three are the same."""
+    """How several rewards become one loss: add up their advantages ("advantages": every reward is normalised by
+    itself), their losses ("losses": every reward has a clipped loss), or the rewards themselves ("rewards": the
+    advantages are those of the sum). Each reward counts times its weight; with one reward of weight 1 all three are the
+    same."""
     lr: float = 1e-4
     """AdamW's learning rate, constant."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -49,36 +50,36 @@ class LearningConfig(AgentConfig):
     weight_decay: float = 1e-4
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
-    """The gradient is scaled down to at most this norm."""
+    """A gradient with a larger norm than this is scaled down to it."""
     updates_per_rollout: int = 1
-    """Optimizer steps per pass over a rollout, each on its own equal part of the episodes (and whole groups)."""
+    """Optimizer steps per pass over a rollout. Each step trains its own equal part of the episodes, in whole groups."""
     epochs: int = 1
-    """Passes over a rollout."""
+    """Passes over every rollout."""
     ema_decay: float = 0.0
-    """Evaluate, sample and export an exponential moving average of the weights; 0 is off."""
+    """Evaluate, sample and export an exponential moving average of the weights with this decay; 0 turns it off."""
 
 
 class Agent(ABC):
-    """A policy and an ``update``.
+    """An algorithm: a policy, how it collects rollouts, and how it learns from them (``update``).
 
     Args:
-        policy: acts and is trained.
-        config: the algorithm's; default: its published settings.
-        seed: of the agent's own draws.
-        microbatch: rows per network call of an update; use the rollout's. It bounds the memory and does not
-            change the result.
-        ranks: the processes that train together, each on its own rows; default: this one alone.
+        policy: the policy that acts and is trained.
+        config: the algorithm's settings, a ``config_type``; default: the published ones.
+        seed: seed of the agent's own random draws.
+        microbatch: episodes per network call of an update; give the same as to the rollout. It bounds the memory and
+            does not change the result. Default: all episodes of an update.
+        ranks: the processes that train together, each on its own episodes; default: this process alone.
 
     Class attributes declare what the algorithm needs: ``smallest_group``, ``needs_density`` (a stochastic kernel),
     ``needs_means`` (of the rollout's Gaussians), ``needs_reference`` (the model before training), ``on_policy`` (one
-    optimizer step per rollout), ``aggregations`` (what it can add several rewards up as) and ``joins_rewards`` (why
-    it cannot do the others), ``own_settings`` (which a preset for another agent leaves as they are), and
-    ``rows_per_example``, episodes that one example compares.
+    optimizer step per rollout), ``aggregations`` (the ways in which it can add up several rewards), ``joins_rewards``
+    (why it cannot do so in the other ways), ``own_settings`` (the settings that a preset made for another agent leaves
+    as they are), and ``rows_per_example`` (how many episodes one example compares).
 
     Attributes:
         trained: the policy's parameters that training changes, by name.
-        modules: what the agent trains or remembers beside the policy (a critic, say); checkpoints hold it.
-        kept: copies of the trained weights that checkpoints hold too: a word for them → parameter's name → weights.
+        modules: what the agent trains or remembers beside the policy (such as a critic); checkpoints hold it.
+        kept: copies of the trained weights that checkpoints hold too: what they are → parameter's name → weights.
 
     Raises:
         ValueError: the policy lacks what the algorithm needs.
@@ -164,15 +165,18 @@ class Agent(ABC):
         self.require_positive("max_grad_norm", "updates_per_rollout", "epochs", "group_size")
 
     def require_positive(self, *names: str) -> None:
-        """Refuse settings that are not above 0 with a ``ValueError``."""
+        """Raise a ``ValueError`` for any of these settings that is not above 0."""
         for name in names:
             if not getattr(self.config, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self.config, name)}")
 
     def check_rows(self, rows: int) -> None:
-        """Refuse a number of rows, of all ranks, that cannot be divided with a ``ValueError``.
+        """Raise a ``ValueError`` for a number of episodes per iteration that cannot be divided.
 
-        Ranks, updates, groups and microbatches divide it.
+        Ranks, updates, groups and microbatches must divide it without remainder.
+
+        Args:
+            rows: the episodes of one iteration, of all ranks together.
         """
         updates, ranks = self.config.updates_per_rollout, self.ranks.size
         if rows % (updates * ranks * self.group_size):
@@ -191,17 +195,22 @@ class Agent(ABC):
     # --- Rows that are divided among ranks ---
 
     def mine(self, rows: Sequence[Any]) -> list[Any]:
-        """This rank's of an iteration's rows, or of one entry per group."""
+        """This rank's share of a list with one entry per episode of an iteration, or one per group."""
         return self.ranks.mine(rows, self.config.updates_per_rollout)
 
     def all_rows(self, rows: Tensor) -> Tensor:
-        """All ranks' ``[B, ...]``, in the order of the iteration's rows."""
+        """The entries ``[B, ...]`` of all ranks' episodes, in the order of the iteration."""
         return self.ranks.gather(rows, self.config.updates_per_rollout)
 
     def over_all_rows(self, function: Callable[..., Tensor], *rows: Tensor, **options: Any) -> Tensor:
-        """This rank's rows of ``function(*rows, **options)``, which is called with the rows ``[B, ...]`` of all ranks.
+        """This rank's part of ``function(*rows, **options)``, computed on the episodes of all ranks.
 
-        For whatever compares episodes: a mean, a std, a permutation over the whole rollout.
+        This is for whatever compares episodes: a mean, a std, a permutation over the whole rollout.
+
+        Args:
+            function: from tensors ``[B, ...]`` with one entry per episode of all ranks to one such tensor.
+            rows: tensors with one entry per episode of this rank.
+            options: keywords that are handed to ``function``.
         """
         found = function(*(self.all_rows(r) for r in rows), **options)
         return found if self.ranks.size == 1 else found[self.mine(range(len(found)))]
@@ -218,7 +227,7 @@ class Agent(ABC):
         return self.policy.kernel
 
     def rollout_options(self, iteration: int) -> dict[str, Any]:
-        """What `agents.rollout.collect` is to be called with."""
+        """The keywords with which `agents.rollout.collect` is to be called."""
         return {
             "group_size": self.group_size,
             "shared_noise": self.config.shared_noise,
@@ -229,33 +238,33 @@ class Agent(ABC):
         }
 
     def rollout_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the policy has the weights that are to roll out."""
+        """A context in which the policy has the weights that collect the rollout."""
         return contextlib.nullcontext()
 
     # --- What an algorithm must say about its updates ---
 
     def make_modules(self) -> dict[str, nn.Module]:
-        """The algorithm's ``modules``."""
+        """The networks that the agent trains or remembers beside the policy, by name: its ``modules``."""
         return {}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimizer trains."""
+        """What the optimizer trains, as PyTorch's parameter groups."""
         return [{"params": self.parameters}]
 
     def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
         """One reward's own advantages ``[B]`` float32, 0 for episodes that could not be scored.
 
         Args:
-            name: the reward's, or "total" for the weighted sum of all.
-            rewards: ``[B]``, its values; NaN where there is none.
-            rollout: of B episodes.
+            name: the reward's name, or "total" for the weighted sum of all.
+            rewards: ``[B]``, the reward's values; NaN where there is none.
+            rollout: the B episodes.
         """
         raise NotImplementedError(f"{self.name} has no advantages")
 
     def advantages(self, rollout: Rollout) -> dict[str, Tensor]:
-        """The ``advantage [B]`` that `reward_advantages` and ``reward_aggregation`` make, see `aggregate`.
+        """The ``advantage [B]`` that `aggregate` makes of `reward_advantages`, as ``reward_aggregation`` says.
 
-        Where the config has an ``advantage_clip``, advantages are cut at ± this.
+        Where the config has an ``advantage_clip``, advantages are clipped to ± this.
         """
         config, weights = self.config, self.policy.mdp.reward_weights
         clip = getattr(config, "advantage_clip", math.inf)
@@ -269,8 +278,8 @@ class Agent(ABC):
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
         """What an update learns from, ``[N, T]``: T forward passes for each of N examples.
 
-        ``episode [N, T]`` is the example's place in the rollout; an algorithm adds what it needs. Examples are in the
-        order of their episodes, so that the equal parts of an update hold whole groups.
+        ``episode [N, T]`` is the place of the example's episode in the rollout; an algorithm adds what else it needs.
+        Examples are in the order of their episodes, so that the equal parts of an update hold whole groups.
         """
 
     @abstractmethod
@@ -284,9 +293,10 @@ class Agent(ABC):
         return rollout.conditioning(examples["episode"][:, 0])
 
     def complete(self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict) -> TensorDict:
-        """A microbatch of examples ``[n, T]`` as ``example_loss`` takes them, a column ``[n]`` at a time.
+        """A microbatch of examples ``[n, T]`` with all that `example_loss` needs for each column ``[n]``.
 
-        Here, before any pass with gradient, is the place for what other weights say of them.
+        It is called before any pass with gradient, and is the place for the outputs of other weights, which must not
+        be swapped in between a pass with gradient and its backward pass.
         """
         return examples
 
@@ -294,11 +304,11 @@ class Agent(ABC):
         """Train on a rollout.
 
         Args:
-            rollout: of this agent's policy, with its parameters as they are now; this rank's rows.
-            iteration: numbers the agent's random draws.
+            rollout: this rank's episodes, collected under `rollout_weights` as they are now.
+            iteration: the iteration's number, from which the agent's random draws follow.
 
         Returns:
-            Figures to log, averages over the rollout's updates and the ranks.
+            Figures to log, averaged over the rollout's optimizer steps and the ranks.
 
         Raises:
             FloatingPointError: the gradient is not finite; the weights are as before that step.
@@ -361,19 +371,19 @@ class Agent(ABC):
     # --- Weights and state ---
 
     def weights(self, other: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
-        """Inside, the policy has ``other`` weights, by name; an empty mapping leaves it as it is."""
+        """A context in which the policy has ``other`` weights, given by name; an empty mapping leaves it as it is."""
         return swapped(self.policy.model.network, self.trained, other) if other else contextlib.nullcontext()
 
     def evaluation_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the policy has the averaged weights, where there are any."""
+        """A context in which the policy has the averaged weights, where there are any."""
         return self.weights(self.average)
 
     def _learned(self) -> dict[str, Tensor]:
-        """Whatever the optimizer may train, by name."""
+        """All parameters that the optimizer may train, by name."""
         return {**self.trained, **{f"modules.{name}": p for name, p in self.modules.named_parameters()}}
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a checkpoint needs to continue, by name; whole tensors, where the policy's are sharded too."""
+        """Everything a checkpoint needs to continue, by name: whole tensors, even where the policy's are sharded."""
         tensors: dict[str, Tensor] = {f"weights.{name}": p for name, p in self.trained.items()}
         tensors |= {f"modules.{name}": t for name, t in self.modules.state_dict().items()}
         for word, kept in self.kept.items():
@@ -383,7 +393,7 @@ class Agent(ABC):
         return {name: whole(tensor) for name, tensor in tensors.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from ``state``'s tensors, whether they were sharded there or are to be here.
+        """Continue from the tensors of `state`, whether or not the weights are sharded here.
 
         Raises:
             ValueError: they belong to another architecture or configuration; nothing has changed.
@@ -426,13 +436,13 @@ class Agent(ABC):
 
 
 def apart(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Plain and sharded parameters apart, as PyTorch's operations on lists need them; without empty lists."""
+    """Plain and sharded parameters in separate lists, as PyTorch's operations on lists need them; no list is empty."""
     split = [[p for p in parameters if is_sharded(p) == sharded] for sharded in (False, True)]
     return [ps for ps in split if ps]
 
 
 def clip(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
-    """Scale gradients so that their norm is at most ``most``; the norm before, over all shards of sharded ones."""
+    """Scale gradients to a norm of at most ``most``; returns the norm before, over the shards of all processes."""
     groups = apart([p for p in parameters if p.grad is not None])
     norms = [whole(get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))

@@ -99,7 +99,7 @@ _MODEL_OPTIONS = (
 
 
 def _split_model_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments without those that begin with ``--model.``, and those, each "--model.name=value"."""
+    """The arguments in two lists: all but the ``--model.`` flags; and these, each as "--model.name=value"."""
     switches = {f.name for family in families() for f in dataclasses.fields(family.options) if f.type in (bool, "bool")}
     plain: list[str] = []
     model: list[str] = []
@@ -116,13 +116,13 @@ def _split_model_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_model_flags(options: ModelOptions, flags: Sequence[str]) -> None:
-    """Refuse ``--model.`` flags that a family lacks with a ``ValueError``."""
+    """Raise a ``ValueError`` for ``--model.`` flags that a family lacks."""
     names = [flag.removeprefix("--model.").partition("=")[0] for flag in flags if flag.startswith("--model.")]
     check_options(type(options), [name.removeprefix("no-").replace("-", "_") for name in names])
 
 
 def _with_flags(options: ModelOptions, flags: Sequence[str], command: str) -> ModelOptions:
-    """A model's options with ``--model.`` flags.
+    """A model's options, changed as ``--model.`` flags say.
 
     Raises:
         ValueError: the family lacks an option.
@@ -158,7 +158,7 @@ def read_config(path: str) -> list[str]:
     """The flags that a TOML or JSON file stands for.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the file cannot be read.
     """
     try:
         text = Path(path).read_text()
@@ -168,7 +168,7 @@ def read_config(path: str) -> list[str]:
 
 
 def parse_config(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
-    """A configuration from flags; an unknown one ends the program with the nearest name."""
+    """A configuration from flags; an unknown flag ends the program with the nearest name."""
     import tyro
 
     presets = "\n".join(f"  {name}: {(make.__doc__ or '').strip().splitlines()[0]}" for name, make in PRESETS.items())
@@ -256,7 +256,7 @@ def run_config(directory: Path) -> TrainConfig:
     """The configuration of a run's directory.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the directory holds no run.
     """
     if not (directory / "config.json").is_file():
         raise ValueError(f"there is no run in {directory} (no config.json)")

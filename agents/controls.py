@@ -15,10 +15,10 @@ from agents.training.seeding import generator
 
 @dataclass
 class BaseConfig(AgentConfig):
-    """The base model's settings; what training would need is no setting of it."""
+    """The base model's settings; those of training are fixed, since it is never trained."""
 
     group_size: int = 1
-    """Neighbouring samples of one prompt."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     reward_aggregation: ClassVar[str] = "rewards"
     lr: ClassVar[float] = 0.0
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
@@ -37,15 +37,15 @@ class Base(Agent):
     needs_density = False
 
     def examples(self, rollout: Rollout, iteration: int) -> Any:
-        """There are none."""
+        """Raises: the base model is not trained, so it has no examples."""
         raise NotImplementedError(f"{self.name} does not train")
 
     def example_loss(self, rollout: Rollout, examples: Any, conditioning: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """There is no loss."""
+        """Raises: the base model is not trained, so it has no loss."""
         raise NotImplementedError(f"{self.name} does not train")
 
     def update(self, rollout: Rollout, iteration: int) -> dict[str, float]:
-        """Nothing."""
+        """Train nothing and report no figures."""
         return {}
 
 
@@ -69,16 +69,16 @@ class BestOfN(Base):
 
     @property
     def best_of(self) -> int:
-        """N."""
+        """Samples that evaluation draws for each one it keeps, N."""
         return int(self.config.n)
 
 
 @dataclass
 class ZeroLRConfig(GRPOConfig):
-    """GRPO's settings, with a learning rate of 0."""
+    """GRPO's settings with a learning rate of 0."""
 
     lr: float = 0.0
-    """AdamW's learning rate; 0, and nothing else."""
+    """AdamW's learning rate, which must be 0."""
 
 
 class ZeroLR(GRPO):
@@ -100,12 +100,12 @@ class ShuffledReward(GRPO):
     name = "shuffled-reward"
 
     def examples(self, rollout: Rollout, iteration: int) -> Any:
-        """As in `TrajectoryAgent.examples`, of the shuffled rewards."""
+        """As in `TrajectoryAgent.examples`, with the rewards shuffled between the episodes."""
         scores = rollout.scores
         order = torch.randperm(len(rollout) * self.ranks.size, generator=generator(self.seed, "shuffle", iteration))
 
-        def shuffle(rows: Tensor) -> Tensor:
-            return self.over_all_rows(lambda rows: rows[order], rows)
+        def shuffle(values: Tensor) -> Tensor:
+            return self.over_all_rows(lambda every: every[order], values)
 
         shuffled = dataclasses.replace(
             scores,

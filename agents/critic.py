@@ -1,7 +1,7 @@
-"""A value function of the denoising MDP's states, and what agents share that learn one.
+"""A value function of the denoising MDP's states, and the base of the agents that learn one.
 
-The reward comes after the last step; with ``kl_reward`` every step costs β (ℓ_old − ℓ_ref) of its action besides, whose
-mean is KL(π_old ‖ π_ref). (The KL itself would not do: the same for every action, it is no reason to choose another.)
+The reward comes after the last step; with ``kl_reward`` β every step also costs β (ℓ_old − ℓ_ref) of its action. The
+mean of that is β KL(π_old ‖ π_ref). (The KL itself would teach nothing, since it is the same for every action.)
 With δ_k = r_k + γ V_{k+1} − V_k the advantages are GAE's (Schulman et al. 2015, arXiv:1506.02438, eq. 16),
 
     A_k = Σ_j (γλ)^j δ_{k+j},      and the critic's loss is c (V − (A_k + V_k))².
@@ -29,9 +29,9 @@ class Critic(nn.Module):
     Latents with more than 16 rows or columns are averaged down to 16 first.
 
     Args:
-        policy: whose states are valued.
-        width: of the two hidden layers.
-        seed: of the weights. V is 0 at the start.
+        policy: the policy whose states are valued.
+        width: width of the two hidden layers.
+        seed: seed of the first weights. The last layer starts at 0, and with it V.
     """
 
     def __init__(self, policy: DenoisingPolicy, width: int = 256, seed: int = 0) -> None:
@@ -64,31 +64,31 @@ class Critic(nn.Module):
     @torch.no_grad()
     def values(self, policy: DenoisingPolicy, rollout: Rollout) -> Tensor:
         """Values ``[B, K]`` of a rollout's states."""
-        rows, steps = rollout.steps.batch_size
+        episodes, steps = rollout.steps.batch_size
         pooled = rollout.pooled()
-        found = [self(rollout.steps["latents"][:, k], torch.full((rows,), k), pooled) for k in range(steps)]
+        found = [self(rollout.steps["latents"][:, k], torch.full((episodes,), k), pooled) for k in range(steps)]
         return torch.stack(found, 1)
 
 
 @dataclass
 class ActorCriticConfig(TrajectoryConfig):
-    """What every agent needs that learns a value function."""
+    """The settings of every agent that learns a value function."""
 
     group_size: int = 1
-    """Neighbouring samples of one prompt."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     gamma: float = 1.0
     """Discount γ per denoising step."""
     gae_lambda: float = 0.95
-    """λ of generalized advantage estimation: from 0, where the critic tells the reward to come, to 1, where it is
-    the reward that came."""
+    """λ of generalized advantage estimation, from 0 to 1. With 0 a step's advantage relies on the critic's value of the
+    next state; with 1 it uses the episode's actual reward."""
     critic_width: int = 256
     """Hidden width of the critic."""
     critic_lr: float = 1e-3
     """The critic's learning rate."""
     value_coef: float = 1.0
-    """Weight c of the critic's loss; it scales the critic's gradient and not the policy's."""
+    """Weight c of the critic's loss. It scales the critic's gradient, not the policy's."""
     kl_reward: float = 0.0
-    """Weight β of a KL to the model before training in every step's reward, in the log-prob's reduction."""
+    """Weight β of the KL to the model before training that every step's reward loses, in the log-prob's reduction."""
 
 
 class ActorCritic(TrajectoryAgent):
@@ -115,7 +115,7 @@ class ActorCritic(TrajectoryAgent):
 
     @property
     def critic(self) -> Critic:
-        """V."""
+        """The value function V."""
         critic = self.modules["critic"]
         assert isinstance(critic, Critic)
         return critic
@@ -125,7 +125,7 @@ class ActorCritic(TrajectoryAgent):
         return [*super().parameter_groups(), {"params": list(self.critic.parameters()), "lr": self.config.critic_lr}]
 
     def step_rewards(self, rollout: Rollout) -> Tensor:
-        """``[B, K]``: what each step earns; NaN in the last column of episodes that could not be scored."""
+        """The reward of each step, ``[B, K]``; NaN at the last step of episodes that could not be scored."""
         rewards = torch.zeros_like(rollout.steps["action_log_prob"])
         rewards[:, -1] = rollout.scores.total
         if self.config.kl_reward:
@@ -139,16 +139,16 @@ class ActorCritic(TrajectoryAgent):
         size = self.microbatch or len(rollout)
         with self.policy.model.reference():
             for start in range(0, len(rollout), size):
-                rows = slice(start, start + size)
-                conditioning = rollout.conditioning(rows)
+                part = slice(start, start + size)
+                conditioning = rollout.conditioning(part)
                 for k in rollout.kernel.stochastic.nonzero().flatten().tolist():
-                    step = rollout.steps[rows, k]
+                    step = rollout.steps[part, k]
                     reference = self.policy.transition(step["latents"], k, conditioning, rollout.kernel)
-                    found[rows, k] = step["action_log_prob"] - self.policy.log_prob(reference, step["action"]).to(found)
+                    found[part, k] = step["action_log_prob"] - self.policy.log_prob(reference, step["action"]).to(found)
         return found
 
     def gae(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Advantages and the critic's targets, both ``[B, K]``; 0 where there is no score."""
+        """GAE's advantages, 0 for episodes without a score, and the values to fit the critic to; both ``[B, K]``."""
         values = self.critic.values(self.policy, rollout)
         rewards = self.step_rewards(rollout)
         after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
@@ -162,12 +162,17 @@ class ActorCritic(TrajectoryAgent):
         return advantages.where(valid, 0.0), (advantages + values).where(valid, values)
 
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
-        """As in `TrajectoryAgent.targets`: the advantages and what the critic is fitted to, ``[B, K]``."""
+        """As in `TrajectoryAgent.targets`: the advantages ``[B, K]`` and the values ``[B, K]`` to fit the critic to."""
         raw, returns = self.gae(rollout)
         return {"advantage": self.scale(raw, rollout.scores.valid[:, None].expand_as(raw)), "return": returns}
 
     def scale(self, raw: Tensor, valid: Tensor) -> Tensor:
-        """GAE's advantages ``[B, K]`` as the loss takes them; only those that are valid ``[B, K]`` count."""
+        """What the loss takes as advantages ``[B, K]``: here GAE's, unchanged.
+
+        Args:
+            raw: GAE's advantages ``[B, K]``.
+            valid: ``[B, K]`` bool, the entries of episodes that were scored.
+        """
         return raw
 
     def auxiliary_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

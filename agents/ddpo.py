@@ -8,7 +8,8 @@ DDPO-IS, with importance sampling (its eq. 4), makes several, clipped as PPO doe
 
     L = mean max( −A ρ, −A clip(ρ, 1 ± ε) ),   ρ = exp(ℓ_θ − ℓ_old).
 
-A is the reward normalised per prompt by a tracker of its last rewards, |A| ≤ 5; no groups, no KL, every step trained.
+A is the reward, normalised by the last rewards of its prompt (`PromptTracker`) and clipped to |A| ≤ 5. There are no
+groups and no KL, and every step is trained.
 """
 
 from dataclasses import dataclass
@@ -27,23 +28,23 @@ class DDPOSFConfig(TrajectoryConfig):
     """DDPO-SF's settings."""
 
     group_size: int = 1
-    """Neighbouring samples of one prompt."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     lr: float = 3e-4
     """AdamW's learning rate (published for LoRA)."""
     timestep_fraction: float = 1.0
-    """Share of the trainable steps that each update recomputes."""
+    """Share of the trainable steps that each update trains: ceil(share · steps) of them, drawn at random."""
     drop_last: bool = False
-    """Never train the last denoising step."""
+    """Leave the last denoising step out of training."""
     reward_aggregation: Aggregation = "advantages"
-    """What several rewards are added up as: their advantages, their losses, or the rewards themselves."""
+    """How several rewards become one loss: add up their advantages, their losses, or the rewards themselves."""
     advantage_clip: float = 5.0
-    """Advantages are cut at ± this."""
+    """Advantages are clipped to the range from minus this to plus this."""
     normalisation: Literal["prompt", "batch"] = "prompt"
-    """Normalise rewards per prompt by its last ones (published), or over the rollout."""
+    """Normalise rewards by the last rewards of their prompt ("prompt", as published) or over the rollout ("batch")."""
     tracker_size: int = 16
     """Rewards remembered per prompt."""
     tracker_min_count: int = 16
-    """A prompt with fewer is normalised by the rollout."""
+    """A prompt with fewer remembered rewards than this is normalised over the rollout."""
 
 
 class DDPOSF(TrajectoryAgent):
@@ -81,7 +82,7 @@ class DDPOSF(TrajectoryAgent):
         return [name for name in mdp.rewards if mdp.reward_weights[name]]
 
     def tracker(self, name: str) -> PromptTracker:
-        """A reward's tracker."""
+        """The tracker of the reward with this name."""
         tracker = self.modules[f"tracker {self.tracked.index(name)}"]
         assert isinstance(tracker, PromptTracker)
         return tracker
@@ -103,7 +104,7 @@ class DDPOSF(TrajectoryAgent):
         return figures
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """As in `TrajectoryAgent.loss`: the score function estimator's."""
+        """As in `TrajectoryAgent.loss`: −A ℓ_θ, the score function estimator's loss."""
         return -batch.advantage * batch.log_prob, {}
 
 

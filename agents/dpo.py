@@ -1,12 +1,12 @@
 """Online Diffusion-DPO (Wallace et al. 2023, arXiv:2311.12908): preferences between the model's own samples.
 
-Of every group the samples are paired, best with worst. With ε_θ the network's output at a noised sample and the same
-timestep and noise for both samples of a pair,
+The samples of every group are paired, the better one winning. Both samples of a pair, winner w and loser l, are noised
+with the same timestep and noise ε. With ε_θ the network's output,
 
     L = −log σ( −(β/2) [ (|ε − ε_θ^w|² − |ε − ε_ref^w|²) − (|ε − ε_θ^l|² − |ε − ε_ref^l|²) ] ),
 
-|·|² averaged over dimensions, as the published code does. DCPO (Saeidi et al. 2025, arXiv:2502.06023) gives the loser a
-caption of its own, here a perturbed one: another training prompt, of those that share most words with the right one.
+where |·|² is averaged over dimensions, as in the published code. DCPO (Saeidi et al. 2025, arXiv:2502.06023) gives the
+loser another caption. Here that is another training prompt, one of those that share the most words with the right one.
 """
 
 from dataclasses import dataclass
@@ -27,11 +27,12 @@ class DPOConfig(FinalSampleConfig):
     """Online Diffusion-DPO's settings."""
 
     beta: float = 2000.0
-    """How strongly the model before training holds the trained one, β; 2000 to 5000 in the paper."""
+    """Strength β of the pull towards the model before training; 2000 to 5000 in the paper."""
     pairing: Literal["best_worst", "ranked"] = "ranked"
-    """One pair a group, or all: the best with the worst, the second best with the second worst, …"""
+    """Pairs per group: only the best sample with the worst ("best_worst"), or also the second best with the second
+    worst and so on ("ranked")."""
     loser_caption: Literal["same", "perturbed"] = "same"
-    """The prompt, or a caption of its own (DCPO)."""
+    """The loser's caption: the prompt it was drawn for ("same"), or another, similar prompt ("perturbed", DCPO)."""
 
 
 class DPO(FinalSampleAgent):
@@ -52,7 +53,10 @@ class DPO(FinalSampleAgent):
             raise ValueError(f"{self.name} needs at least two prompts for a loser's caption to differ")
 
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Pairs ``[P]``: the winner's ``episode``, the ``loser``'s, and whether it ``counts``: one is better."""
+        """P pairs: the winner's ``episode [P]``, the ``loser``'s ``[P]``, and whether a pair ``counts [P]``.
+
+        A pair counts where both samples were scored and the winner's score is higher.
+        """
         size, device = self.group_size, rollout.scores.total.device
         total = rollout.scores.total.view(-1, size).nan_to_num(nan=-torch.inf)
         order = total.argsort(stable=True, dim=1, descending=True)  # the unscored come last
@@ -65,7 +69,7 @@ class DPO(FinalSampleAgent):
         return {"episode": winner, "loser": loser, "counts": counts}
 
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
-        """As in `Agent.examples`: pairs, with one draw of noise, the winner's, for both sides."""
+        """As in `Agent.examples`: pairs, both samples noised with the winner's noise."""
         targets = self.targets(rollout)
         if self.config.loser_caption == "perturbed":
             numbers = episode_numbers([rollout.seeds[i] for i in targets["loser"].tolist()], "caption").flatten()
@@ -84,7 +88,7 @@ class DPO(FinalSampleAgent):
         return others[int(nearest[number % len(nearest)])]
 
     def conditioning(self, rollout: Rollout, examples: TensorDict) -> TensorDict:
-        """The winners' and then the losers'."""
+        """The conditioning of the pairs' winners and then of their losers, ``[2n]``."""
         first = examples[:, 0]
         winner, loser = rollout.prompt_index[first["episode"]], rollout.prompt_index[first["loser"]]
         if self.config.loser_caption == "perturbed":
@@ -92,7 +96,7 @@ class DPO(FinalSampleAgent):
         return rollout.store.rows(torch.cat([winner, loser]))
 
     def complete(self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict) -> TensorDict:
-        """As in `FinalSampleAgent.complete`: the winners and then the losers, so that one network call takes both."""
+        """As in `FinalSampleAgent.complete`: the winners and then the losers ``[2n, T]``, in the same network calls."""
         sides = torch.cat([examples, examples.copy().set("episode", examples["loser"])])
         return super().complete(rollout, sides, conditioning)
 
@@ -112,11 +116,11 @@ class DCPOConfig(DPOConfig):
     """DCPO's settings."""
 
     loser_caption: Literal["same", "perturbed"] = "perturbed"
-    """The prompt, or a caption of its own (DCPO)."""
+    """The loser's caption: the prompt it was drawn for ("same"), or another, similar prompt ("perturbed", DCPO)."""
 
 
 class DCPO(DPO):
-    """DCPO: online Diffusion-DPO with a caption of its own for the loser."""
+    """DCPO: online Diffusion-DPO with another caption for the loser."""
 
     name = "dcpo"
     config_type = DCPOConfig

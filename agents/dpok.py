@@ -3,7 +3,7 @@
     min  α E[−r] + β Σ_k E[ KL( π_θ(· | x_k) ‖ π_ref(· | x_k) ) ]        (its eq. 6)
 
 The reward's gradient is REINFORCE's with a value baseline V(x_k, c, k) that is fitted to r; the KL is that of the
-steps' Gaussians, |μ_θ − μ_ref|²/(2k²), and is differentiated itself. One optimizer step per rollout.
+steps' Gaussians, |μ_θ − μ_ref|²/(2 std[k]²) at step k, and is differentiated directly. One optimizer step per rollout.
 """
 
 from dataclasses import dataclass
@@ -21,13 +21,14 @@ class DPOKConfig(ActorCriticConfig):
     lr: float = 1e-5
     """AdamW's learning rate (published for LoRA)."""
     gae_lambda: float = 1.0
-    """λ of generalized advantage estimation; 1 is the baseline r − V."""
+    """λ of generalized advantage estimation, from 0 to 1; with 1 the advantage is r − V."""
     drop_last: bool = False
-    """Never train the last denoising step."""
+    """Leave the last denoising step out of training."""
     reward_weight: float = 10.0
-    """Weight α of the reward's loss; kl_coef is that of the KL."""
+    """Weight α of the reward's loss."""
     kl_coef: float = 0.01
-    """Weight β of the KL to the model before training, in the log-prob's reduction; 0 spares the reference."""
+    """Weight β of the KL to the model before training, in the log-prob's reduction; with 0 the reference is not
+    computed."""
 
 
 class DPOK(ActorCritic):
@@ -39,5 +40,5 @@ class DPOK(ActorCritic):
     on_policy = True
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """As in `TrajectoryAgent.loss`: α times the score function estimator's."""
+        """As in `TrajectoryAgent.loss`: −α A ℓ_θ, α times the score function estimator's loss."""
         return -self.config.reward_weight * batch.advantage * batch.log_prob, {}

@@ -1,4 +1,4 @@
-"""What agents share that learn from finished samples alone, noised anew; they need no log-probs and no SDE."""
+"""The base of the agents that noise finished samples anew and learn to denoise them: no log-probs and no SDE needed."""
 
 import contextlib
 from abc import abstractmethod
@@ -17,12 +17,12 @@ from agents.training.seeding import episode_numbers
 
 @dataclass
 class FinalSampleConfig(LearningConfig):
-    """What every agent needs that trains on finished samples."""
+    """The settings of every agent that trains on finished samples."""
 
     draws_per_sample: int = 6
-    """(timestep, noise) pairs that each sample is trained at, T: one forward and backward pass each."""
+    """How many (timestep, noise) pairs each sample is trained at, T. Each takes one forward and one backward pass."""
     reference_coef: float = 0.0
-    """Weight of mean |output − base model's output|²; 0 spares the reference."""
+    """Weight of mean |output − base model's output|²; with 0 the reference is not computed."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class NoisedBatch:
     Attributes:
         x0: ``[N, *latent]``, the samples.
         noisy: ``[N, *latent]``, x_t = α x0 + σ ε, as the network saw it.
-        step: ``[N]``, whose alpha, sigma and timestep.
-        output: ``[N, *latent]``, the network's, with gradient.
+        step: ``[N]``, the denoising step whose α, σ and timestep were used.
+        output: ``[N, *latent]``, the network's output, with gradient.
         target: ``[N, *latent]``, the output that would be right for x0 and ε.
         reference: ``[N, *latent]``, the base model's output, where it is needed.
-        examples: ``[N]``, what `FinalSampleAgent.targets` gave.
-        conditioning: ``[N]``.
+        examples: ``[N]``, what `FinalSampleAgent.targets` returned for these samples.
+        conditioning: ``[N]``, of these samples' prompts.
     """
 
     x0: Tensor
@@ -63,14 +63,14 @@ class FinalSampleAgent(Agent):
 
     @abstractmethod
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
-        """What the examples hold, ``[B]`` by name."""
+        """What the loss needs of each episode, by name: tensors ``[B]``, which join the examples."""
 
     @abstractmethod
     def loss(self, batch: NoisedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss ``[N]`` of a microbatch and figures ``[N]`` to log."""
 
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
-        """As in `Agent.examples`: every sample with T steps (evenly spread, in an order of its own) and noises."""
+        """As in `Agent.examples`: every sample with T steps, evenly spread and in random order, and T noises."""
         entries = self.targets(rollout)
         draws = self.draws(rollout.seeds)
         spread = {name: value[:, None].expand(-1, draws.shape[1]) for name, value in entries.items()}
@@ -78,21 +78,24 @@ class FinalSampleAgent(Agent):
         return draws.update({"episode": episode, **spread})
 
     def draws(self, seeds: Sequence[int]) -> TensorDict:
-        """``step [N, T]`` and ``noise [N, T, *latent]``: T of the K noise levels (all of them before any twice).
+        """``step [N, T]`` and ``noise [N, T, *latent]`` for N episodes.
 
-        A row's follow from its episode's seed.
+        An episode's T steps are drawn from the K noise levels; none comes twice before all have come once. Everything
+        follows from the episode's seed.
         """
-        policy, times, rows = self.policy, self.config.draws_per_sample, len(seeds)
+        policy, times, episodes = self.policy, self.config.draws_per_sample, len(seeds)
         steps = policy.mdp.num_steps
         laps = -(-times // steps)
-        step = episode_numbers(seeds, "steps", laps * steps).view(rows, laps, steps).argsort(2).flatten(1)[:, :times]
-        noise, random = torch.empty(rows, times, *policy.model.latent_shape), torch.Generator()
-        for row, seed in zip(noise.unbind(), episode_numbers(seeds, "noise").flatten().tolist(), strict=True):
-            row.normal_(generator=random.manual_seed(seed))
-        return TensorDict({"step": step, "noise": noise.to(policy.model.device)}, batch_size=(rows, times))
+        step = (
+            episode_numbers(seeds, "steps", laps * steps).view(episodes, laps, steps).argsort(2).flatten(1)[:, :times]
+        )
+        noise, random = torch.empty(episodes, times, *policy.model.latent_shape), torch.Generator()
+        for own, seed in zip(noise.unbind(), episode_numbers(seeds, "noise").flatten().tolist(), strict=True):
+            own.normal_(generator=random.manual_seed(seed))
+        return TensorDict({"step": step, "noise": noise.to(policy.model.device)}, batch_size=(episodes, times))
 
     def noised(self, x0: Tensor, step: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t, in the storage dtype of ``x0 [N, *latent]``, and the right output, at ``step [N]``."""
+        """Samples ``x0 [N, *latent]`` noised to ``step [N]``, in their storage dtype, and the right output."""
         schedule, kind, stored = self.policy.mdp.schedule, self.policy.model.prediction_type, x0.dtype
         x0 = precise(x0)
         shape = (-1, *[1] * (x0.ndim - 1))
@@ -107,15 +110,15 @@ class FinalSampleAgent(Agent):
         return (alpha * x0 + sigma * noise).to(stored), target
 
     def predict(self, noisy: Tensor, step: Tensor, conditioning: TensorDict) -> Tensor:
-        """The network's output: in bf16 the losses, which are differences of it, would be lost in rounding."""
+        """The network's output in float32 or better: the losses take differences that bf16 would round away."""
         return precise(self.policy.predict(noisy, step, conditioning))
 
     def others(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:
-        """Which other weights' outputs the loss needs: a name → what gives the policy those weights."""
+        """The other weights whose outputs the loss needs: a name → a context in which the policy has those weights."""
         return {"reference": self.policy.model.reference} if self.needs_reference else {}
 
     def complete(self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict) -> TensorDict:
-        """As in `Agent.complete`: the ``others``' outputs ``[n, T, *latent]`` join the examples."""
+        """As in `Agent.complete`: the outputs ``[n, T, *latent]`` of the weights in `others` join the examples."""
         found = {}
         for name, weights in self.others().items():
             with torch.no_grad(), weights():
@@ -127,7 +130,7 @@ class FinalSampleAgent(Agent):
         return examples.copy().update(found)
 
     def sample(self, rollout: Rollout, examples: TensorDict) -> tuple[Tensor, Tensor, Tensor]:
-        """What `noised` takes, of examples ``[N]``."""
+        """The arguments of `noised` for examples ``[N]``: samples, steps and noises."""
         return rollout.final_latents[examples["episode"]], examples["step"], examples["noise"]
 
     def example_loss(
@@ -148,7 +151,7 @@ class FinalSampleAgent(Agent):
 
 
 def precise(x: Tensor) -> Tensor:
-    """``x`` in float32, or in float64 if it is."""
+    """``x`` in float32, or unchanged if it is float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -2,8 +2,8 @@
 
     L = −A ρ · 1[ not ( KL(π_old ‖ π_θ) ≥ δ  and  (A > 0 and ρ > 1, or A < 0 and ρ < 1) ) ]
 
-A step's sample takes no part once its policy has moved by δ, where the update would push it further out. The KL is that
-of the step's Gaussians, |μ_θ − μ_old|²/(2k²), in the policy's reduction.
+A sample takes no part at a step whose policy has already moved by δ if the update would move it further. The KL is that
+of the step's Gaussians, |μ_θ − μ_old|²/(2 std²) with the step's std, in the policy's reduction.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class FlowDPPOConfig(GRPOConfig):
     """Flow-DPPO's settings."""
 
     clip_range: float = 1e-5
-    """δ, the step's KL from which on a sample may only be pulled back."""
+    """δ: where a step's KL to the policy that sampled has reached it, only updates that bring the two closer count."""
 
 
 class FlowDPPO(GRPO):

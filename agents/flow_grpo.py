@@ -2,9 +2,9 @@
 
     L = mean max( −A ρ, −A clip(ρ, 1 ± ε) ) + β KL(π_θ ‖ π_ref),        A = (r − group mean) / (std + 1e-4).
 
-With μ the means, std = s√Δ and D latent dimensions, the KL of the paper (its eq. 11) is the Gaussians' own,
-|μ_θ − μ_ref|²/(2 s²Δ), summed over dimensions. Its code takes mean[(μ_θ − μ_ref)²]/(2 s²): smaller by D/Δ. Its β of
-0.04 (GenEval) and 0.01 (PickScore) belong to the code's.
+With the means μ, the step's std s√Δ and D latent dimensions, the KL of the paper (its eq. 11) is the Gaussians' own,
+|μ_θ − μ_ref|²/(2 s²Δ), summed over dimensions. The published code takes mean[(μ_θ − μ_ref)²]/(2 s²), which is D/Δ times
+smaller. The published β, 0.04 (GenEval) and 0.01 (PickScore), belong to the code's KL.
 """
 
 from dataclasses import dataclass
@@ -22,19 +22,22 @@ class FlowGRPOConfig(GRPOConfig):
     """Flow-GRPO's settings."""
 
     group_size: int = 24
-    """Neighbouring samples of one prompt, G."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     shared_noise: bool = False
-    """A group starts from the same initial noise."""
+    """Start all samples of a group from the same initial noise."""
     timestep_fraction: float = 1.0
-    """Share of the trainable steps that each update recomputes."""
+    """Share of the trainable steps that each update trains: ceil(share · steps) of them, drawn at random."""
     lr: float = 3e-4
     """AdamW's learning rate (published for LoRA)."""
     advantage_std: StdOver = "rewards"
-    """Whose std divides the advantages; the code's default is that of all the rollout's rewards."""
+    """Which std divides the advantages: that of the group ("group"), that of all the rollout's gaps to their group's
+    mean ("batch"), or that of all the rollout's rewards ("rewards", the published code's default)."""
     kl_coef: float = 0.04
-    """Weight β of the KL to the model before training, scaled as kl_scaling says; 0 spares the reference."""
+    """Weight β of the KL to the model before training, scaled as kl_scaling says; with 0 the reference is not
+    computed."""
     kl_scaling: Literal["code", "paper"] = "code"
-    """The KL of the published code, or the paper's, which is larger by D/Δ."""
+    """Which KL kl_coef weighs: the published code's ("code"), or the paper's ("paper"), which is D/Δ times larger (D
+    latent dimensions, step size Δ in σ)."""
 
 
 class FlowGRPO(GRPO):
@@ -46,7 +49,7 @@ class FlowGRPO(GRPO):
     std_epsilon = 1e-4
 
     def divergence(self, transition: Transition, reference: Transition, step: Tensor) -> Tensor:
-        """The KL ``[N]`` in the configured scaling."""
+        """The KL ``[N]`` in the scaling that ``kl_scaling`` names."""
         if self.config.kl_scaling == "paper":
             return transition.kl(reference, "sum")
         drop = -self.policy.mdp.schedule.sigmas.diff()

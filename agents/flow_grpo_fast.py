@@ -15,13 +15,15 @@ class FlowGRPOFastConfig(WindowConfig, FlowGRPOConfig):
     """Flow-GRPO-Fast's settings."""
 
     shared_noise: bool = True
-    """A group starts from the same initial noise."""
+    """Start all samples of a group from the same initial noise."""
     share_prefix: bool = True
-    """Make the network calls before the window once per group."""
+    """Make the network calls that a group has in common, those up to the window, once per group."""
     window_size: int = 2
-    """Neighbouring steps that are stochastic and trained, 1 to 3 in the published code."""
+    """Size of the window: how many neighbouring steps are stochastic and trained, 1 to 3 in the published code."""
     window_strategy: Literal["progressive", "random", "decay", "frozen"] = "random"
-    """Where the window goes."""
+    """How the window moves between rollouts: from the noisy end to the clean end and then from the beginning again
+    ("progressive"), to a random place ("random"), like "progressive" but ever faster towards the clean end ("decay"),
+    or not at all, staying at the noisy end ("frozen")."""
 
 
 class FlowGRPOFast(Windowed, FlowGRPO):

@@ -1,6 +1,6 @@
 """GRPO for denoising: DanceGRPO (Xue et al. 2025, arXiv:2505.07818).
 
-For every prompt a group of G samples is drawn, from the same initial noise. Each reward j is normalised within the
+For every prompt a group of G samples is drawn from the same initial noise. Each reward j is normalised within the
 group,
 
     A_ij = (r_ij − mean_j) / (std_j + 1e-8),        A_i = Σ_j w_j A_ij,
@@ -9,7 +9,7 @@ the same A_i stands for every step of sample i, and a random subset of steps is 
 
     L = mean max( −A ρ, −A clip(ρ, 1 ± ε) ),   ρ = exp(ℓ_θ − ℓ_old).
 
-No value function, no discount, no KL. The reduction of ℓ over latent dimensions is the policy's.
+There is no value function, no discount and no KL. The reduction of ℓ over latent dimensions is the policy's.
 """
 
 from dataclasses import dataclass
@@ -26,12 +26,13 @@ class GRPOConfig(SurrogateConfig):
     """DanceGRPO's settings."""
 
     shared_noise: bool = True
-    """A group starts from the same initial noise (DanceGRPO)."""
+    """Start all samples of a group from the same initial noise, as DanceGRPO does."""
     advantage_std: StdOver = "group"
-    """Divide by the std of the group (DanceGRPO); by that of all the rollout's gaps to their group's mean ("batch"), so
-    that groups with little left to tell weigh little; or by that of all its "rewards" (Flow-GRPO's global std)."""
+    """Which std divides the advantages: that of the group ("group", DanceGRPO), that of all the rollout's gaps to their
+    group's mean ("batch", where groups whose samples hardly differ weigh little), or that of all the rollout's rewards
+    ("rewards", Flow-GRPO's global std)."""
     reward_aggregation: Aggregation = "advantages"
-    """What several rewards are added up as: their advantages (DanceGRPO's paper), their clipped losses (its video
+    """How several rewards become one loss: add up their advantages (DanceGRPO's paper), their clipped losses (its video
     code), or the rewards themselves."""
 
 

@@ -1,11 +1,12 @@
 """GRPO-Guard (Wang et al. 2025, arXiv:2510.22319): a ratio whose mean is 1 at every step, and balanced gradients.
 
-Under π_old the mean log-ratio is −KL, which shrinks ratios below 1 and keeps the upper clip from ever binding; the bias
-depends on the step. GRPO-Guard takes it out and levels the steps' scale with the std k,
+Under π_old the mean log-ratio is −KL, which shrinks ratios below 1 and keeps the upper clip from ever binding; how far
+depends on the step. GRPO-Guard removes this bias and brings all steps to one scale with the step's std. For the step
+from x to x', with e = (x' − μ_old)/std,
 
-    ρ = exp( k [ ℓ_θ − ℓ_old + mean((μ_θ − μ_old)²)/(2k²) ] ) = exp( mean( e · (μ_θ − μ_old) ) ),  e = (x' − μ_old)/k,
+    ρ = exp( std · [ ℓ_θ − ℓ_old + mean((μ_θ − μ_old)²)/(2 std²) ] ) = exp( mean( e · (μ_θ − μ_old) ) ).
 
-and divides the policy loss by the step's size Δ = σ − σ'.
+The policy loss is divided by the step's size Δ = σ − σ', the drop of the noise level.
 """
 
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ class GRPOGuardConfig(GRPOConfig):
     """GRPO-Guard's settings."""
 
     clip_range: float = 2e-6
-    """ε of the clipped ratio."""
+    """The normalised ratio is clipped to 1 ± this value, ε."""
     balance: bool = True
-    """Divide the policy loss by the step's Δ."""
+    """Divide the policy loss of each step by its size Δ, the drop of the noise level."""
 
 
 class GRPOGuard(GRPO):
@@ -36,7 +37,7 @@ class GRPOGuard(GRPO):
     needs_means = True
 
     def ratio(self, batch: Batch) -> Tensor:
-        """The normalised ratio ``[N]``; 1, and so without effect on the clip, where nothing has changed."""
+        """The normalised ratio ``[N]``; it is 1 where the policy has not changed."""
         assert batch.old_mean is not None
         transition = batch.transition
         noise = (batch.action.to(transition.mean) - batch.old_mean) / transition.std

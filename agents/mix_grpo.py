@@ -1,6 +1,7 @@
 """MixGRPO (Li et al. 2025, arXiv:2507.21802): GRPO in a sliding window of SDE steps, ODE steps outside it.
 
-The window of w steps slides from noisy to clean by a stride every τ iterations; sampling noise and loss stay inside it.
+Every τ iterations the window of w steps slides towards the clean end by s steps. Noise is added, and steps are trained,
+inside it only.
 """
 
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ class MixGRPOConfig(WindowConfig, GRPOConfig):
     """MixGRPO's settings."""
 
     group_size: int = 12
-    """Neighbouring samples of one prompt, G."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     share_prefix: bool = True
-    """Make the network calls before the window once per group."""
+    """Make the network calls that a group has in common, those up to the window, once per group."""
     timestep_fraction: float = 1.0
-    """Share of the window's steps that each update recomputes."""
+    """Share of the window's steps that each update trains: ceil(share · steps) of them, drawn at random."""
 
 
 class MixGRPO(Windowed, GRPO):

@@ -5,8 +5,9 @@ With v the network's output, v_old that of the weights that sample, and A the gr
     q = clip(A, ± A_max)/(2 A_max) + ½,      v⁺ = b v + (1 − b) v_old,      v⁻ = (1 + b) v_old − b v,
     L = A_max [ q |x̂0⁺ − x0|²/w⁺ + (1 − q) |x̂0⁻ − x0|²/w⁻ ]/b + λ |v − v_ref|²,
 
-where x̂0± is what x_t and v± say of x0, and w± = mean |x̂0± − x0| without gradient, at least 1e-5. Needs no
-log-probs: any sampler, the ODE too. The sampling weights follow the trained ones, θ_old ← η θ_old + (1 − η) θ.
+where x̂0± is the estimate of x0 from x_t and v±, and w± = mean |x̂0± − x0| without gradient, at least 1e-5. It needs no
+log-probs, so that any sampler will do, the ODE included. After every update the sampling weights follow the trained
+ones, θ_old ← η θ_old + (1 − η) θ, where η grows with the iterations.
 """
 
 import contextlib
@@ -29,23 +30,24 @@ class NFTConfig(FinalSampleConfig):
     """DiffusionNFT's settings."""
 
     group_size: int = 24
-    """Neighbouring samples of one prompt, G."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     lr: float = 3e-4
     """AdamW's learning rate (published for LoRA)."""
     reference_coef: float = 1e-4
-    """Weight λ of mean |output − base model's output|²; 0 spares the reference."""
+    """Weight λ of mean |output − base model's output|²; with 0 the reference is not computed."""
     strength: float = 1.0
-    """How far the positive and the negative policy lie from the sampling one, b."""
+    """How far the positive and the negative policy lie from the sampling policy, b."""
     advantage_clip: float = 5.0
-    """Advantages are cut at ± this, A_max."""
+    """Advantages are clipped to the range from minus this to plus this, A_max."""
     advantage_std: StdOver = "group"
-    """Whose std divides the advantages."""
+    """Which std divides the advantages: that of the group ("group"), that of all the rollout's gaps to their group's
+    mean ("batch"), or that of all the rollout's rewards ("rewards")."""
     adaptive: bool = True
-    """Divide by w±; otherwise by 1."""
+    """Divide the squared error of each sample's x̂0 by its mean absolute error, w±."""
     old_decay: float = 0.5
-    """The most that η, the share of the sampling weights that an update keeps, grows to."""
+    """Largest share of the sampling weights that an update keeps, η; the rest comes from the trained weights."""
     old_decay_slope: float = 0.001
-    """What η grows by in every iteration, up to old_decay; 0 samples with the newest weights."""
+    """Growth of the share η per iteration, from 0 until it reaches old_decay. With 0 the newest weights sample."""
 
 
 class NFT(FinalSampleAgent):
@@ -76,7 +78,7 @@ class NFT(FinalSampleAgent):
             raise ValueError(f"old_decay must lie in [0, 1), not {self.config.old_decay}")
 
     def rollout_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the policy has the sampling weights."""
+        """A context in which the policy has the sampling weights."""
         return self.weights(self.old)
 
     def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
@@ -89,7 +91,7 @@ class NFT(FinalSampleAgent):
         return {"q": self.advantages(rollout)["advantage"] / (2 * self.config.advantage_clip) + 0.5}
 
     def others(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:
-        """As in `FinalSampleAgent.others`; and the "old" weights, those that sample."""
+        """As in `FinalSampleAgent.others`, with the sampling weights as "old"."""
         return {**super().others(), "old": self.rollout_weights}
 
     def loss(self, batch: NoisedBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -106,7 +108,7 @@ class NFT(FinalSampleAgent):
         return mean_square(gap) / gap.detach().flatten(1).abs().mean(1).clamp(min=1e-5)
 
     def update(self, rollout: Rollout, iteration: int) -> dict[str, float]:
-        """As in `Agent.update`; then the sampling weights follow."""
+        """As in `Agent.update`; afterwards the sampling weights follow the trained ones."""
         figures = super().update(rollout, iteration)
         decay = min(self.config.old_decay_slope * iteration, self.config.old_decay)
         follow(self.old, self.trained, decay)

@@ -18,13 +18,14 @@ class DenoisingPolicy(TensorDictModuleBase):
     ``action_log_prob`` (0 at steps that are deterministic), so it acts in the TorchRL environment as it is.
 
     Args:
-        mdp: whose model, schedule and prompts the policy uses.
+        mdp: the environment; the policy uses its model, schedule and prompts.
         kernel: a name in `denoise_env.kernels.KERNELS`; default: "ddim" on a diffusion, "dance_sde" on a flow.
         eta: the kernel's noise level; default: the kernel's own.
-        last_step: see `denoise_env.kernels.Kernel`.
-        reduction: of log-probs over latent dimensions. "squared_error" is no density: −mean (x' − mean)², which
-            published code for CPS takes for one; it leaves out 1/(2 std²). For parity with such code only.
-        seed: of the noise that ``forward`` draws.
+        last_step: "sde" or "ode", as in `denoise_env.kernels.Kernel`; default: the kernel's own.
+        reduction: how log-probs are reduced over latent dimensions, "mean" or "sum". "squared_error" is −mean (x' −
+            μ)², with x' the action and μ the step's mean. That is no log-density, as 1/(2 std²) is missing; it is for
+            parity with published code for CPS.
+        seed: seed of the noise that ``forward`` draws.
 
     Attributes:
         network_calls: what the policy has cost so far, in rows given to the network: 1 for a forward pass, 3 with
@@ -58,7 +59,13 @@ class DenoisingPolicy(TensorDictModuleBase):
         self.network_calls = 0
 
     def predict(self, latents: Tensor, step: int | Tensor, conditioning: TensorDict) -> Tensor:
-        """The network's output ``[B, *latent]``; arguments as in ``transition``."""
+        """The network's output ``[B, *latent]``.
+
+        Args:
+            latents: ``[B, *latent]``, x_k.
+            step: k, one for the batch or ``[B]``.
+            conditioning: ``[B]``, of the latents' prompts.
+        """
         self.network_calls += len(latents) * self.model.rows_per_sample * (3 if torch.is_grad_enabled() else 1)
         timestep = self.timesteps[step if isinstance(step, int) else step.to(self.timesteps.device)]
         if self.model.compiled:  # a stride is part of a shape: one compiled form serves every step
@@ -71,16 +78,16 @@ class DenoisingPolicy(TensorDictModuleBase):
         """The Gaussian of the next latents: one network call, one kernel evaluation.
 
         Args:
-            latents: ``[B, *latent]``.
-            step: one for the batch, or ``[B]`` (best on the CPU, see `Kernel.transition`).
-            conditioning: ``[B]``.
-            kernel: default: the policy's.
+            latents: ``[B, *latent]``, x_k.
+            step: k, one for the batch or ``[B]`` (best on the CPU, see `Kernel.transition`).
+            conditioning: ``[B]``, of the latents' prompts.
+            kernel: the kernel to use instead of the policy's.
         """
         output = self.predict(latents, step, conditioning)
         return (kernel or self.kernel).transition(latents, output, step)
 
     def log_prob(self, transition: Transition, action: Tensor) -> Tensor:
-        """Log-prob ``[B]`` in the policy's reduction."""
+        """Log-prob ``[B]`` of ``action [B, *latent]``, in the policy's reduction."""
         if self.squared_error:
             return -(action.to(transition.mean.dtype) - transition.mean).flatten(1).square().mean(1)
         return transition.log_prob(action, self.reduction)
@@ -90,8 +97,8 @@ class DenoisingPolicy(TensorDictModuleBase):
         latents = tensordict["latents"].to(self.model.dtype)
         step = tensordict["step"].long()
         flat = latents.reshape(-1, *self.model.latent_shape)
-        rows = self.mdp.conditioning.rows(tensordict["prompt_index"].reshape(-1))
-        transition = self.transition(flat, step.reshape(-1), rows)
+        conditioning = self.mdp.conditioning.rows(tensordict["prompt_index"].reshape(-1))
+        transition = self.transition(flat, step.reshape(-1), conditioning)
         noise = torch.empty_like(flat).normal_(generator=self.generator)
         action = transition.sample(noise)
         random = transition.std.flatten() > 0

@@ -27,5 +27,5 @@ class PPO(ActorCritic, ClippedSurrogate):
     config: PPOConfig
 
     def scale(self, raw: Tensor, valid: Tensor) -> Tensor:
-        """As in `ActorCritic.scale`: whitened, and cut at ± ``advantage_clip``."""
+        """As in `ActorCritic.scale`; here whitened, and clipped to ± ``advantage_clip``."""
         return self.over_all_rows(whiten, raw, valid).clamp(-self.config.advantage_clip, self.config.advantage_clip)

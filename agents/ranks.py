@@ -1,4 +1,4 @@
-"""How an iteration's episodes are divided among processes, and what they tell each other."""
+"""How an iteration's episodes are divided among processes, and how the processes exchange tensors."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Ranks:
-    """One of ``size`` processes that train together; by default the only one.
+    """One of ``size`` processes that train together; by default there is one.
 
-    An iteration's rows are divided by the parts of its update: of each part a rank takes an equal run of neighbours,
-    the first rank the first. So a part holds the same episodes whatever the number of ranks.
+    An update has one or several parts, one optimizer step each. Of the episodes of each part every rank takes an equal
+    run of neighbours, rank 0 the first. So a part holds the same episodes whatever the number of ranks.
 
     Attributes:
         rank: this process's number, from 0; 0 writes the files.
-        size: how many there are.
+        size: the number of processes.
     """
 
     rank: int = 0
@@ -28,26 +28,26 @@ class Ranks:
 
     @classmethod
     def present(cls) -> "Ranks":
-        """Those of ``torch.distributed``'s default process group, or the only one where there is no group."""
+        """This process in ``torch.distributed``'s default process group; without a group, the only process."""
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else cls()
 
     def mine(self, rows: Sequence[Item], parts: int = 1) -> list[Item]:
-        """This rank's of all ``rows``, which must be divisible by parts times ranks."""
+        """This rank's share of all ``rows``, whose number must be divisible by parts times ranks."""
         return [rows[i] for i in self._place(len(rows), parts)[self.rank].tolist()]
 
     def gather(self, rows: Tensor, parts: int = 1) -> Tensor:
-        """All ranks' ``rows [B, ...]`` in the order in which ``mine`` found them."""
+        """The ``rows [B, ...]`` of all ranks, in the order that they had before `mine` divided them."""
         if self.size == 1:
             return rows
         place = self._place(len(rows) * self.size, parts).flatten().to(rows.device)
         return torch.empty_like(found := self.each(rows).flatten(0, 1)).index_copy_(0, place, found)
 
     def _place(self, total: int, parts: int) -> Tensor:
-        """``[size, rows of a rank]``: where each rank's rows are among all."""
+        """The place of each rank's rows among all rows, ``[size, rows of a rank]``."""
         return torch.arange(total).view(parts, self.size, -1).transpose(0, 1).flatten(1)
 
     def each(self, tensor: Tensor) -> Tensor:
-        """Every rank's tensor, of one shape, stacked by rank."""
+        """The tensors of all ranks, stacked ``[size, ...]``; all must have the same shape."""
         if self.size == 1:
             return tensor[None]
         tensor = tensor.contiguous()

@@ -2,8 +2,8 @@
 
     L = −mean A_i ℓ_θ,        A_i = r_i − mean of the other G − 1 rewards of i's prompt.
 
-The baseline does not depend on sample i, so the gradient is unbiased; nothing is clipped or divided by a std. One
-optimizer step per rollout.
+The baseline does not depend on sample i, so the gradient is unbiased. Nothing is clipped or divided by a std. Every
+rollout has one optimizer step.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class RLOOConfig(TrajectoryConfig):
     """RLOO's settings."""
 
     timestep_fraction: float = 1.0
-    """Share of the trainable steps that each update recomputes."""
+    """Share of the trainable steps that each update trains: ceil(share · steps) of them, drawn at random."""
 
 
 class RLOO(TrajectoryAgent):
@@ -32,9 +32,9 @@ class RLOO(TrajectoryAgent):
     on_policy = True
 
     def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
-        """As in `Agent.reward_advantages`."""
+        """As in `Agent.reward_advantages`: the reward minus the mean of the others in its group."""
         return leave_one_out(rewards, rollout.scores.valid, self.group_size)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """As in `TrajectoryAgent.loss`."""
+        """As in `TrajectoryAgent.loss`: −A ℓ_θ."""
         return -batch.advantage * batch.log_prob, {}

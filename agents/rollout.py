@@ -23,12 +23,13 @@ class Rollout:
         steps: TensorDict ``[B, K]`` with ``latents`` and ``action`` (two views of one ``[B, K+1, *latent]``
             tensor), ``action_log_prob`` (NaN at deterministic steps), and ``step`` and ``prompt_index``
             (expanded views); with ``keep_means`` also the Gaussians' ``mean``.
-        store: knows the prompts' conditioning.
+        store: holds the prompts' conditioning.
         final_latents: ``[B, *latent]``, a view.
         scores: the rewards of the episodes.
-        group_size: G; groups are neighbouring rows with one prompt.
-        kernel: whose steps these are.
-        seeds: each episode's own, that of the generator it was drawn with; what is drawn for it later follows too.
+        group_size: G; each run of G neighbouring episodes is a group, with one prompt.
+        kernel: the kernel that made the steps.
+        seeds: each episode's own seed, that of the generator it was drawn with; what training draws for the episode
+            follows from it too.
     """
 
     steps: TensorDict
@@ -41,7 +42,7 @@ class Rollout:
 
     @property
     def prompt_index(self) -> torch.Tensor:
-        """``[B]`` into the MDP's prompts."""
+        """Each episode's place ``[B]`` in the MDP's prompts."""
         return self.steps["prompt_index"][:, 0]
 
     def conditioning(self, episodes: torch.Tensor | slice) -> TensorDict:
@@ -65,13 +66,13 @@ def begin(
     group_size: int = 1,
     shared_noise: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reset, and draw every step's noise into the rollout's own latents.
+    """Reset, and draw the noise of every step into the tensor that will hold the rollout's latents.
 
     Args:
         mdp: the environment.
-        generators: one CPU generator per row; row i's draws come from ``generators[i]`` alone.
+        generators: one CPU generator per episode; episode i's draws come from ``generators[i]`` alone.
         prompts: one per group; default: drawn by the reset.
-        group_size: G.
+        group_size: G, the number of neighbouring episodes with one prompt.
         shared_noise: whether a group starts from the same latents.
 
     Returns:
@@ -92,7 +93,7 @@ def begin(
 
 
 def shared_steps(kernel: Kernel) -> int:
-    """How many network calls a group from one initial noise has in common: up to its first stochastic step's."""
+    """How many network calls a group from one initial noise has in common: those up to its first stochastic step."""
     found = kernel.stochastic.nonzero()
     return int(found[0]) + 1 if len(found) else len(kernel.stochastic)
 
@@ -111,15 +112,15 @@ def denoise(
     """Run every episode to its end, in place.
 
     Args:
-        mdp: whose K, model and prompts count.
-        policy: acts.
+        mdp: the environment, for K, the model and the prompts.
+        policy: the policy that acts.
         latents: ``[B, K+1, *latent]``; on entry x_0 and then the K standard normal draws, on return the states.
-        prompt_index: ``[B]``.
-        microbatch: rows per network call; default all.
-        kernel: default: the policy's.
-        share: neighbouring rows that have prompt and x_0 in common. Their first `shared_steps` network calls are
-            made once for all of them; the results differ by what the batch size does to a network's rounding.
-        visit: called with (rows, k, latents, transition) at every step.
+        prompt_index: ``[B]``, each episode's place in the MDP's prompts.
+        microbatch: episodes per network call; default: all.
+        kernel: the kernel to use instead of the policy's.
+        share: how many neighbouring episodes have prompt and x_0 in common. Their first `shared_steps` network calls
+            are made once for all of them; the results differ only as the batch size changes the network's rounding.
+        visit: called at every step with a slice of the episodes, k, their latents and their `Transition`.
 
     Returns:
         Log-probs ``[B, K]`` float32, NaN at deterministic steps.
@@ -169,20 +170,20 @@ def collect(
 ) -> Rollout:
     """Roll the policy out from a reset and score the results.
 
-    Row i's noise, the first latents' and every step's, comes from ``generators[i]`` alone: it depends neither
-    on the batch nor on the microbatch it is in.
+    Episode i's noise, that of the first latents and of every step, comes from ``generators[i]`` alone: it depends
+    neither on the batch nor on the microbatch that the episode is in.
 
     Args:
         mdp: the environment.
-        policy: acts.
-        generators: as in `begin`, and so ``prompts``, ``group_size`` and ``shared_noise``.
-        prompts: see there.
-        group_size: see there.
-        shared_noise: see there.
-        microbatch: rows per network call; default all.
-        kernel: default: the policy's.
-        share_prefix: make the network calls that a group with ``shared_noise`` has in common once.
-        keep_means: keep the Gaussians' means, as much memory again as the latents.
+        policy: the policy that acts.
+        generators: one CPU generator per episode.
+        prompts: one per group; default: drawn by the reset.
+        group_size: G, the number of neighbouring episodes with one prompt.
+        shared_noise: whether a group starts from the same latents.
+        microbatch: episodes per network call; default: all.
+        kernel: the kernel to use instead of the policy's.
+        share_prefix: whether to make the network calls that a group with ``shared_noise`` has in common once.
+        keep_means: whether to keep the Gaussians' means, which take as much memory as the latents.
 
     Raises:
         ValueError: numbers that do not divide, or bad prompts.

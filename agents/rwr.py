@@ -19,11 +19,11 @@ class RWRConfig(FinalSampleConfig):
     """RWR's settings."""
 
     group_size: int = 1
-    """Neighbouring samples of one prompt."""
+    """Neighbouring samples of one prompt, G. They form a group."""
     temperature: float = 0.2
-    """Temperature τ of the weights exp(r/τ), in the reward's unit."""
+    """Temperature τ of the weights exp(r/τ), in the unit of the reward r."""
     normalise: bool = True
-    """Divide the weights by their mean, so that neither the reward's zero nor τ scales the learning rate."""
+    """Divide the weights by their mean, so that shifting the reward or changing τ does not scale the learning rate."""
 
 
 class RWR(FinalSampleAgent):
@@ -38,7 +38,7 @@ class RWR(FinalSampleAgent):
         self.require_positive("temperature")
 
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
-        """The weights, 0 for samples that could not be scored."""
+        """The weights ``[B]``, 0 for samples that could not be scored."""
         return {"weight": self.over_all_rows(self.weigh, rollout.scores.total, rollout.scores.valid)}
 
     def weigh(self, total: Tensor, valid: Tensor) -> Tensor:

@@ -15,16 +15,17 @@ from agents.trajectory import Batch, TrajectoryAgent, TrajectoryConfig
 
 @dataclass
 class SurrogateConfig(TrajectoryConfig):
-    """What every agent needs whose ratio is clipped."""
+    """The settings of every agent whose ratio is clipped."""
 
     clip_range: float = 1e-4
-    """ε of the clipped ratio; for the mean log-prob, whose ratio is (true ratio)^(1/D)."""
+    """The ratio is clipped to 1 ± this value, ε. The default is for the mean log-prob, whose ratio is the D-th root of
+    the true ratio, D being the number of latent dimensions."""
     advantage_clip: float = 5.0
-    """Advantages are cut at ± this."""
+    """Advantages are clipped to the range from minus this to plus this."""
 
 
 class ClippedSurrogate(TrajectoryAgent):
-    """An agent whose ratio is clipped; arguments and errors as in `Agent`."""
+    """The base of agents whose ratio is clipped; arguments and errors as in `Agent`."""
 
     config_type = SurrogateConfig
 
@@ -33,16 +34,16 @@ class ClippedSurrogate(TrajectoryAgent):
         self.require_positive("clip_range", "advantage_clip")
 
     def ratio(self, batch: Batch) -> Tensor:
-        """ρ ``[N]``."""
+        """The ratio ρ ``[N]`` that the loss clips."""
         return (batch.log_prob - batch.old_log_prob).exp()
 
     def surrogate(self, batch: Batch, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """The clipped loss ``[N]``, and where the ratio is out of its range."""
+        """The clipped loss ``[N]``, and a mask ``[N]`` of where the ratio lies outside 1 ± ε."""
         clip = self.config.clip_range
         return clipped(batch.advantage, ratio, clip), (ratio - 1).abs() > clip
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """As in `TrajectoryAgent.loss`."""
+        """As in `TrajectoryAgent.loss`: the clipped surrogate."""
         loss, outside = self.surrogate(batch, self.ratio(batch))
         return loss, {"clip_fraction": outside.float()}
 

@@ -1,7 +1,7 @@
 """TempFlow-GRPO (He et al. 2025, arXiv:2508.04324): credit to the one step where a group branches.
 
 A group follows one ODE trajectory to a random step, takes that step stochastically, and follows the ODE to the end:
-what its samples' rewards differ by is that step's doing. Its policy loss is weighed by the step's noise s√Δ.
+only that step makes its samples, and so their rewards, differ. Its policy loss is weighed by the step's std s√Δ.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,18 @@ class TempFlowConfig(WindowConfig, GRPOConfig):
     """TempFlow-GRPO's settings."""
 
     share_prefix: bool = True
-    """Make the network calls before the branch once per group."""
+    """Make the network calls that a group has in common, those up to the branch, once per group."""
     timestep_fraction: float = 1.0
-    """Share of the window's steps that each update recomputes."""
+    """Share of the window's steps that each update trains: ceil(share · steps) of them, drawn at random."""
     step_weighting: Literal["uniform", "std"] = "std"
-    """Weigh a step's policy loss by its std over the trainable steps' mean."""
+    """Weigh every step's policy loss alike ("uniform"), or by the step's std divided by the mean std of the trainable
+    steps ("std")."""
     window_size: int = 1
-    """Neighbouring steps that are stochastic and trained."""
+    """Size of the window: how many neighbouring steps are stochastic and trained."""
     window_strategy: Literal["progressive", "random", "decay", "frozen"] = "random"
-    """Where the window goes."""
+    """How the window moves between rollouts: from the noisy end to the clean end and then from the beginning again
+    ("progressive"), to a random place ("random"), like "progressive" but ever faster towards the clean end ("decay"),
+    or not at all, staying at the noisy end ("frozen")."""
 
 
 class TempFlow(Windowed, GRPO):

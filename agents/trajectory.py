@@ -1,4 +1,4 @@
-"""What agents share that learn from the log-probs of recorded denoising steps."""
+"""The base of the agents that learn from the log-probs of recorded denoising steps."""
 
 import math
 from abc import abstractmethod
@@ -21,19 +21,22 @@ from denoise_env.kernels import Kernel, Transition
 
 @dataclass
 class TrajectoryConfig(LearningConfig):
-    """What every agent needs that trains recorded steps."""
+    """The settings of every agent that trains recorded steps."""
 
     timestep_fraction: float = 0.6
-    """Share of the trainable steps that each update recomputes: ceil(fraction · steps)."""
+    """Share of the trainable steps that each update trains: ceil(share · steps) of them, drawn at random."""
     timestep_selection: Literal["per_sample", "per_group"] = "per_sample"
-    """Draw the random subset of steps for every sample (DanceGRPO's code) or once per group (its paper)."""
+    """Draw the steps to train for every sample ("per_sample", DanceGRPO's code) or once per group ("per_group", its
+    paper)."""
     step_weighting: Literal["uniform", "std"] = "uniform"
-    """Weigh every step's policy loss alike (DDPO, DanceGRPO), or by its std over the trainable steps' mean
-    (TempFlow-GRPO, in effect GRPO-Guard): a log-prob's gradient grows as 1/std, and the last steps drown the rest."""
+    """Weigh every step's policy loss alike ("uniform": DDPO, DanceGRPO), or by the step's std divided by the mean std
+    of the trainable steps ("std": TempFlow-GRPO, in effect GRPO-Guard). A log-prob's gradient grows as 1/std, so that
+    with "uniform" the last steps, which have the smallest std, outweigh the others."""
     drop_last: bool = True
-    """Never train the last denoising step, as DanceGRPO and Flow-GRPO do."""
+    """Leave the last denoising step out of training, as DanceGRPO and Flow-GRPO do."""
     kl_coef: float = 0.0
-    """Weight β of the KL to the model before training, in the log-prob's reduction; 0 spares the reference."""
+    """Weight β of the KL to the model before training, in the log-prob's reduction; with 0 the reference is not
+    computed."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,16 @@ class Batch:
     """One microbatch of (episode, step) pairs, recomputed with gradient.
 
     Attributes:
-        transition: the present policy's Gaussian.
-        log_prob: ``[N]`` under the present policy, with gradient.
-        old_log_prob: ``[N]`` as recorded in the rollout.
-        advantage: ``[N]``.
+        transition: the Gaussian of the policy as it is now.
+        log_prob: ``[N]``, the action's under the policy as it is now, with gradient.
+        old_log_prob: ``[N]``, the action's as recorded in the rollout.
+        advantage: ``[N]``, of the step's action.
         step: ``[N]``, k.
         latents: ``[N, *latent]``, x_k.
         action: ``[N, *latent]``, x_{k+1}.
-        old_mean: ``[N, *latent]``, where the agent ``needs_means``.
-        examples: ``[N]``, what `TrajectoryAgent.targets` gave.
-        conditioning: ``[N]``.
+        old_mean: ``[N, *latent]``, the mean recorded in the rollout, where the agent ``needs_means``.
+        examples: ``[N]``, what `TrajectoryAgent.targets` returned for these episodes and steps.
+        conditioning: ``[N]``, of the episodes' prompts.
     """
 
     transition: Transition
@@ -68,8 +71,8 @@ class Batch:
 class TrajectoryAgent(Agent):
     """An agent whose examples are recorded steps; arguments and errors as in `Agent`.
 
-    It says what the advantages of one reward are (``reward_advantages``), or else all that its examples hold
-    (``targets``), and what the ``loss`` of a step is.
+    A subclass defines the advantages of one reward (``reward_advantages``) or all that its examples hold (``targets``),
+    and the ``loss`` of a step.
     """
 
     config_type = TrajectoryConfig
@@ -112,21 +115,31 @@ class TrajectoryAgent(Agent):
         """The policy loss ``[N]`` of a microbatch and figures ``[N]`` to log."""
 
     def auxiliary_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """A loss ``[N]`` that ``step_weighting`` does not scale, a critic's say, and figures."""
+        """A loss ``[N]`` that ``step_weighting`` does not scale (such as a critic's) and figures ``[N]`` to log."""
         return None
 
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
-        """What the examples hold, ``[B]`` or ``[B, K]`` by name: the "advantage", and what else the loss needs."""
+        """What the examples hold, ``[B]`` or ``[B, K]`` by name: the "advantage" and what else the loss needs."""
         return self.advantages(rollout)
 
     def divergence(self, transition: Transition, reference: Transition, step: Tensor) -> Tensor:
-        """What ``kl_coef`` weighs, ``[N]``: the KL in the policy's reduction."""
+        """The divergence ``[N]`` that ``kl_coef`` weighs: here the KL in the policy's reduction.
+
+        Args:
+            transition: the Gaussians of the policy as it is now.
+            reference: those of the model before training.
+            step: ``[N]``, k.
+        """
         return transition.kl(reference, self.policy.reduction)
 
     def select_steps(self, seeds: Sequence[int], kernel: Kernel | None = None) -> Tensor:
-        """The steps to train ``[B, T]``, a random subset per row, T = ceil(fraction · trainable steps).
+        """The steps to train ``[B, T]``, a random subset per episode, T = ceil(timestep_fraction · trainable steps).
 
-        A row's follow from its episode's seed, or "per_group" from that of its group's first episode.
+        An episode's steps follow from its own seed, or with "per_group" from the seed of its group's first episode.
+
+        Args:
+            seeds: the seeds of B episodes.
+            kernel: the kernel of their rollout; default: the policy's.
         """
         trainable = self.trainable_steps if kernel is None else self.steps_of(kernel)
         count = math.ceil(self.config.timestep_fraction * len(trainable) - 1e-9)
@@ -136,9 +149,8 @@ class TrajectoryAgent(Agent):
 
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
         """As in `Agent.examples`: (episode, step) pairs with their advantages."""
-        rows = len(rollout)
         steps = self.select_steps(rollout.seeds, rollout.kernel)
-        episode = torch.arange(rows)[:, None].expand(steps.shape)
+        episode = torch.arange(len(rollout))[:, None].expand(steps.shape)
         picked = {
             name: value.gather(1, steps.to(value.device)) if value.ndim > 1 else value[:, None].expand(steps.shape)
             for name, value in self.targets(rollout).items()
@@ -160,11 +172,11 @@ class TrajectoryAgent(Agent):
         self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As in `Agent.example_loss`."""
-        rows, steps = examples["episode"], examples["step"]
-        latents, action, old = (rollout.steps[key][rows, steps] for key in ("latents", "action", "action_log_prob"))
+        episode, steps = examples["episode"], examples["step"]
+        latents, action, old = (rollout.steps[key][episode, steps] for key in ("latents", "action", "action_log_prob"))
         transition = self.policy.transition(latents, steps, conditioning, rollout.kernel)
         log_prob = self.policy.log_prob(transition, action)
-        old_mean = rollout.steps["mean"][rows, steps] if self.needs_means else None
+        old_mean = rollout.steps["mean"][episode, steps] if self.needs_means else None
         advantage = examples["advantage"]
         batch = Batch(transition, log_prob, old, advantage, steps, latents, action, old_mean, examples, conditioning)
         loss, figures = add_losses(examples, lambda e: self.loss(replace(batch, advantage=e["advantage"], examples=e)))
@@ -184,10 +196,10 @@ class TrajectoryAgent(Agent):
 
 
 def kl_estimate(log_ratio: Tensor) -> Tensor:
-    """KL(old ‖ new) from log new(x) − log old(x) of x ~ old, ``[N]`` float64: unbiased, and at least 0.
+    """An unbiased estimate of KL(old ‖ new), ``[N]`` float64 and ≥ 0, from L = log new(x) − log old(x), x ~ old.
 
-    It is k3 = exp(L) − 1 − L of Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html), whose
-    mean is the KL because exp(L) has the mean 1. L is that of all latent dimensions together. Beyond exp(500), where
-    no sample tells the mean any more, it grows no further.
+    It is exp(L) − 1 − L, called k3 in Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html).
+    Its mean is the KL because exp(L) has the mean 1. L belongs to all latent dimensions together. In exp(L) it is cut
+    at 500, so that the result stays finite.
     """
     return log_ratio.clamp(max=500).expm1() - log_ratio

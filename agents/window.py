@@ -1,7 +1,7 @@
 """A window of stochastic steps in an otherwise deterministic trajectory.
 
-Outside its window the kernel is the ODE: there a group from one initial noise stays one trajectory, which is computed
-once (``share_prefix``), and only the window's steps are trained.
+Outside the window the kernel is the ODE, and only the window's steps are trained. Before the window, a group from one
+initial noise is one trajectory, which can be computed once for all its samples (``share_prefix``).
 """
 
 from dataclasses import dataclass
@@ -16,21 +16,23 @@ from denoise_env.kernels import Kernel
 
 @dataclass
 class WindowConfig:
-    """Where the window lies."""
+    """The settings of the window: its size, and how it moves between rollouts."""
 
     window_size: int = 4
-    """Neighbouring steps that are stochastic and trained, w."""
+    """Size of the window: how many neighbouring steps are stochastic and trained, w."""
     window_strategy: Literal["progressive", "random", "decay", "frozen"] = "progressive"
-    """Slide from noisy to clean and begin again; draw anew for every rollout; slide, ever faster towards the clean
-    end; or stay at the noisy end."""
+    """How the window moves between rollouts: from the noisy end to the clean end and then from the beginning again
+    ("progressive"), to a random place ("random"), like "progressive" but ever faster towards the clean end ("decay"),
+    or not at all, staying at the noisy end ("frozen")."""
     window_stride: int = 1
-    """Steps that a slide moves the window by, s."""
+    """How many steps the window moves at a time with "progressive" and "decay", s."""
     window_every: int = 25
-    """Iterations between slides, τ."""
+    """How many iterations the window stays in one place with "progressive", and at most with "decay", τ."""
     window_decay: float = 0.1
-    """"decay": position l stays τ exp(−k · max(l − start, 0)) iterations; this is k …"""
+    """How much faster the window moves with "decay": it stays at step l for τ exp(−window_decay · max(l −
+    window_decay_start, 0)) iterations, and at least for one."""
     window_decay_start: int = 13
-    """… and this is the start."""
+    """The step up to which the window does not yet move faster with "decay"."""
 
 
 class Windowed(TrajectoryAgent):

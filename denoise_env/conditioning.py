@@ -1,4 +1,4 @@
-"""Prompts by index, and what they are encoded to: made once, kept on the host or on disk, on the device by row."""
+"""Prompts by index and their encodings, which are made once, kept on the host or on disk, and brought to the device."""
 
 import hashlib
 import json
@@ -28,15 +28,15 @@ class ConditioningStore:
     their conditioning.
 
     Args:
-        model: encodes.
-        host_bytes: budget of rows kept on the host; beyond it the least recently used is dropped, and encoded (or
-            read) anew when it is asked for again.
-        device_bytes: budget of rows kept on the device, beside those that a caller holds. On a CPU model there is
-            no second copy.
-        directory: also keep rows on disk, there, memory-mapped; other processes may share it.
+        model: the model that encodes the prompts.
+        host_bytes: budget of rows kept on the host. Beyond it the least recently used row is dropped, and encoded again
+            (or read from disk) when it is next asked for.
+        device_bytes: budget of rows kept on the device, not counting those that a caller holds. For a model on the
+            CPU there is no second copy.
+        directory: where to keep rows on disk too, memory-mapped; other processes may share it. Default: nowhere.
 
     Attributes:
-        prompts: what indices point into; a prompt never changes its place.
+        prompts: the prompts that indices point into; a prompt never changes its place.
         encoded: how many prompts have been encoded.
 
     Raises:
@@ -70,10 +70,10 @@ class ConditioningStore:
         return self._device.size
 
     def index(self, prompts: Sequence[str | Prompt]) -> Tensor:
-        """Indices ``[P]`` int64 on the CPU; prompts not seen before join. Nothing is encoded.
+        """Indices ``[P]`` int64 on the CPU of P prompts. New prompts join the store; nothing is encoded yet.
 
         Raises:
-            ValueError: no prompts, or one that the model does not take; none has joined then.
+            ValueError: there are no prompts, or one that the model does not take; none has joined then.
         """
         found = check_prompts(prompts, allow_empty="" in (self.model.vocabulary or ()))
         for prompt in found:
@@ -240,7 +240,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def fingerprint(model: DenoisingModel) -> str:
-    """What tells one checkpoint's conditioning from another's: a digest of its encoders, and the dtype.
+    """What tells the conditioning of one checkpoint from that of another: a digest of its encoders, and the dtype.
 
     Of every parameter its name, shape and up to 64 entries are read, so that billions of them take well under a
     second.

@@ -31,15 +31,15 @@ class ActionConvention(ABC):
     """What an agent's action does to the base sampler.
 
     Args:
-        mdp: whose model's reference is the base sampler: a copy of its trainable weights, as they are now or as they
-            were when `DenoisingModel.keep_reference` was first called.
-        kernel: of the base sampler, as in `DenoisingMDP.kernel`.
-        eta: its noise level.
-        last_step: see `denoise_env.kernels.Kernel`.
+        mdp: the environment. The base sampler has its model's weights as they are now, or as they were when
+            `DenoisingModel.keep_reference` was first called.
+        kernel: the base sampler's kernel, as in `DenoisingMDP.kernel`.
+        eta: the kernel's noise level; default: the kernel's own.
+        last_step: "sde" or "ode", as in `denoise_env.kernels.Kernel`; default: the kernel's own.
 
     Attributes:
-        shape: of one row's action; its numbers lie in [−bound, bound] and are clipped to it.
-        draws_noise: whether ``next_latents`` needs ``noise``.
+        shape: the shape of one row's action, whose numbers lie in [−bound, bound] and are clipped to that.
+        draws_noise: whether `next_latents` needs ``noise``.
 
     Raises:
         ValueError: an unknown kernel, or one that does not fit the model's path.
@@ -66,7 +66,7 @@ class ActionConvention(ABC):
         """The base sampler's Gaussian; of its last step for rows that are at their end.
 
         Args:
-            state: ``[B]``.
+            state: B states.
             guidance_scale: ``[B]``; default: the model's.
         """
         model, step = self.mdp.model, state.step.clamp(max=self.mdp.num_steps - 1)
@@ -80,9 +80,9 @@ class ActionConvention(ABC):
         """The environment's own action ``[B, *latent]``.
 
         Args:
-            state: ``[B]``.
-            action: ``[B, *shape]``.
-            noise: ``[B, *latent]`` standard normal draws, where ``draws_noise``.
+            state: B states.
+            action: ``[B, *shape]``, the agent's actions.
+            noise: ``[B, *latent]`` standard normal draws, where ``draws_noise`` is true.
         """
 
     def _need_noise(self, what: str) -> None:
@@ -93,15 +93,15 @@ class ActionConvention(ABC):
 
 
 class Noise(ActionConvention):
-    """The action is the noise: a ~ N(0, I) is exactly the base sampler, and 0 its mean.
+    """The action is the noise: actions drawn from N(0, I) are exactly the base sampler, and 0 is its mean.
 
     Deterministic steps (std 0) ignore the action.
 
     Args:
-        mdp: as in `ActionConvention`, and so ``options``.
-        bound: actions are clipped to ±bound; far out, so that a normal draw never is. An agent whose first actions
-            are uniform in the box (SAC) starts nearer to the sampler with about 2.
-        options: see there.
+        mdp: the environment, as in `ActionConvention`.
+        bound: actions are clipped to ±bound. The default is so large that normal draws are not clipped. For an agent
+            whose first actions are uniform in the box (SAC), about 2 is closer to the sampler.
+        options: the base sampler's ``kernel``, ``eta`` and ``last_step``, as in `ActionConvention`.
 
     >>> mdp = DenoisingMDP.make("points")
     >>> convention = Noise(mdp, eta=0.5)
@@ -127,7 +127,7 @@ class Noise(ActionConvention):
 class Control(ActionConvention):
     """The action is a few numbers per step, 0 for the base sampler, and the noise is drawn for the agent.
 
-    Each control has a range; −1, 0 and 1 are its low end, its neutral value and its high end, linear between.
+    Each control has a range. −1, 0 and 1 are its low end, its neutral value and its high end, and it is linear between.
 
     | control | numbers | what it does | low, neutral, high |
     |---|---|---|---|
@@ -135,15 +135,17 @@ class Control(ActionConvention):
     | noise_scale | 1 | multiplies the noise, and so the kernel's std | 0, 1, 1.5 |
     | drift | channels | shifts a latent channel's mean, in units of that mean's own noise | −3, 0, 3 |
 
-    At its neutral value `guidance_scale` is the base sampler to rounding, and the others are to the bit.
+    With all controls neutral the result is the base sampler's: up to rounding where `guidance_scale` is among them, to
+    the bit where it is not.
 
     Args:
-        mdp: as in `ActionConvention`, and so ``options``.
-        controls: name → (low, high) around the neutral value; default: all that the model has, with the ranges above.
-        options: see there.
+        mdp: the environment, as in `ActionConvention`.
+        controls: name → (low, high), with the neutral value between; default: all that the model has, with the table's
+            ranges.
+        options: the base sampler's ``kernel``, ``eta`` and ``last_step``, as in `ActionConvention`.
 
     Attributes:
-        names: one per number of the action.
+        names: one name per number of the action.
 
     Raises:
         ValueError: an unknown control, or one without effect here, or a range that its neutral value is not inside.
@@ -226,11 +228,11 @@ class Control(ActionConvention):
 
 
 class RowNoise:
-    """The base sampler's own noise: K draws from a row's stream when it takes its first step, kept for the episode.
+    """The base sampler's own noise: K draws from a row's stream at its first step, kept for the episode.
 
     Args:
-        mdp: K and the latents' shape.
-        streams: the environment's.
+        mdp: the environment, for K and the latents' shape.
+        streams: the environment's random streams.
     """
 
     def __init__(self, mdp: DenoisingMDP, streams: RowStreams) -> None:
@@ -238,7 +240,7 @@ class RowNoise:
         self._draws: Tensor | None = None
 
     def __call__(self, step: Tensor) -> Tensor:
-        """``[B, *latent]`` for rows at ``step [B]``."""
+        """The noise ``[B, *latent]`` of rows that are at ``step [B]``."""
         model, rows = self._mdp.model, torch.arange(len(step))
         began = rows if self._draws is None else (step == 0).nonzero()[:, 0].cpu()
         if len(began):
@@ -253,12 +255,12 @@ class Flat:
     """One vector per row for agents with a multilayer perceptron: latents, progress k / K, pooled conditioning.
 
     Args:
-        mdp: whose states are read.
+        mdp: the environment whose states are read.
         parts: which of "latents", "step" and "prompt", in this order.
-        max_dimensions: refuses vectors that are longer.
+        max_dimensions: the largest length that is accepted.
 
     Attributes:
-        size: F, how long the vector is.
+        size: the vector's length F.
 
     Raises:
         ValueError: an unknown part, or a vector that is too long.
@@ -290,7 +292,7 @@ class Flat:
             )
 
     def __call__(self, state: State) -> Tensor:
-        """``[B, size]`` float32 of a state ``[B]``."""
+        """The vectors ``[B, size]`` float32 of B states."""
         values = {
             "latents": lambda: state.latents.flatten(1).float(),
             "step": lambda: state.step[:, None] / self.mdp.num_steps,

@@ -1,4 +1,4 @@
-"""What the Gymnasium and the TorchRL face share: their MDP, reset options, the rows' random streams."""
+"""What the Gymnasium and the TorchRL environments share: their MDP, reset options, the rows' random streams."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,9 +45,9 @@ class ResetRequest:
 
     Attributes:
         mask: ``[num_envs]`` bool, the rows that begin anew.
-        prompts: one per group of these rows, or ``None`` to draw.
-        group_size: G neighbouring rows share a prompt.
-        shared_noise: whether they share their initial latents too.
+        prompts: one per group of these rows, or ``None`` to draw them.
+        group_size: how many neighbouring rows share a prompt, G.
+        shared_noise: whether the rows of a group share their initial latents too.
     """
 
     mask: NDArray[np.bool_]
@@ -121,8 +121,8 @@ class RowStreams:
         """Begin the episodes of the masked rows; nothing has changed if it raises.
 
         Args:
-            mdp: where they begin.
-            request: rows, prompts and groups.
+            mdp: the environment in which they begin.
+            request: the rows, their prompts and groups.
             seed: row i gets ``seed + i``, or the i-th of a sequence; a row without one continues its stream.
             draw_seed: a seed for rows that have neither seed nor stream.
         """

@@ -1,4 +1,4 @@
-"""The Gymnasium face: `DenoiseVectorEnv`, and `DenoiseEnv`, one row of it."""
+"""The single Gymnasium environment: `DenoiseEnv`, one row of a `DenoiseVectorEnv`."""
 
 from typing import Any
 
@@ -16,14 +16,14 @@ __all__ = ["DenoiseEnv", "DenoiseVectorEnv"]
 class DenoiseEnv(gymnasium.Env[dict[str, Any], Any]):
     """One denoising process: `DenoiseVectorEnv` with one row and autoreset "disabled".
 
-    ``num_steps`` is the number of denoising steps; ``gymnasium.make`` keeps ``max_episode_steps`` to itself,
-    for a time limit that truncates. With ``output="torch"`` give it ``disable_env_checker=True``: Gymnasium's
+    ``num_steps`` is the number of denoising steps; ``gymnasium.make`` does not hand on ``max_episode_steps``, which it
+    uses for a time limit that truncates. With ``output="torch"`` give it ``disable_env_checker=True``: Gymnasium's
     passive checker warns about all that is not numpy.
 
     Args:
-        model: as there.
-        render_mode: as there.
-        options: the others of `DenoiseVectorEnv`.
+        model: as in `DenoiseVectorEnv`.
+        render_mode: as in `DenoiseVectorEnv`.
+        options: the other arguments of `DenoiseVectorEnv`.
 
     >>> env = DenoiseEnv("points", num_steps=1, prompts=["ring"])
     >>> observation, info = env.reset(seed=0)

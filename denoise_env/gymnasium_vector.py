@@ -1,4 +1,4 @@
-"""The Gymnasium face, batched: `DenoiseVectorEnv`."""
+"""The batched Gymnasium environment: `DenoiseVectorEnv`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -49,18 +49,19 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
     Args:
         model: a name or a checkpoint, see `denoise_env.models.find_family`; `from_mdp` takes live objects.
         num_envs: the number of rows.
-        num_steps: K, 10 by default; ``max_episode_steps`` is Gymnasium's name for it.
-        max_episode_steps: the same as ``num_steps``.
+        num_steps: the number K of denoising steps, 10 by default.
+        max_episode_steps: Gymnasium's name for ``num_steps``; give one of the two.
         rewards: a reward's name, or name → weight.
-        prompts: what a reset draws from.
+        prompts: the prompts that a reset draws from, as in `DenoisingMDP.make`.
         render_mode: ``None`` or "rgb_array", the decoded latents.
-        render_x0: render the model's estimate of the clean latents instead; one network call per ``render``.
+        render_x0: whether to render the model's estimate of the clean latents instead of the latents; it takes one
+            network call per ``render``.
         autoreset_mode: "disabled", "same_step", "next_step", or Gymnasium's enum.
         output: "numpy" (float32 latents) or "torch" (tensors in the model's dtype and on its device, in and
             out; texts and the ``_key`` masks of infos stay numpy).
-        group_size: G of resets that do not name it, autoresets included.
-        shared_noise: likewise.
-        options: ``microbatch`` and ``check_finite`` of `DenoisingMDP`, and the model family's own.
+        group_size: G, how many neighbouring rows share a prompt, in resets that do not say it, autoresets included.
+        shared_noise: whether these rows share their initial latents too, in resets that do not say it.
+        options: ``microbatch`` and ``check_finite`` of `DenoisingMDP`, and the options of the model's family.
 
     Raises:
         ValueError: an argument out of range or unknown.
@@ -171,7 +172,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
 
         Args:
             seed: row i gets ``seed + i``, or the i-th of a list; a row without one continues its stream.
-            options: see the class.
+            options: reset options by name, as the class describes them.
 
         Raises:
             ValueError: a bad option or seed, or groups that an autoreset could not begin together; nothing has changed
@@ -254,7 +255,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         return ResetRequest.parse({"reset_mask": mask}, self.num_envs, **self._defaults)
 
     def _keep_groups_together(self, mask: Mask) -> None:
-        """Refuse to reset rows so that a group which autoresets begin whole would end at different steps."""
+        """Raise a ``ValueError`` for a reset after which rows that autoresets begin as one group would end apart."""
         size = self._defaults["group_size"]
         steps = np.where(mask, 0, self._steps).reshape(-1, size)
         apart = (steps != steps[:, :1]).any(1)

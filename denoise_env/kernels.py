@@ -50,7 +50,7 @@ class Schedule:
         timesteps: ``[K]``, what the network is told at each step.
         alphas: ``[K+1]`` float64, the factor of the clean latents in x_k; the last is (nearly) 1.
         sigmas: ``[K+1]`` float64, the std of the noise in x_k, strictly decreasing; the last is (nearly) 0.
-        path: "diffusion" (α² + σ² = 1) or "flow" (α + σ = 1).
+        path: how α and σ belong together, "diffusion" (α² + σ² = 1) or "flow" (α + σ = 1).
 
     Raises:
         ValueError: lengths that do not fit, no step, a number that is not finite, σ that does not decrease, or α and σ
@@ -152,7 +152,7 @@ class Schedule:
 
 
 def check_num_steps(num_steps: int, at_most: int | None = None) -> None:
-    """Refuse a number of steps below 1 or above ``at_most`` with a ``ValueError``."""
+    """Raise a ``ValueError`` for a number of steps below 1 or above ``at_most``."""
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, not {num_steps}")
     if at_most is not None and num_steps > at_most:
@@ -166,7 +166,7 @@ class Transition:
     Attributes:
         mean: ``[B, *latent]`` float32 (float64 for float64 latents).
         std: broadcastable to ``mean``; one number per row.
-        stochastic: False where the step is known to have std 0 and so no density.
+        stochastic: false where the step is known to have std 0, so that it has no density.
     """
 
     mean: Tensor
@@ -203,7 +203,7 @@ class Transition:
         return _reduce(per_dim.expand_as(self.mean), reduction)
 
     def kl(self, other: "Transition", reduction: Reduction = "mean") -> Tensor:
-        """KL(self ‖ other) ``[B]``; |μ − μ'|²/(2 std²) where the stds agree."""
+        """KL(self ‖ other) ``[B]``; |μ − μ'|²/(2 std²) where the stds agree, with the two means μ and μ'."""
         self._need_density("KL")
         other._need_density("KL")
         z = (self.mean - other.mean) / other.std

@@ -76,22 +76,22 @@ class Scores:
 class DenoisingMDP:
     """K denoising steps of a model, scored at the end.
 
-    Stateless but for the prompts that it knows: randomness comes in through generators, states through arguments.
+    It has no state except the prompts that it knows: randomness comes in through generators, states through arguments.
 
     Args:
-        model: supplies latent shape, noise schedule, prompt encoding and decoding.
-        rewards: name → reward.
+        model: the model that gives latent shape, noise schedule, prompt encoding and decoding.
+        rewards: the rewards by name.
         prompts: the prompts that a reset draws from. Others become known when a reset names them, and are never
             drawn.
-        num_steps: K.
-        reward_weights: name → weight in the scalar reward; 1 each by default.
+        num_steps: the number K of denoising steps.
+        reward_weights: each reward's weight in the scalar reward, by name; default: 1 each.
         microbatch: rows decoded and scored at a time; ``None`` takes the batch whole.
-        check_finite: whether to refuse actions with NaN or infinity; off a CPU that is one sync per step.
-        conditioning: shared with other MDPs of the same model; default: one of its own.
+        check_finite: whether to refuse actions with NaN or infinity. On an accelerator that costs one sync per step.
+        conditioning: a store shared with other MDPs of the same model; default: a new one.
 
     Attributes:
         conditioning: the prompts that ``prompt_index`` points into, and what they are encoded to.
-        drawn: indices of the prompts that a reset draws from.
+        drawn: the indices of the prompts that a reset draws from.
 
     Raises:
         ValueError: no rewards, weights of other names, or what the parts refuse.
@@ -149,15 +149,15 @@ class DenoisingMDP:
             rewards: a reward's name, or name → weight; by default the world's own.
             prompts: a list, or what `load_prompts` takes; by default the world's training prompts, or the model's
                 vocabulary.
-            num_steps: K.
-            microbatch: rows decoded and scored at a time.
+            num_steps: the number K of denoising steps.
+            microbatch: rows decoded and scored at a time; default: all.
             check_finite: whether to refuse actions with NaN or infinity.
             device: where the model lives.
-            options: the model family's.
+            options: the options of the model's family; default: the model's own.
             conditioning_cache: a directory that keeps encoded prompts between runs.
-            conditioning_host_gib: budget of encoded prompts in the host's memory.
-            conditioning_device_gib: budget of encoded prompts kept on the device.
-            model_options: the family's options by name, instead of ``options``.
+            conditioning_host_gib: budget of encoded prompts in the host's memory, in GiB.
+            conditioning_device_gib: budget of encoded prompts kept on the device, in GiB.
+            model_options: options of the model's family by name, instead of ``options``.
 
         Raises:
             ValueError: what is missing or unknown.
@@ -213,8 +213,8 @@ class DenoisingMDP:
 
         Args:
             name: in `denoise_env.kernels.KERNELS`; default: "ddim" on a diffusion, "dance_sde" on a flow.
-            eta: its noise level; default: the kernel's own.
-            last_step: see `denoise_env.kernels.Kernel`.
+            eta: the kernel's noise level; default: the kernel's own.
+            last_step: "sde" or "ode", as in `denoise_env.kernels.Kernel`; default: the kernel's own.
 
         Raises:
             ValueError: an unknown kernel, or one that does not fit the model's path.
@@ -242,7 +242,7 @@ class DenoisingMDP:
         Args:
             generators: one per row.
             prompts: one per group; by default each group's first row draws one.
-            group_size: G, a divisor of B.
+            group_size: G, the number of neighbouring rows with one prompt; a divisor of B.
             shared_noise: whether a group starts from the same latents.
 
         Raises:
@@ -286,7 +286,7 @@ class DenoisingMDP:
         return state.advance(action)
 
     def check_action(self, action: Tensor, rows: int) -> None:
-        """Refuse what is not ``rows`` finite latents with a ``ValueError``."""
+        """Raise a ``ValueError`` for an action that is not ``rows`` finite latents of the model's."""
         if not isinstance(action, Tensor):
             raise ValueError(f"an action is a tensor of latents, not {type(action).__name__}")
         shape = (rows, *self.model.latent_shape)

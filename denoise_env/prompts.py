@@ -1,4 +1,4 @@
-"""Prompts: a text with what belongs to it, and the files and named sets they are read from.
+"""Prompts, each a text with what belongs to it, and the files and named sets that they are read from.
 
 | file | a prompt is | columns |
 |---|---|---|
@@ -53,7 +53,7 @@ class PromptImage:
     Attributes:
         path: absolute; ``None`` for an image from memory.
         size: width and height in pixels.
-        digest: of the size and the pixels, 32 hexadecimal digits.
+        digest: digest of the size and the pixels, 32 hexadecimal digits.
 
     Raises:
         ValueError: a file that is missing or broken, or a source of another type, shape or range.
@@ -99,13 +99,14 @@ class PromptImage:
 
 @dataclass(frozen=True, init=False, eq=False)
 class Prompt:
-    """What an image or video is made for. It is read-only, and equal to every prompt of the same content.
+    """What an image or video is generated from. A prompt is read-only, and equal to every prompt of the same content.
 
     Args:
         text: the prompt; empty for an unconditional model.
-        negative: what guidance leads away from; ``None`` leaves it to the model.
-        images: first frames or references: one or several of what `PromptImage` takes.
-        metadata: for rewards: JSON values (strings, finite numbers, booleans, ``None``, lists, dicts) by name.
+        negative: the text that guidance leads away from; ``None`` leaves it to the model.
+        images: first frames or references, one or several of what `PromptImage` takes.
+        metadata: what rewards read beside the text: JSON values (strings, finite numbers, booleans, ``None``, lists,
+            dicts) by name.
 
     Raises:
         ValueError: an argument of another type, or an image that cannot be read.
@@ -177,7 +178,7 @@ def check_prompts(prompts: Iterable[str | Prompt], allow_empty: bool = False) ->
     """The prompts of a list of strings and prompts.
 
     Args:
-        prompts: in an order that counts.
+        prompts: strings and prompts; their order is kept.
         allow_empty: whether a text may be empty, as an unconditional model's is.
 
     Raises:
@@ -205,7 +206,8 @@ def load_prompts(source: str, named: Mapping[str, str] = MappingProxyType({})) -
         named: name → "module:attribute", an iterable of strings and prompts.
 
     Raises:
-        ValueError: neither; a file that cannot be read or holds no prompts; a bad line, by its number.
+        ValueError: ``source`` is neither; the file cannot be read or holds no prompts; or a line is bad, which the
+            message names by its number.
     """
     if source in named:
         return check_prompts(load_attribute(named[source], "prompt set"), allow_empty=True)

@@ -1,4 +1,4 @@
-"""Stable-Baselines3's face: `SB3VecEnv`, a `VecEnv` over a wrapped `DenoiseVectorEnv`.
+"""The Stable-Baselines3 environment: `SB3VecEnv`, a `VecEnv` over a wrapped `DenoiseVectorEnv`.
 
 Needs the extra: ``pip install 'denoise-env[sb3]'``.
 """
@@ -23,8 +23,8 @@ class SB3VecEnv(VecEnv):
     and ``terminal_observation``. For Stable-Baselines3's episode statistics put a ``VecMonitor`` around it.
 
     Args:
-        env: with autoreset "disabled", as rows that have ended are reset here, and a bounded action Box, so wrapped in
-            `NoiseAction` or `ControlAction`.
+        env: the environment. Its autoreset is "disabled", as ended rows are reset here, and its action space is a
+            bounded Box, as `NoiseAction` and `ControlAction` make it.
         invalid_reward: what a reward that could not be computed counts as; ``None`` refuses it, as
             Stable-Baselines3 would learn from the NaN.
 

@@ -1,4 +1,4 @@
-"""The TorchRL face: `DenoiseTorchRLEnv`."""
+"""The TorchRL environment: `DenoiseTorchRLEnv`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,13 +30,13 @@ class DenoiseTorchRLEnv(EnvBase):
     Args:
         model: a name or a checkpoint, see `denoise_env.models.find_family`; `from_mdp` takes a live one.
         num_envs: the number of rows n.
-        num_steps: K, 10 by default.
-        max_episode_steps: the same as ``num_steps``.
+        num_steps: the number K of denoising steps, 10 by default.
+        max_episode_steps: Gymnasium's name for ``num_steps``; give one of the two.
         rewards: a reward's name, or name → weight.
-        prompts: what a reset draws from.
-        group_size: G of resets that do not name it, a collector's included.
-        shared_noise: likewise.
-        options: ``microbatch`` and ``check_finite`` of `DenoisingMDP`, and the model family's own.
+        prompts: the prompts that a reset draws from, as in `DenoisingMDP.make`.
+        group_size: G, how many neighbouring rows share a prompt, in resets that do not say it, a collector's included.
+        shared_noise: whether these rows share their initial latents too, in resets that do not say it.
+        options: ``microbatch`` and ``check_finite`` of `DenoisingMDP`, and the options of the model's family.
 
     Raises:
         ValueError: an argument out of range or unknown.

@@ -22,7 +22,7 @@ def _state(tensordict: TensorDictBase) -> State:
 
 
 class ActionTransform(Transform):
-    """``action`` is what the convention says, and becomes the next latents on its way in.
+    """The agent's ``action`` is the convention's, and is turned into the next latents on its way into the environment.
 
     Where the convention draws noise, it is the same as under `ControlAction` for the same seed; it belongs to the
     row's present episode and so is not in the tensordict.
@@ -52,7 +52,7 @@ class ActionTransform(Transform):
         return tensordict.set("action", self.convention.next_latents(state, action, noise))
 
     def transform_action_spec(self, action_spec: Composite) -> Composite:
-        """A box of the convention's shape."""
+        """A box of the convention's shape and bound."""
         bound, shape = self.convention.bound, (*action_spec.shape, *self.convention.shape)
         device = self.convention.mdp.model.device
         action = Bounded(-bound, bound, shape=shape, dtype=torch.float32, device=device)
@@ -68,7 +68,7 @@ class FlatTransform(Transform):
     """Adds ``observation``, one vector per row.
 
     Args:
-        flat: of the environment's MDP.
+        flat: a `Flat` of the environment's MDP.
     """
 
     def __init__(self, flat: Flat) -> None:
@@ -82,7 +82,7 @@ class FlatTransform(Transform):
         return self._call(tensordict_reset)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """With ``observation`` in it."""
+        """The environment's specification with ``observation`` added."""
         spec = observation_spec.clone()
         shape = (*spec.shape, self.flat.size)
         spec["observation"] = Unbounded(shape=shape, dtype=torch.float32, device=spec.device)

@@ -20,8 +20,8 @@ def check_vector_env(env: Env, seed: int = 0, num_steps: int | None = None) -> l
     Gymnasium's own ``check_env`` covers single environments only.
 
     Args:
-        env: with numpy observations.
-        seed: of resets and actions.
+        env: the environment, with numpy observations.
+        seed: seed of resets and actions.
         num_steps: how long to play; by default until every row has ended once and two steps more, at most
             `STEPS`.
 
@@ -243,7 +243,7 @@ def _check_infos(infos: Any, n: int, top: bool = True) -> None:
 
 
 def _check_partial_reset(env: Env, seed: int, findings: list[str]) -> bool:
-    """Check it; whether it works."""
+    """Check partial resets; returns whether the environment has them."""
     _reset(env, seed=seed)
     before = deepcopy(env.step(env.action_space.sample())[0])
     _check_observations(env, before, "step")

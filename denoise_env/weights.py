@@ -19,9 +19,9 @@ def copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def reshard(network: nn.Module) -> None:
-    """Let go of the whole weights that ``fully_shard`` keeps after a forward pass.
+    """Release the gathered whole weights that ``fully_shard`` keeps after a forward pass.
 
-    While it has them, the network computes with them, ignores what is copied into the shards, and shows them as its
+    While they are there, the network computes with them, ignores what is copied into the shards, and shows them as its
     parameters. A network that is not sharded is left as it is.
     """
     for module in network.modules():
@@ -33,8 +33,8 @@ def reshard(network: nn.Module) -> None:
 def fill(network: nn.Module, weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy ``values`` into ``weights``, parameters of ``network`` of the same names and sharding.
 
-    Not between a forward pass with gradient and its backward pass: that would differentiate at other weights, and
-    autograd refuses it.
+    Do not call it between a forward pass with gradient and its backward pass: that would differentiate at other
+    weights, and autograd refuses it.
     """
     reshard(network)
     if not weights:
@@ -44,7 +44,7 @@ def fill(network: nn.Module, weights: Mapping[str, Tensor], values: Mapping[str,
 
 @contextlib.contextmanager
 def swapped(network: nn.Module, weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, ``weights`` have other ``values``, as in `fill`; afterwards their own again, to the bit."""
+    """A context in which ``weights`` have other ``values``, as in `fill`; afterwards they are as before, to the bit."""
     own = copies(weights)
     try:
         fill(network, weights, values)
@@ -65,19 +65,19 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def parts(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What this process holds of each tensor, sharing its memory; the tensor itself where it is not sharded."""
+    """This process's part of each tensor, sharing its memory; the tensor itself where it is not sharded."""
     listed: list[Any] = list(tensors)
     return [t.to_local() if is_sharded(t) else t for t in listed]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor gathered from all processes, detached; itself where it is not sharded."""
+    """The whole of a sharded tensor, gathered from all processes, detached; a tensor that is not sharded as it is."""
     found: Any = tensor.detach()
     return found.full_tensor() if is_sharded(found) else found
 
 
 def divided(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same on every process, sharded as ``like`` is; as it is where that is not sharded."""
+    """A whole tensor, the same on every process, sharded as ``like`` is; unchanged where ``like`` is not sharded."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -7,19 +7,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class World:
-    """One world's record. Targets are "module:attribute".
+    """One world's record. A target in it is a string "module:attribute".
 
     Attributes:
-        description: what it is, in a line.
+        description: what the world is, in one line.
         family: the target of its model's `denoise_env.models.Family`.
-        checkpoint: the target of what the family's loader takes as its checkpoint; ``None``: nothing.
+        checkpoint: the target of what the family's loader takes as its checkpoint, or ``None`` for none.
         options: the family's options that this world sets.
-        prompts: name → target of the set that is trained on.
-        held_out: name → target of the set that is evaluated on, never trained on; empty: the trained one.
-        rewards: name → target of the reward that is trained on.
-        eval_rewards: name → target of rewards that an evaluation measures beside it.
-        preset: of `agents.training.presets`.
-        environment: its Gymnasium id, if it has one.
+        prompts: the set of prompts that is trained on, by name → target.
+        held_out: the set of prompts that is only evaluated on, by name → target; if empty, the trained one is.
+        rewards: the reward that is trained on, by name → target.
+        eval_rewards: the rewards that an evaluation measures besides, by name → target.
+        preset: the name of the preset in `agents.training.presets` that goes with the world.
+        environment: the world's Gymnasium id, if it has one.
     """
 
     description: str

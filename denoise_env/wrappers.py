@@ -56,7 +56,7 @@ class NoiseAction(_ActionWrapper):
 
     Args:
         env: a `DenoiseVectorEnv`, or a wrapper of one.
-        options: of `Noise`.
+        options: the arguments of `Noise`, except ``mdp``.
 
     Raises:
         ValueError: what `Noise` refuses; an action of another shape, or not finite.
@@ -75,7 +75,7 @@ class ControlAction(_ActionWrapper):
 
     Args:
         env: a `DenoiseVectorEnv`, or a wrapper of one.
-        options: of `Control`.
+        options: the arguments of `Control`, except ``mdp``.
 
     Raises:
         ValueError: what `Control` refuses; an action of another shape, or not finite.
@@ -90,7 +90,7 @@ class FlatObservation(VectorWrapper[Any, Any, Any, Any, Any]):
 
     Args:
         env: a `DenoiseVectorEnv`, or a wrapper of one with its observations.
-        options: of `Flat`.
+        options: the arguments of `Flat`, except ``mdp``.
 
     Raises:
         ValueError: what `Flat` refuses.

@@ -25,10 +25,10 @@ class GenericAgent(Protocol):
         """Actions ``[n, …]`` for observations ``[n, …]``."""
 
     def observe(self, observation: Any, action: Any, reward: Any, done: Any, next_observation: Any) -> None:
-        """Be told what came of ``act``; ``next_observation`` is the episode's own last one where it is ``done``."""
+        """Take note of a step; ``next_observation`` is the last of its own episode where that is ``done``."""
 
     def update(self) -> dict[str, float]:
-        """Learn from what was observed, if it is time to; figures to show."""
+        """Learn from what was observed, when there is enough of it; returns figures to show."""
 
 
 class ScriptedAgent:
@@ -43,19 +43,19 @@ class ScriptedAgent:
         self.act = function
 
     def observe(self, observation: Any, action: Any, reward: Any, done: Any, next_observation: Any) -> None:
-        """Nothing."""
+        """Take note of nothing."""
 
     def update(self) -> dict[str, float]:
-        """Nothing."""
+        """Learn nothing."""
         return {}
 
 
 class RandomAgent(ScriptedAgent):
-    """Uniform in the environment's (bounded) action space.
+    """An agent whose actions are uniform in the environment's (bounded) action space.
 
     Args:
-        action_space: the environment's ``action_space``.
-        seed: of the draws.
+        action_space: the environment's ``action_space``, bounded.
+        seed: seed of the draws.
     """
 
     def __init__(self, action_space: Space[Any], seed: int = 0) -> None:
@@ -75,10 +75,10 @@ def run(
     """Run an agent and report every episode's return.
 
     Args:
-        env: with autoreset "disabled", whose rows end together.
-        agent: acts, and learns unless ``learn`` is false.
+        env: the environment, with autoreset "disabled" and rows that end together.
+        agent: the agent that acts, and learns unless ``learn`` is false.
         episodes: at least this many, in whole batches of ``env.num_envs``; ``agent.update`` follows each batch.
-        seed: of the first reset; the others continue its random streams.
+        seed: seed of the first reset; later resets continue its random streams.
         learn: whether to call ``observe`` and ``update``.
         desc: the progress bar's title.
 
@@ -86,8 +86,8 @@ def run(
         Returns ``[episodes]`` float64 in the order of the episodes, NaN where a reward could not be computed.
 
     Raises:
-        ValueError: another autoreset mode, or fewer than one episode; while learning, a reward that could not be
-            computed.
+        ValueError: the autoreset mode is another, there is less than one episode, or a reward could not be computed
+            while learning.
     """
     if env.metadata.get("autoreset_mode") is not AutoresetMode.DISABLED:
         raise ValueError('the loop resets the rows itself: build the environment with autoreset_mode="disabled"')
@@ -120,7 +120,7 @@ def _episodes(env: VectorEnv[Any, Any, Any], agent: GenericAgent, seed: int | No
 
 
 def check_rewards(rewards: np.ndarray) -> None:
-    """Refuse NaN, which would end in the agent's weights, with a ``ValueError``."""
+    """Raise a ``ValueError`` for rewards that are NaN, which would turn the agent's weights into NaN."""
     missing = int(np.isnan(rewards).sum())
     if missing:
         raise ValueError(f"the reward of {missing} rows could not be computed: mend the reward function")

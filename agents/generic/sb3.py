@@ -12,14 +12,14 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 
 class SB3OnPolicy:
-    """PPO or A2C, with their own policy, buffer and ``train``, in a loop that is not theirs.
+    """PPO or A2C with their own policy, buffer and ``train``, driven by `agents.generic.run`.
 
     Args:
-        model: built with ``n_steps`` a multiple of the K steps of an episode; it is trained whenever its buffer is
-            full.
+        model: the algorithm, with ``n_steps`` a multiple of the K steps of an episode. It is trained whenever its
+            buffer is full.
 
     Raises:
-        ValueError: another ``n_steps``.
+        ValueError: ``n_steps`` is no multiple of K.
     """
 
     def __init__(self, model: OnPolicyAlgorithm) -> None:

@@ -32,7 +32,7 @@ class TorchRLPPOConfig:
     minibatch: int = 256
     """Steps per gradient."""
     max_batch: int = 16384
-    """The most steps a batch of episodes may have: rows times denoising steps."""
+    """The most denoising steps that a batch of episodes may have in all."""
     clip_epsilon: float = 0.2
     """PPO's clip range."""
     entropy_coeff: float = 0.0
@@ -40,25 +40,25 @@ class TorchRLPPOConfig:
     gamma: float = 1.0
     """Discount; 1, as only the last step is rewarded."""
     gae_lambda: float = 0.95
-    """GAE's λ."""
+    """λ of generalized advantage estimation, from 0 to 1."""
     max_grad_norm: float = 0.5
-    """The gradient is scaled down to at most this norm."""
+    """A gradient with a larger norm than this is scaled down to it."""
     width: int = 64
-    """Of the two hidden layers of actor and critic."""
+    """Width of the two hidden layers of actor and critic."""
 
 
 class TorchRLPPO:
     """TorchRL's PPO on flat observations: `learn` in its own loop, or ``act``, ``observe``, ``update`` in `run`.
 
-    The policy starts as N(0, I), with the noise action the base sampler. Actions that leave the action space are
-    clipped by the environment's convention.
+    The policy starts as N(0, I), which is the base sampler where the action is the noise. Actions that leave the action
+    space are clipped by the environment's convention.
 
     Args:
-        observation_size: F.
-        action_size: D.
-        config: see there.
-        seed: of the weights and of everything drawn; seeds torch's global generator.
-        device: of the networks.
+        observation_size: length F of an observation.
+        action_size: length D of an action.
+        config: the settings; default: those of `TorchRLPPOConfig`.
+        seed: seed of the weights and of all random draws; it seeds torch's global generator.
+        device: where the networks live.
     """
 
     def __init__(
@@ -104,12 +104,12 @@ class TorchRLPPO:
         """Collect whole episodes with TorchRL's collector and train on each batch of them.
 
         Args:
-            env: with ``observation``, see `denoise_env.torchrl_transforms`.
+            env: its states have an ``observation``, which `denoise_env.torchrl_transforms` adds.
             episodes: a multiple of the environment's rows.
             desc: the progress bar's title.
 
         Returns:
-            Returns ``[episodes]``.
+            The episodes' returns ``[episodes]``.
 
         Raises:
             ValueError: a number of episodes that the rows do not divide; a reward that could not be computed.
@@ -132,12 +132,12 @@ class TorchRLPPO:
 
     @torch.no_grad()
     def act(self, observation: Any) -> torch.Tensor:
-        """Sampled actions."""
+        """Actions ``[n, D]`` sampled for observations ``[n, F]``."""
         self._step = self.actor(TensorDict({"observation": self._tensor(observation)}, [len(observation)]))
         return self._step["action"]
 
     def observe(self, observation: Any, action: Any, reward: Any, done: Any, next_observation: Any) -> None:
-        """Keep a step."""
+        """Keep a step for the next `update`."""
         column = {"reward": self._tensor(reward)[:, None], "done": self._tensor(done)[:, None]}
         after = {"observation": self._tensor(next_observation), "terminated": column["done"], **column}
         self._steps.append(self._step.set("next", TensorDict(after, self._step.batch_size)))

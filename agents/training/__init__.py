@@ -1,1 +1,1 @@
-"""What is no algorithm: experiment, loop, evaluation, report, checkpoints, logging, seeding."""
+"""What a run needs beside an algorithm: experiment, loop, evaluation, report, checkpoints, logging, seeding."""

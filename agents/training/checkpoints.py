@@ -29,7 +29,8 @@ def save(directory: Path, iteration: int, tensors: dict[str, Tensor], meta: dict
     """Write ``directory/<iteration>``; it exists whole or not at all.
 
     Raises:
-        CheckpointError: the disk is full, say; nothing of the new checkpoint is left and older ones are as before.
+        CheckpointError: it cannot be written, as when the disk is full. Nothing of it is left then, and older
+            checkpoints are as before.
     """
     target = directory / f"{iteration:06d}"
     temporary = directory / f".{target.name}.tmp"
@@ -74,7 +75,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and meta data of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, truncated, or of another version.
+        CheckpointError: the checkpoint is missing, truncated, or of another version.
     """
     advice = "delete it to resume from the checkpoint before it"
     try:

@@ -17,80 +17,89 @@ class TrainConfig:
     """One training run."""
 
     model: str = DEFAULT
-    """A world (denoise-env list), the directory or hub id of a checkpoint, or "module:attribute" of a family of your
-    own."""
+    """The model to train: a world (denoise-env list shows them), the directory or hub id of a checkpoint, or
+    "module:attribute" for a family of your own."""
     model_options: Annotated[ModelOptions, tyro.conf.arg(name="model")] = None  # type: ignore[assignment]
-    """The model's settings, its family's; default: as the model has them."""
+    """The settings that the model's family has; each defaults to the model's own."""
     rewards: dict[str, float] = field(default_factory=dict)
-    """Reward name → weight; empty: the embedded world's own. Your own: "module:name"."""
+    """Rewards by name, each with its weight; a reward of your own is "module:name". Default: the world's own reward."""
     prompts: str | None = None
-    """A named set (denoise-env list), or a .txt, .jsonl or .csv file; default: the world's training prompts."""
+    """Prompts to train on: a named set (denoise-env list shows them), or a .txt, .jsonl or .csv file. Default: the
+    world's training prompts."""
     num_steps: int = 10
     """Denoising steps per image, K."""
     device: str = "auto"
     """"cpu", "cuda", …; "auto" takes the GPU where there is one."""
     compile: bool = False
-    """Compile the network with torch.compile: for accelerators and large networks."""
+    """Compile the network with torch.compile, which pays on accelerators and with large networks."""
     conditioning_cache: str | None = None
-    """Keep encoded prompts in this directory, for later runs with the same checkpoint."""
+    """Keep encoded prompts in this directory too, for later runs with the same checkpoint."""
     conditioning_host_gib: float = 8.0
-    """Host memory for encoded prompts, in GiB; those beyond it are encoded anew when they are drawn again."""
+    """Host memory for encoded prompts, in GiB. Prompts that no longer fit are encoded again when they are drawn
+    again."""
     conditioning_device_gib: float = 0.5
-    """Device memory for encoded prompts beside those in use, in GiB."""
+    """Device memory for encoded prompts that are not in use at the moment, in GiB."""
 
     kernel: str | None = None
-    """Transition kernel: ddim, dance_sde, flow_sde, cps. Default: ddim on a diffusion, dance_sde on a flow."""
+    """Transition kernel, which adds the noise of every step: ode, ddim, dance_sde, flow_sde or cps (denoise-env list).
+    Default: ddim for a diffusion model, dance_sde for a flow model."""
     eta: float | None = None
-    """The kernel's noise level; default: the kernel's own (ddim 1.0, dance_sde 0.3)."""
+    """How much noise the kernel adds; 0 adds none. Default: the kernel's own (ddim 1.0, dance_sde 0.3)."""
     reduction: Literal["mean", "sum", "squared_error"] = "mean"
-    """Log-probs averaged over latent dimensions (the field's practice) or summed (the true density); or minus the mean
-    squared error, which is no density but what published code for CPS takes for one."""
+    """How a step's log-prob is reduced over latent dimensions: averaged, as is common ("mean"), or summed, which is the
+    true log-density ("sum"). "squared_error" is minus the mean squared error; it is no density, and only there for
+    comparison with published code for CPS."""
 
     agent: str = "grpo"
-    """The algorithm: a name of denoise-env list, or "module:class" for one of your own."""
+    """The algorithm: a name that denoise-env list shows, or "module:class" for one of your own."""
     agent_options: Annotated[AgentConfig, tyro.conf.arg(name="agent")] = None  # type: ignore[assignment]
-    """The algorithm's settings; default: its own."""
+    """The settings that the algorithm has; each defaults to the published value or the preset's."""
     iterations: int = 100
-    """Rollouts to train on."""
+    """How many iterations to train; each collects one rollout and trains on it."""
     network_budget: int | None = None
-    """Stop after the first iteration that has spent so many network calls (per row: forward 1, with backward 3)."""
+    """Stop after the iteration in which this many network calls have been made. An image counts 1 in each call (2 with
+    guidance), and three times that where a backward pass follows."""
     prompts_per_iteration: int = 8
-    """Prompts per rollout; times group_size is the number of images (8 · 16 = 128)."""
+    """Prompts per rollout. Times the agent's group_size, this is the number of images per rollout."""
     microbatch: int | None = 128
-    """Images per network call, at most; bounds the memory and does not change the result."""
+    """The most images per network call. It bounds the memory and does not change the result."""
     seed: int = 0
-    """Seeds every random draw of the run."""
+    """Seed of the run's random draws."""
     max_unscored: float = 0.5
     """Stop when more than this share of a rollout's images could not be scored."""
 
     eval_every: int = 50
-    """Iterations between evaluations; there is always one before and one after. 0: only those."""
+    """Iterations between evaluations. There is always one before training and one after it; 0 makes only those two."""
     eval_points: int = 0
-    """Evaluate instead whenever another of so many equal parts of the network_budget is spent."""
+    """Divide the network_budget into this many equal parts and evaluate after each, instead of every eval_every
+    iterations; 0 turns this off."""
     eval_kl: bool = False
-    """Measure the KL of the policy's trajectories to the base model in every evaluation: twice its network calls."""
+    """Measure in every evaluation the KL of the policy's trajectories to the base model. It doubles the evaluation's
+    network calls."""
     eval_prompts: str | None = None
-    """Prompts to evaluate on, given as prompts are; default: the world's held-out ones, else the first 32 training
-    prompts."""
+    """Prompts to evaluate on: a named set, or a .txt, .jsonl or .csv file. Default: the world's held-out prompts, or
+    where there are none, the first 32 training prompts."""
     eval_rewards: tuple[str, ...] = ()
-    """Rewards measured in evaluation beside the trained ones."""
+    """Further rewards to measure in evaluations; the trained rewards are always measured."""
     eval_images_per_prompt: int = 8
-    """Images per evaluation prompt, from fixed seeds."""
+    """Images per prompt in an evaluation."""
     eval_seed: int = 1234
-    """Seeds the evaluation's noise, whatever the run's seed."""
+    """Seed of the evaluations' noise; it does not depend on the run's seed."""
     sample_every: int = 50
-    """Iterations between grids of samples from fixed seeds. 0: only before and after."""
+    """Iterations between pictures of samples, always from the same noise. There is always one before training and one
+    after it; 0 makes only those two."""
     checkpoint_every: int = 25
-    """Iterations between checkpoints; there is always one at the end."""
+    """Iterations between checkpoints. There is always one at the end."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
 
     output_dir: str | None = None
-    """The run's directory; default: runs/<preset>-seed<seed>, with -2, -3, … where that holds a run."""
+    """The run's directory. Default: runs/<preset>-seed<seed>, followed by -2, -3 and so on where that already holds a
+    run."""
     wandb: bool = False
-    """Log to Weights & Biases too (extra: wandb)."""
+    """Log to Weights & Biases too; needs the extra denoise-env[wandb]."""
     tensorboard: bool = False
-    """Log to TensorBoard too (extra: tensorboard)."""
+    """Log to TensorBoard too; needs the extra denoise-env[tensorboard]."""
 
     def __post_init__(self) -> None:
         if self.model_options is None:
@@ -100,7 +109,7 @@ class TrainConfig:
 
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:
-    """A configuration as JSON has it: ``model`` and ``agent`` hold their ``name`` and their settings."""
+    """A configuration as nested dicts for JSON; ``model`` and ``agent`` each hold their ``name`` and their settings."""
     values = dataclasses.asdict(config)
     options = {name: values.pop(f"{name}_options") for name in ("model", "agent")}
     model = {"name": config.model, "family": config.model_options.family, **options["model"]}

@@ -32,7 +32,7 @@ class Evaluation:
             leave out the images that it failed on.
         diversity: std of the final latents' entries among a prompt's images (root mean square over entries, mean
             over prompts).
-        kl: of the policy's trajectories to the base model's, in nats, summed over stochastic steps and dimensions,
+        kl: KL of the policy's trajectories to the base model's, in nats, summed over stochastic steps and dimensions,
             mean over images; deterministic steps have no density and count nothing, though a trained network changes
             them too. NaN where it was not measured.
     """
@@ -70,7 +70,7 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Finished latents ``[N, *latent]`` and their prompt indices ``[N]``, ``images_per_prompt`` rows a prompt.
 
-    Row i's noise follows from (seed, i) alone. A network call has ``microbatch`` rows (default: all), the last may
+    Row i's noise follows from (seed, i) alone. A network call has ``microbatch`` rows (default: all), and the last may
     have fewer.
     """
     parts = _microbatches(prompts, images_per_prompt, seed, microbatch)
@@ -117,17 +117,18 @@ def evaluate(
     """Mean rewards with their bootstrap intervals, over images and over prompts.
 
     Args:
-        mdp: with the rewards to measure.
-        policy: samples.
-        prompts: evaluated one after another.
-        images_per_prompt: at least 1.
-        seed: of the noise; not the training run's.
-        microbatch: rows per network call, the last may have fewer; it bounds the memory and changes the result by
+        mdp: the environment, with the rewards to measure.
+        policy: the policy that samples.
+        prompts: the prompts to evaluate on.
+        images_per_prompt: how many images each prompt gets, at least 1.
+        seed: seed of the noise; it is not the training run's.
+        microbatch: rows per network call; the last may have fewer. It bounds the memory and changes the result by
             rounding at most. Default: whole prompts, up to 256 rows.
-        progress: called with how many more images are done; for a progress bar.
-        best_of: draw so many samples for every image and keep the one with the highest total reward.
-        kl: measure the trajectories' KL to the reference, which the model must have kept; twice the network calls.
-            For ``best_of`` N it is log N − (N − 1)/N, the exact KL of the best of N where no two rewards are equal.
+        progress: called with the number of images that have been finished since the last call, for a progress bar.
+        best_of: how many samples to draw for every image, of which the one with the highest total reward is kept.
+        kl: whether to measure the trajectories' KL to the reference, which the model must have kept. It doubles the
+            network calls. For ``best_of`` N it is log N − (N − 1)/N, the exact KL of the best of N where no two rewards
+            are equal.
     """
     if images_per_prompt < 1:
         raise ValueError(f"images_per_prompt must be at least 1, not {images_per_prompt}")
@@ -145,7 +146,7 @@ def evaluate(
             divergence.add_(transition.kl(reference, "sum").double().sum().cpu())
 
     def best(total: Tensor) -> Tensor:
-        """Of every ``best_of`` neighbours the place of the highest; those that could not be scored come last."""
+        """The place of the highest of every ``best_of`` neighbours; those that could not be scored come last."""
         place = total.nan_to_num(nan=-torch.inf).view(-1, best_of).argmax(1)
         return place + torch.arange(0, len(total), best_of)
 
@@ -186,9 +187,9 @@ def bootstrap(
     """95 % percentile interval of the mean of ``[prompts, images]``; NaN entries are left out.
 
     Args:
-        table: rewards, one row a prompt.
-        seed: of the resampling.
-        draws: how many resampled means there are.
+        table: rewards, one row per prompt.
+        seed: seed of the resampling.
+        draws: how many means are resampled.
         over: "images" resamples each prompt's images: the prompts are fixed strata, and their differences are no
             uncertainty. "prompts" resamples the prompts, and the images of each: the prompts stand for others of their
             kind. It needs two prompts and is (NaN, NaN) for one.

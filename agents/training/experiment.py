@@ -45,10 +45,10 @@ def build(
     """Build a run's parts.
 
     Args:
-        config: the run's.
-        prepare: called with the loaded model before anything holds its parameters: the place to compile, wrap or
-            shard the network (``lambda model: model.wrap(fully_shard)``).
-        ranks: the processes that train together (`Ranks.present`); default: this one alone.
+        config: the run's configuration.
+        prepare: called with the loaded model before anything holds its parameters. This is the place to compile, wrap
+            or shard the network (``lambda model: model.wrap(fully_shard)``).
+        ranks: the processes that train together (`Ranks.present`); default: this process alone.
 
     Raises:
         ValueError: whatever does not fit together, before any work is done.
@@ -108,7 +108,7 @@ def build(
 
 
 def warm_up(experiment: Experiment) -> None:
-    """Compile the network for a microbatch without and with gradient, under a bar; weights and draws stay."""
+    """Compile the network for a microbatch without and with gradient, with a progress bar; weights and draws stay."""
     mdp, policy, agent = experiment.mdp, experiment.policy, experiment.agent
     rows = agent.microbatch or experiment.config.prompts_per_iteration * agent.group_size
     latents = torch.zeros(rows, *mdp.model.latent_shape, dtype=mdp.model.dtype, device=mdp.model.device)
@@ -124,7 +124,7 @@ def warm_up(experiment: Experiment) -> None:
 
 
 def restore(experiment: Experiment, path: Path) -> tuple[int, int]:
-    """Load a checkpoint; its iteration, and the network calls up to there."""
+    """Load a checkpoint; returns its iteration and the network calls that were made up to there."""
     tensors, meta = checkpoints.load(path)
     if meta["model"] != json.loads(json.dumps(experiment.mdp.model.architecture())):
         raise checkpoints.CheckpointError(f"the checkpoint {path} holds another architecture than the configured model")
@@ -136,10 +136,10 @@ def restore(experiment: Experiment, path: Path) -> tuple[int, int]:
 
 
 def load_run(directory: Path, config: TrainConfig) -> Experiment:
-    """A run's parts with the weights of its newest checkpoints.
+    """A run's parts with the weights of its newest checkpoint.
 
     Raises:
-        agents.training.checkpoints.CheckpointError: it has none, or it does not fit.
+        agents.training.checkpoints.CheckpointError: the run has no checkpoint, or it does not fit.
     """
     newest = checkpoints.latest(directory / "checkpoints")
     if newest is None:

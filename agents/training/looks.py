@@ -1,4 +1,4 @@
-"""What is looked at during a run: an evaluation on fixed prompts, and a grid of samples, both from fixed seeds."""
+"""What a run shows of itself: evaluations on fixed prompts and grids of samples, both from fixed seeds."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ class Looks:
     """Writes ``eval.csv`` and the pictures in ``samples`` when they are due.
 
     Args:
-        experiment: what is looked at, with its averaged weights where it has any.
-        directory: the run's.
-        logger: gets the figures and pictures too.
-        done: the iteration that the run resumes from; later rows of ``eval.csv`` are forgotten.
+        experiment: the run's parts; the averaged weights are used where there are any.
+        directory: the run's directory.
+        logger: where figures and pictures are sent too.
+        done: the iteration that the run resumes from; later rows of ``eval.csv`` are dropped.
         draw: whether pictures are wanted.
 
-    Of several ranks all sample, since sharded weights need all, and the first writes.
+    With several ranks all of them sample, since sharded weights need all, and the first one writes.
     """
 
     def __init__(self, experiment: Experiment, directory: Path, logger: Logger, done: int, draw: bool) -> None:
@@ -34,17 +34,17 @@ class Looks:
         self._table = Table(directory / "eval.csv" if self._first_rank else None, done)
 
     def first(self) -> None:
-        """Look at the base model, before the first iteration."""
+        """Evaluate and draw the base model, before the first iteration."""
         self._look(0, 0, evaluation=True, picture=True)
 
     def after(self, iteration: int, before: int, spent: int, last: bool) -> None:
-        """Look at what is due after an iteration.
+        """Evaluate and draw what is due after an iteration.
 
         Args:
             iteration: at least 1.
             before: network calls spent before it.
             spent: network calls spent with it.
-            last: whether it was the run's last, after which all is due.
+            last: whether it was the run's last iteration, after which everything is due.
         """
         config = self._experiment.config
         if config.eval_points:

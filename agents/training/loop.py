@@ -39,11 +39,11 @@ MAY_CHANGE = (
 
 
 def check_directory(directory: Path, config: TrainConfig, resume: bool) -> None:
-    """Refuse to begin a run where one is, and to continue one with another configuration.
+    """Raise an error for beginning a run where there is one, or continuing one with another configuration.
 
     Raises:
         FileExistsError: the directory already holds a run, and it is not to be resumed.
-        ValueError: it is, and its configuration differs in more than `MAY_CHANGE`.
+        ValueError: it is to be resumed, and its configuration differs in more than `MAY_CHANGE`.
     """
     if not (directory / "config.json").exists():
         return
@@ -138,7 +138,7 @@ def train(
 
 
 def _refuse_changes(saved: dict[str, Any], config: TrainConfig) -> None:
-    """Refuse a configuration that a resumed run may not have with a ``ValueError`` that names the settings."""
+    """Raise a ``ValueError`` that names the settings which a resumed run may not change."""
     before, now = _flat(saved), _flat(json.loads(json.dumps(as_dict(config))))
     changed = [name for name in sorted({*before, *now} - {*MAY_CHANGE}) if before.get(name) != now.get(name)]
     if changed:

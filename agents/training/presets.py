@@ -94,16 +94,16 @@ def make_config(
 ) -> TrainConfig:
     """A preset's configuration, with another agent or model in the place of its own.
 
-    The agent comes with its published settings, but for what the preset says of the learning rate, the averaging and
-    the step weighting, except where one of these is the algorithm's own (`Agent.own_settings`); and with the largest
-    group up to its own that divides the episodes.
+    The agent comes with its published settings. The preset's learning rate, averaging and step weighting replace them,
+    except for settings that belong to the algorithm (`Agent.own_settings`). The group is the largest up to the agent's
+    own that divides the episodes.
 
     Args:
         preset: a name in `PRESETS`.
         agent: a name in `AGENTS`, or ``module:class``; default: the preset's.
         rows: episodes per iteration; default: the preset's.
-        model: as in `TrainConfig`; default: the preset's. It comes with its own options, and with what the preset
-            chooses of those that both families have.
+        model: a model as in `TrainConfig`; default: the preset's. It comes with its own options; the preset's choices
+            replace those that both families have.
 
     Raises:
         ValueError: no such preset, agent or model.
@@ -129,7 +129,7 @@ def make_config(
 
 
 def _carry(config: TrainConfig, model: str) -> ModelOptions:
-    """Another model's options, with what the configuration chose of its own model's."""
+    """Another model's options, with the configuration's choices for its own model where both families have them."""
     old, new = config.model_options, model_options(model)
     plain = vars(type(old)()) | (dict(WORLDS[config.model].options) if config.model in WORLDS else {})
     chosen = {name: value for name, value in vars(old).items() if value != plain[name] and hasattr(new, name)}

@@ -37,7 +37,7 @@ def write_report(directory: Path) -> Path:
     """Write ``report.html`` and ``before_after.png`` from a run's own files.
 
     Args:
-        directory: of a run.
+        directory: a run's directory.
 
     Returns:
         The page's path.
@@ -75,7 +75,7 @@ def _images(config: dict[str, Any]) -> int:
 
 
 def interval(row: dict[str, float], name: str) -> str:
-    """An evaluation's interval in brackets: over images for a reward's name, over prompts for ``<name>_prompts``."""
+    """An evaluation's interval in brackets: over images for a reward's name, over prompts for "<name>_prompts"."""
     return f"[{row[name + '_low']:.3f}, {row[name + '_high']:.3f}]"
 
 
@@ -94,7 +94,7 @@ def write_comparison(directory: Path) -> Path:
     """Write ``before_after.png``: a run's first and last grid of samples, from the same seeds, with their prompts.
 
     Args:
-        directory: of a run.
+        directory: a run's directory.
 
     Returns:
         The picture's path.

@@ -36,7 +36,7 @@ def episode_numbers(seeds: Sequence[int], purpose: str, count: int = 1) -> torch
 
 
 def epoch_order(items: Sequence[T], seed: int, start: int, count: int) -> list[T]:
-    """Items ``start`` to ``start + count`` of an endless reading, each epoch in an order of its own."""
+    """Items ``start`` to ``start + count`` of an endless sequence of epochs, each with all items in a new order."""
     picked: list[T] = []
     while len(picked) < count:
         epoch, place = divmod(start + len(picked), len(items))

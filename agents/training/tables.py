@@ -8,9 +8,9 @@ from agents.training.checkpoints import write_atomically
 
 
 class Table:
-    """A CSV file that grows a row at a time and forgets what lies after the iteration a run resumes from.
+    """A CSV file that grows a row at a time and drops what lies after the iteration that a run resumes from.
 
-    Without a path it holds nothing.
+    Without a path nothing is written.
     """
 
     def __init__(self, path: Path | None, keep_to: int) -> None:
@@ -39,7 +39,7 @@ class Table:
 
 
 def read_table(path: Path) -> list[dict[str, float]]:
-    """A table as numbers, one mapping a row; empty where there is no file."""
+    """A table as numbers, one mapping per row; empty where there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:

@@ -81,7 +81,7 @@ def _recognise(checkpoint: str) -> Family:
 
 
 def model_options(model: str, **changes: Any) -> ModelOptions:
-    """The options of a model's family as this model has them, with changes.
+    """The options of a model's family: the model's own, except for the given changes.
 
     Raises:
         ValueError: no such model, or an option that its family lacks.
@@ -92,7 +92,7 @@ def model_options(model: str, **changes: Any) -> ModelOptions:
 
 
 def check_options(options: type[ModelOptions], names: Iterable[str]) -> None:
-    """Refuse names that are none of a family's options with a ``ValueError``."""
+    """Raise a ``ValueError`` for names that are none of a family's options."""
     known = [field.name for field in dataclasses.fields(options)]
     for name in names:
         if name not in known:
@@ -106,8 +106,8 @@ def load_model(
 
     Args:
         model: as in `find_family`.
-        options: its family's; default: as the model has them.
-        device: where it lives.
+        options: the options of the model's family; default: the model's own.
+        device: where the model lives.
         changes: options by name, instead of ``options``.
 
     Raises:

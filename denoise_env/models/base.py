@@ -18,7 +18,7 @@ from denoise_env.weights import copies, reshard, swapped
 
 @dataclass
 class ModelOptions:
-    """What a family lets one choose; each family has a subclass, with the family's name."""
+    """The options of a family; each family has a subclass, with the family's name."""
 
     family: ClassVar[str]
 
@@ -28,13 +28,15 @@ class Family:
     """A model family's record: how it is recognised, its options, its loader.
 
     Attributes:
-        description: what it covers, in a line.
-        options: its dataclass of options, each with a default.
-        load: (checkpoint, options, device) → model. ``checkpoint`` is a directory or a hub id; or ``None``, for
-            families that make their model from the options alone.
-        outline: (checkpoint, options) → the model without weights, on the meta device; default: ``load`` on the CPU.
+        description: what the family covers, in one line.
+        options: the family's dataclass of options, each with a default.
+        load: a function (checkpoint, options, device) → model. ``checkpoint`` is a directory or a hub id; or ``None``,
+            for families that make their model from the options alone.
+        outline: a function (checkpoint, options) → the model without weights, on the meta device; default: ``load`` on
+            the CPU.
         classes: the values of ``_class_name`` in a checkpoint's ``model_index.json`` that are this family's.
-        preset: where a run's defaults come from unless another is named, see `agents.training.presets`.
+        preset: the name of the preset in `agents.training.presets` that a run's defaults come from, unless the run
+            names another.
     """
 
     description: str
@@ -46,7 +48,7 @@ class Family:
 
     @property
     def name(self) -> str:
-        """Of the family."""
+        """The family's name."""
         return self.options.family
 
 
@@ -56,10 +58,10 @@ class DenoisingModel(ABC):
     Attributes:
         network: the denoiser, the module that is trained; ``trainable`` says which of its parameters.
         latent_shape: shape of one row's latents.
-        prediction_type: what ``predict`` returns, in the kernels' names.
+        prediction_type: what `predict` returns, by the names in `denoise_env.kernels`.
         dtype: storage dtype of the latents, and the network's compute dtype.
         device: where latents and conditioning live.
-        rows_per_sample: rows that ``predict`` gives the network per row of latents (guidance: 2).
+        rows_per_sample: how many rows `predict` gives the network per row of latents; with guidance 2.
         vocabulary: the only prompts the model knows, or ``None`` where any text is a prompt. ``("",)`` for a model
             without prompts.
         guidance_scale: w of classifier-free guidance, 1 for none, or ``None`` where the model cannot guide.
@@ -87,7 +89,7 @@ class DenoisingModel(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device that the network is on."""
         return next(self.network.parameters()).device
 
     @abstractmethod
@@ -112,7 +114,7 @@ class DenoisingModel(ABC):
         """One float32 vector per row ``[B, E]``, for critics and for agents that cannot read all of it."""
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Refuse what the model cannot be conditioned on with a ``ValueError``, without encoding it."""
+        """Raise a ``ValueError`` for a prompt that the model cannot be conditioned on, without encoding it."""
         if self.vocabulary is not None and prompt.text not in self.vocabulary:
             raise ValueError(
                 f"{type(self).__name__} knows no prompt {prompt.text!r}; its prompts are {list(self.vocabulary)}"
@@ -142,7 +144,7 @@ class DenoisingModel(ABC):
 
     @contextlib.contextmanager
     def encoding(self) -> Iterator[None]:
-        """Inside, the encoders are on the model's device."""
+        """A context in which the encoders are on the model's device."""
         for encoder in self.encoders().values():
             encoder.to(self.device)
         try:
@@ -219,11 +221,11 @@ class DenoisingModel(ABC):
         }
 
     def wrap(self, wrapper: Callable[[nn.Module], nn.Module]) -> None:
-        """Call the network through ``wrapper(network)`` from now on (``DistributedDataParallel``, say).
+        """Call the network through ``wrapper(network)`` from now on (such as ``DistributedDataParallel``).
 
         ``network`` stays the bare module, to which the names of its parameters refer. A wrapper may also change it in
-        place and return it, as ``fully_shard`` does. To be called before anything holds the network's parameters, an
-        optimizer or a reference.
+        place and return it, as ``fully_shard`` does. Call this before anything holds the network's parameters, such as
+        an optimizer or a reference.
         """
         self._wrapped = wrapper(self.network)
 
@@ -247,9 +249,9 @@ class DenoisingModel(ABC):
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the weights are as they were at the first call of ``keep_reference``.
+        """A context in which the weights are as they were at the first call of `keep_reference`.
 
-        To be called without gradient, and not between a pass with gradient and its backward pass.
+        Use it without gradient, and not between a pass with gradient and its backward pass.
         """
         if self._kept is None:
             raise RuntimeError("call keep_reference() before training to have a reference to compare with")
@@ -257,6 +259,6 @@ class DenoisingModel(ABC):
             yield
 
     def keep_reference(self) -> None:
-        """Keep a copy of the present weights for ``reference``; once, later calls do nothing."""
+        """Keep a copy of the present weights for `reference`. Only the first call does so; later ones do nothing."""
         if self._kept is None:
             self._kept = copies(self.trainable())

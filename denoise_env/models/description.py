@@ -1,4 +1,4 @@
-"""What a model asks of a machine, told from its configuration files alone."""
+"""How much memory a model needs, computed from its configuration files alone."""
 
 from dataclasses import asdict, dataclass
 from math import prod
@@ -14,18 +14,18 @@ class Description:
     """Shapes, counts and bytes of a model.
 
     Attributes:
-        family: its family's name.
+        family: the family's name.
         latents: shape of one sample's latents.
-        rows_per_sample: rows through the network per sample and step.
-        parameters: of the network, adapters included.
-        trainable: how many of them are trained.
-        conditioning: entry → shape, of one prompt; of masked entries the longest.
-        latent_bytes: of one sample's latents at one step.
-        conditioning_bytes: of one prompt.
-        weight_bytes: of the network.
-        frozen_bytes: of encoders and decoder.
-        gradient_bytes: of the trained parameters' gradients.
-        optimizer_bytes: of AdamW's two moments.
+        rows_per_sample: how many rows go through the network per sample and step.
+        parameters: number of the network's parameters, adapters included.
+        trainable: how many of these parameters are trained.
+        conditioning: shape of each entry of one prompt's conditioning, by name; of masked entries the longest.
+        latent_bytes: bytes of one sample's latents at one step.
+        conditioning_bytes: bytes of one prompt's conditioning.
+        weight_bytes: bytes of the network's weights.
+        frozen_bytes: bytes of encoders and decoder.
+        gradient_bytes: bytes of the trained parameters' gradients.
+        optimizer_bytes: bytes of AdamW's two moments.
     """
 
     family: str
@@ -42,7 +42,7 @@ class Description:
     optimizer_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The description as a dict for JSON."""
         return asdict(self)
 
 
@@ -51,7 +51,7 @@ def describe(model: str, options: ModelOptions | None = None) -> Description:
 
     Args:
         model: as in `denoise_env.models.find_family`.
-        options: its family's; default: as the model has them.
+        options: the options of the model's family; default: the model's own.
 
     Raises:
         ValueError: no such model, or a configuration that cannot be read.

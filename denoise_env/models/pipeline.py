@@ -17,34 +17,34 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class PipelineOptions(ModelOptions):
-    """What every diffusers family lets one choose."""
+    """The options that every diffusers family has."""
 
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Compute and latent dtype; trained parameters are float32 either way."""
+    """The dtype of computation and latents. Trained parameters are float32 with either."""
     lora_rank: int = 0
     """Rank of LoRA adapters on the network's attention; 0 trains every weight of the network."""
     lora_alpha: float | None = None
-    """LoRA's alpha: the adapters are scaled by alpha / rank. Default: the rank."""
+    """LoRA's alpha: the adapters' output is scaled by alpha / rank. Default: the rank."""
     lora: str | None = None
-    """Start from exported LoRA weights: a directory or a file. They bring their rank and alpha."""
+    """Start from exported LoRA weights, given as a directory or a file. Rank and alpha come with them."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass, which takes less memory and more time."""
     attention_backend: str | None = None
     """A name of diffusers' attention backends ("native", "flash", "sage", …); default: diffusers' own choice."""
     vae_slicing: bool = False
-    """Decode one image at a time."""
+    """Decode one image at a time, which takes less memory."""
     vae_tiling: bool = False
-    """Decode large images in overlapping tiles: less memory, and seams may show."""
+    """Decode large images in overlapping tiles. It takes less memory, but seams may show."""
     seed: int = 0
-    """Of the adapters' first weights."""
+    """Seed of the adapters' first weights."""
 
 
 class PipelineModel(DenoisingModel):
     """The components of a diffusers pipeline behind the model interface; a family adds its own four methods.
 
     Args:
-        pipeline: with its network, VAE, encoders and tokenizers.
-        options: the family's.
+        pipeline: a diffusers pipeline with its network, VAE, encoders and tokenizers.
+        options: the family's options.
         device: where the network and the VAE live; encoders come there while they encode.
 
     Raises:
@@ -200,7 +200,7 @@ class PipelineModel(DenoisingModel):
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     def export(self, directory: Path) -> None:
-        """A whole pipeline; or, of LoRA, ``pytorch_lora_weights.safetensors`` for ``load_lora_weights``."""
+        """Write a whole pipeline, or with LoRA ``pytorch_lora_weights.safetensors`` for ``load_lora_weights``."""
         if not self.adapted:
             with quiet():
                 save_pipeline(self.pipeline, directory)
@@ -232,8 +232,8 @@ def save_pipeline(pipeline: Any, directory: Path) -> None:
     weights. So the prefix is put back.
 
     Args:
-        pipeline: to save.
-        directory: made if absent.
+        pipeline: the pipeline to save.
+        directory: where to write it; made if absent.
     """
     from safetensors.torch import load_file, save_file
     from transformers import CLIPTextModel

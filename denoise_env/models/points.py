@@ -1,8 +1,8 @@
 """Points: 2-D Gaussian mixtures whose denoiser is known in closed form.
 
 Every prompt names a mixture. Along the path x = α x0 + σ ε the posterior mean E[x0 | x] of a mixture of
-N(μ_m, s² I) is exact, so the base "network" has no error of its own: what a kernel or an agent does to the
-samples is all there is to see. A small residual network, zero at the start, is what training changes.
+N(μ_m, s² I) is exact, so the base "network" has no error of its own: whatever is off in the
+samples comes from the kernel or the agent. A small residual network, zero at the start, is what training changes.
 """
 
 import json
@@ -101,12 +101,12 @@ class PointsNetwork(nn.Module):
 
 @dataclass
 class PointsOptions(ModelOptions):
-    """What Points lets one choose."""
+    """The options of Points."""
 
     family = "points"
 
     seed: int = 0
-    """Of the residual network's hidden layers."""
+    """Seed of the first weights of the residual network's hidden layers."""
 
 
 class Points(DenoisingModel):
@@ -114,7 +114,7 @@ class Points(DenoisingModel):
 
     Args:
         path: "diffusion" (Stable Diffusion's ᾱ table) or "flow" (rectified flow, no shift).
-        options: see there.
+        options: the family's options; default: those of `PointsOptions`.
         device: where the network lives.
 
     Raises:
@@ -178,7 +178,7 @@ class Points(DenoisingModel):
         return (paper + dot * (torch.tensor([30.0, 90.0, 200.0]) - paper)).round().to(torch.uint8)
 
     def export(self, directory: Path) -> None:
-        """``model.safetensors`` and ``model_index.json``."""
+        """Write ``model.safetensors`` and ``model_index.json``."""
         from safetensors.torch import save_file
 
         directory.mkdir(parents=True, exist_ok=True)

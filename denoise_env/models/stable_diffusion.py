@@ -17,13 +17,13 @@ from denoise_env.prompts import Prompt
 
 @dataclass
 class StableDiffusionOptions(PipelineOptions):
-    """What Stable Diffusion lets one choose."""
+    """The options of Stable Diffusion."""
 
     family = "stable-diffusion"
 
     guidance_scale: float = 5.0
-    """w of classifier-free guidance ε_u + w (ε_c − ε_u), in rollout and training alike; 1 is no guidance and half the
-    compute."""
+    """Scale w of classifier-free guidance, ε_u + w (ε_c − ε_u) with and without the prompt, in rollout and in training.
+    With 1 there is no guidance, and half the compute."""
     height: int | None = None
     """Image height in pixels; default: what the checkpoint was trained for."""
     width: int | None = None
@@ -33,7 +33,7 @@ class StableDiffusionOptions(PipelineOptions):
 class StableDiffusion(PipelineModel):
     """A `StableDiffusionPipeline`'s components; arguments and errors as in `PipelineModel`.
 
-    Of the pipeline's scheduler, whichever it is, the noise table is used, at DDIM's timesteps.
+    Whichever scheduler the pipeline has, only its noise table is used, at DDIM's timesteps.
     """
 
     title = "Stable Diffusion"
@@ -92,7 +92,7 @@ class StableDiffusion(PipelineModel):
         return TensorDict(found, batch_size=len(prompts))
 
     def collate(self, rows: Sequence[Mapping[str, Tensor]]) -> TensorDict:
-        """As in `DenoisingModel.collate`; beside prompts with a negative text, the others' is the empty one."""
+        """As in `DenoisingModel.collate`; where some prompts have a negative text, the others get the empty one."""
         if any("negative_embeds" in row for row in rows):
             rows = [{"negative_embeds": self._unconditional[0], **row} for row in rows]
         return super().collate(rows)
