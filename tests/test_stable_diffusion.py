@@ -236,3 +236,22 @@ def test_pooled_conditioning_tells_prompts_apart(make_shapes):
     pooled = mdp.model.pool(conditioning)
     assert pooled.shape == (len(conditioning), conditioning["prompt_embeds"].shape[-1])
     assert torch.pdist(pooled).min() > 0
+
+
+def test_exported_adapters_keep_their_alpha_and_come_back(make_shapes, latents, tmp_path):
+    mdp = make_shapes(num_steps=6, lora_rank=2, lora_alpha=8.0)
+    with torch.no_grad():
+        for name, parameter in mdp.model.trainable().items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    after = our_sample(mdp, latents, ODE(mdp.schedule, "epsilon"))
+    assert (after - our_sample(make_shapes(num_steps=6), latents, ODE(mdp.schedule, "epsilon"))).abs().max() > 0.01
+    mdp.model.export(tmp_path)
+    torch.testing.assert_close(plain_sample(plain_pipeline(lora=tmp_path), latents), after, rtol=0, atol=2e-4)
+    again = make_shapes(num_steps=6, lora=str(tmp_path))
+    assert again.model.architecture() == mdp.model.architecture()
+    assert torch.equal(our_sample(again, latents, ODE(mdp.schedule, "epsilon")), after)
+    with pytest.raises(ValueError, match="has rank 2 and alpha 8: leave lora_rank and lora_alpha out"):
+        make_shapes(lora=str(tmp_path), lora_rank=4)
+    with pytest.raises(ValueError, match="cannot load Stable Diffusion LoRA weights"):
+        make_shapes(lora=str(tmp_path / "nowhere"))
