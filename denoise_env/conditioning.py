@@ -89,24 +89,27 @@ class ConditioningStore:
 
         Entries that the model masks are padded to the longest of these rows (`DenoisingModel.collate`).
         """
-        wanted = [self.prompts[i].conditioning_key for i in index.tolist()]
-        first = {self.prompts[i].conditioning_key: i for i in index.tolist()}
+        places = index.tolist()  # the one device sync
+        wanted = [self.prompts[i].conditioning_key for i in places]
+        first = dict(zip(wanted, places, strict=True))
         rows = self._fetch(first)
         batch = self.model.collate([rows[key] for key in first])
         if len(first) == len(wanted):
             return batch
-        places = {key: place for place, key in enumerate(first)}
-        return batch[torch.tensor([places[key] for key in wanted], device=self.model.device)]
+        order = {key: place for place, key in enumerate(first)}
+        return batch[torch.tensor([order[key] for key in wanted], device=self.model.device)]
 
     def prepare(self, index: Tensor) -> None:
-        """Encode the prompts of ``index [n]`` that are neither on the host nor on disk, in large batches.
+        """Encode the prompts of ``index [n]`` that are kept nowhere yet, in large batches.
 
         ``rows`` does so by itself, for the rows at hand: call this where many calls of ``rows`` are to follow.
         """
-        missing = {self.prompts[i].conditioning_key: self.prompts[i] for i in index.unique().tolist()}
-        known = [key for key in missing if key in self._host or (self._files and self._files.has(key))]
-        for _ in self._encode({key: prompt for key, prompt in missing.items() if key not in known}):
+        prompts = {self.prompts[i].conditioning_key: self.prompts[i] for i in sorted(set(index.tolist()))}
+        for _ in self._encode({key: prompt for key, prompt in prompts.items() if not self._keeps(key)}):
             pass
+
+    def _keeps(self, key: str) -> bool:
+        return key in self._device or key in self._host or bool(self._files and self._files.has(key))
 
     def _fetch(self, first: Mapping[str, int]) -> dict[str, Row]:
         """Rows on the model's device, by conditioning key."""
