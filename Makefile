@@ -22,7 +22,7 @@ demo: setup  ## reinforcement learning on a tiny Stable Diffusion: minutes on a 
 	$(BIN)/denoise-env train --seed $(SEED)
 
 test: setup  ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
 lint: setup  ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -5,10 +5,12 @@ nothing heavy; the names in ``__all__`` are loaded when they are first used.
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
 
+from denoise_env.shadowing import shadowed
 from denoise_env.worlds import WORLDS
 
 if TYPE_CHECKING:
@@ -88,3 +90,6 @@ for _name, _world in WORLDS.items():
             vector_entry_point="denoise_env.gymnasium_env:DenoiseVectorEnv",
             kwargs={"model": _name},
         )
+
+if _hidden := shadowed():
+    warnings.warn(_hidden, stacklevel=2)

@@ -81,6 +81,19 @@ def test_rows_are_those_of_their_prompts_in_any_order_and_number():
         assert torch.equal(row, store.model.embed(f"prompt {i}"))
 
 
+def test_what_a_caller_does_to_a_batch_does_not_reach_the_next():
+    store = ConditioningStore(Texts())
+    index = store.index(texts(3))
+    first = store.rows(index[[0, 2]])
+    kept = first.clone()
+    first["embeds"] = first["embeds"] * 0
+    first["more"] = torch.ones(2)
+    again = store.rows(index[[0, 2]])
+    assert set(again.keys()) == set(kept.keys())
+    assert torch.equal(again["embeds"], kept["embeds"])
+    assert torch.equal(store.rows(index[[2, 0]])["embeds"], kept["embeds"].flip(0))
+
+
 def test_only_what_is_asked_for_is_encoded_and_only_once():
     model = Texts()
     store = ConditioningStore(model)

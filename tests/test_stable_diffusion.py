@@ -184,6 +184,27 @@ def test_height_and_width_are_pixels(make_shapes):
     assert mdp.model.decode(rollout.final_latents).shape == (2, 3, 48, 32)
 
 
+@pytest.mark.parametrize(("option", "calls", "tolerance"), [("vae_slicing", 3, 1e-5), ("vae_tiling", 9, 1.0)])
+def test_the_vae_decodes_in_slices_or_tiles(make_shapes, latents, option, calls, tolerance):
+    latents = torch.nn.functional.interpolate(latents, scale_factor=2)
+    whole = make_shapes(height=64, width=64).model.decode(latents)
+    model = make_shapes(height=64, width=64, **{option: True}).model
+    decoder, seen = model.pipeline.vae.decoder, []
+    decoder.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    saved = model.decode(latents)
+    assert len(seen) == calls
+    torch.testing.assert_close(saved, whole, rtol=0, atol=tolerance)
+
+
+def test_the_attention_backend_is_set_or_refused(make_shapes, latents):
+    plain = make_shapes()
+    for backend in ("native", "_native_math"):
+        chosen = make_shapes(attention_backend=backend)
+        torch.testing.assert_close(*(our_sample(m, latents, ODE(m.schedule, "epsilon")) for m in (plain, chosen)))
+    with pytest.raises(ValueError, match="attention_backend='fast' cannot be used"):
+        make_shapes(attention_backend="fast")
+
+
 def test_a_checkpoint_that_is_not_there_or_damaged_is_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown model"):
         DenoisingMDP.make(str(tmp_path / "nowhere" / "at" / "all"), "shapes", PROMPTS)

@@ -64,7 +64,7 @@ class TrainConfig:
     microbatch: int | None = 128
     """The most images per network call. It bounds the memory and does not change the result."""
     seed: int = 0
-    """Seed of the run's random draws."""
+    """Seed of the run's random draws, and of first weights that are random (adapters, critics, Points' network)."""
     max_unscored: float = 0.5
     """Stop when more than this share of a rollout's images could not be scored."""
 

@@ -71,6 +71,9 @@ def build(
     updates = getattr(config.agent_options, "updates_per_rollout", 1)  # an agent that does not learn has none
     update = max(1, rows // max(1, updates) // ranks.size)  # what one update has at most, of this rank
     microbatch = min(config.microbatch or update, update)
+    options = config.model_options
+    if getattr(options, "seed", 0) is None:
+        options = dataclasses.replace(options, seed=config.seed)
     mdp = DenoisingMDP.make(
         config.model,
         config.rewards or None,
@@ -78,7 +81,7 @@ def build(
         config.num_steps,
         config.microbatch,
         device=device,
-        options=config.model_options,
+        options=options,
         conditioning_cache=config.conditioning_cache,
         conditioning_host_gib=config.conditioning_host_gib,
         conditioning_device_gib=config.conditioning_device_gib,

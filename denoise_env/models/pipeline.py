@@ -35,8 +35,8 @@ class PipelineOptions(ModelOptions):
     """Decode one image at a time, which takes less memory."""
     vae_tiling: bool = False
     """Decode large images in overlapping tiles. It takes less memory, but seams may show."""
-    seed: int = 0
-    """Seed of the adapters' first weights."""
+    seed: int | None = None
+    """Seed of the adapters' first weights. Default: the run's seed, or 0."""
 
 
 class PipelineModel(DenoisingModel):
@@ -163,7 +163,7 @@ class PipelineModel(DenoisingModel):
                 target_modules=self.lora_targets,
             )
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(options.seed)
+                torch.manual_seed(options.seed or 0)
                 self.network.add_adapter(config)
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_("lora_" in name)

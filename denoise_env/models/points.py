@@ -105,8 +105,8 @@ class PointsOptions(ModelOptions):
 
     family = "points"
 
-    seed: int = 0
-    """Seed of the first weights of the residual network's hidden layers."""
+    seed: int | None = None
+    """Seed of the first weights of the residual network's hidden layers. Default: the run's seed, or 0."""
 
 
 class Points(DenoisingModel):
@@ -136,7 +136,7 @@ class Points(DenoisingModel):
         self.options = options or PointsOptions()
         self.prediction_type: PredictionType = "epsilon" if self.path == "diffusion" else "flow_prediction"
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.options.seed)
+            torch.manual_seed(self.options.seed or 0)
             self.network: PointsNetwork = PointsNetwork(self.path).to(device)
 
     def schedule(self, num_steps: int) -> Schedule:

@@ -1,7 +1,13 @@
+import dataclasses
+
+import pytest
+import torch
 from small_runs import small
 
 from agents.training.config import TrainConfig
 from agents.training.experiment import build
+from agents.training.presets import make_config
+from denoise_env.models import model_options
 from denoise_env.shapes import WEIGHTS
 
 
@@ -17,3 +23,24 @@ def test_a_long_prompt_file_is_not_evaluated_whole(tmp_path):
     assert len(experiment.eval_prompts) == 12  # shapes has held-out prompts of its own
     options = {"model": str(WEIGHTS), "rewards": {"shapes": 1.0}, "prompts": str(file)}
     assert build(TrainConfig(**options)).eval_prompts == experiment.mdp.drawn_prompts[:32]
+
+
+@pytest.mark.parametrize(
+    ("model", "agent", "options"),
+    [("points", "ppo", {}), ("points-flow", "dpok", {}), ("shapes", "ppo", {"lora_rank": 2})],
+)
+def test_the_seed_seeds_every_weight_that_is_random(model, agent, options):
+    def first_weights(run_seed, **more):
+        config = make_config("points", agent, model=model)
+        config.model_options = model_options(model, **options, **more)
+        experiment = build(dataclasses.replace(config, seed=run_seed, microbatch=None))
+        return {
+            name: t for name, t in experiment.agent.state().items() if t.is_floating_point() and t.unique().numel() > 1
+        }
+
+    zero, one, again, named = first_weights(0), first_weights(1), first_weights(1), first_weights(1, seed=0)
+    assert zero.keys() == one.keys()
+    for name in zero:
+        assert not torch.equal(zero[name], one[name]), name
+        assert torch.equal(one[name], again[name]), name
+        assert torch.equal(named[name], zero[name]) != name.startswith("modules."), name

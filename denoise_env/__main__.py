@@ -1,0 +1,18 @@
+"""The command ``denoise-env``, also ``python -m denoise_env``."""
+
+import importlib
+import sys
+
+from denoise_env.shadowing import shadowed
+
+
+def main() -> int:
+    """Run the command line of ``agents``; returns the exit status, 2 where another package has that name."""
+    if hidden := shadowed():
+        print(f"denoise-env: {hidden}", file=sys.stderr)
+        return 2
+    return importlib.import_module("agents.cli").main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
