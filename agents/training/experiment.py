@@ -73,7 +73,7 @@ def build(
     microbatch = min(config.microbatch or update, update)
     options = config.model_options
     if getattr(options, "seed", 0) is None:
-        options = dataclasses.replace(options, seed=config.seed)
+        options = dataclasses.replace(options, **{"seed": config.seed})
     mdp = DenoisingMDP.make(
         config.model,
         config.rewards or None,
