@@ -61,9 +61,8 @@ def table(runs: Sequence[Path]) -> str:
         [
             *lines,
             "",
-            f"A seed's brackets are the 95 % bootstrap interval over its {last['images']:.0f} images: for other noise on "
-            "these prompts. The mean's",
-            "are Student's 95 % interval over training seeds; a further training seed is expected in "
+            f"Brackets of a seed: 95 % bootstrap interval over {last['images']:.0f} images, for the noise of evaluation.",
+            "Brackets of the mean: Student's 95 % interval over training seeds; a further training seed is expected in "
             f"[{mean - of_next:.3f}, {mean + of_next:.3f}].",
             "Diversity is the std of the final latents among a prompt's samples.",
         ]
@@ -92,9 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--seeds", type=int, default=5, metavar="N", help="runs, seeds 0 to N − 1 (default %(default)s)"
-    )
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="of them, from 0 (default %(default)s)")
     parser.add_argument("--build", type=Path, default=REPOSITORY / "build" / "demo", metavar="DIR", help="of the runs")
     options = parser.parse_args(own)
     if not 2 <= options.seeds <= len(STUDENT) + 1:
