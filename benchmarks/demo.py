@@ -61,7 +61,7 @@ def table(runs: Sequence[Path]) -> str:
         [
             *lines,
             "",
-            f"Brackets of a seed: 95 % bootstrap interval over {last['images']:.0f} images, for the noise of evaluation.",
+            f"Brackets of a seed: 95 % bootstrap interval over {last['images']:.0f} images, over evaluation noise.",
             "Brackets of the mean: Student's 95 % interval over training seeds; a further training seed is expected in "
             f"[{mean - of_next:.3f}, {mean + of_next:.3f}].",
             "Diversity is the std of the final latents among a prompt's samples.",
