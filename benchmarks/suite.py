@@ -6,7 +6,7 @@
 
 A network call is the forward of one row; forward and backward count as three. For every agent and environment
 the same number of settings is searched under the same budget, on a seed and evaluation noise of its own: learning
-rates × two values of a second setting (`benchmarks.suites.SECOND`), or as many learning rates for an agent without
+rates × two values of a second setting (`benchmarks.suites.SETTINGS`), or as many learning rates for an agent without
 one. Where the best has the lowest or the highest learning rate, one further rate is tried beyond it, twice at most.
 The setting with the highest final evaluation reward then runs on seeds 0, 1, … . Each run is a process, cached in
 ``build/benchmarks`` and never repeated; a run that fails is reported and does not stop the others.
@@ -86,7 +86,7 @@ def run_suite(name: str, suite: Suite, jobs: int, build: Path, about: dict[str, 
 def search(name: str, suite: Suite, jobs: int, build: Path) -> dict[Pair, list[dict[str, Any]]]:
     """Every pair's search trials: its grid, then further learning rates while the best lies at an end."""
     pairs = [(where, agent) for where in suite.environments for agent in suite.agents or AGENTS]
-    todo = {pair: grid(suite, suite.environments[pair[0]], pair[1]) for pair in pairs}
+    todo = {pair: grid(suite, *pair) for pair in pairs}
     found: dict[Pair, list[dict[str, Any]]] = {pair: [] for pair in pairs}
     for wider in range(1 + suite.wider):
         runs = {

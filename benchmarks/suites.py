@@ -25,23 +25,28 @@ WIDER = 2.0
 
 
 @dataclass(frozen=True)
-class Second:
-    """A setting that is searched beside the learning rate.
+class Settings:
+    """What a comparison sets and searches for an agent.
 
     Attributes:
-        name: the agent's setting.
-        factors: of the agent's default; each is tried with every learning rate.
-        updates: updates per rollout with each factor, where that is searched along: in the only update of a rollout
+        searched: the setting that is searched beside the learning rate; ``None`` for agents that try more rates.
+        values: of that setting; each is tried with every learning rate.
+        of_default: whether the values are factors of the agent's own default.
+        updates: updates per rollout with each value, where that is searched along: in the only update of a rollout
             every ratio is 1 and no clip binds, and two updates make no more network calls.
+        fixed: the agent's settings in all its runs and trials, in the place of its defaults.
     """
 
-    name: str
-    factors: tuple[float, ...]
+    searched: str | None = None
+    values: tuple[float, ...] = ()
+    of_default: bool = False
     updates: tuple[int, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
-_CLIP = Second("clip_range", (1.0, 100.0), (1, 2))
-SECOND: dict[str, Second] = {
+_CLIP = Settings("clip_range", (1.0, 100.0), of_default=True, updates=(1, 2))
+_FEW = {"draws_per_sample": 6}  # a rollout of 10 steps is then trained at as many places as one of GRPO
+SETTINGS: dict[str, Settings] = {
     "grpo": _CLIP,
     "flow-grpo": _CLIP,
     "flow-grpo-fast": _CLIP,
@@ -51,14 +56,15 @@ SECOND: dict[str, Second] = {
     "flow-dppo": _CLIP,
     "ddpo-is": _CLIP,
     "ppo": _CLIP,
-    "awm": _CLIP,
-    "rwr": Second("temperature", (1.0, 0.25)),
-    "dpo": Second("beta", (1.0, 0.01)),
-    "dcpo": Second("beta", (1.0, 0.01)),
+    "awm": Settings("clip_range", (1e-3, 0.1), updates=(1, 2), fixed=_FEW),
+    "nft": Settings(fixed=_FEW),
+    "rwr": Settings("temperature", (0.2, 0.05), fixed=_FEW),
+    "dpo": Settings("beta", (2000.0, 20.0), fixed=_FEW),
+    "dcpo": Settings("beta", (2000.0, 20.0), fixed=_FEW),
 }
-"""Agent → what is searched beside its learning rate. An agent without a line tries as many learning rates instead; one
-of your own takes the line of the agent that it is derived from."""
-_POINTS_SECOND = {name: Second("beta", (0.01, 0.0025)) for name in ("dpo", "dcpo")}
+"""Agent → its settings; one without a line has its defaults and tries learning rates only. An agent of your own takes
+the line of the one that it is derived from."""
+_ON_POINTS_SETTINGS = {name: Settings("beta", (20.0, 5.0), fixed=_FEW) for name in ("dpo", "dcpo")}
 """On Points β weighs a mean over two dimensions only."""
 
 
@@ -97,7 +103,7 @@ class Suite:
             they are log-spaced between its ends.
         lr_alone: the same for agents with no second setting to search, which try more of them.
         wider: further trials, at most, while the best one has the lowest or the highest learning rate tried.
-        second: agent → second setting where it is another here than in `SECOND`.
+        settings: agent → its settings where they are others here than in `SETTINGS`.
         agents: which; empty: all there are.
         pooled: part of the table over all environments.
         trial_budget: network calls of a search trial.
@@ -112,7 +118,7 @@ class Suite:
     lr: tuple[float, ...]
     lr_alone: tuple[float, ...] = ()
     wider: int = 2
-    second: Mapping[str, Second] = field(default_factory=dict)
+    settings: Mapping[str, Settings] = field(default_factory=dict)
     agents: tuple[str, ...] = ()
     pooled: bool = True
     trial_budget: int | None = None
@@ -138,7 +144,7 @@ _SHAPES_SEARCH = {"eval_prompts": SHAPES, "eval_images_per_prompt": 8}  # not on
 def _points(model: str, text: str) -> Suite:
     # 40 iterations of GRPO: 96 rows · (10 forwards + 6 steps · 3)
     environments = {model: Environment("points", {**_ON_POINTS, "model": model})}
-    return Suite(text, environments, "points", 40 * 96 * 28, 10, 6, lr=(2.5e-3, 4e-2), second=_POINTS_SECOND)
+    return Suite(text, environments, "points", 40 * 96 * 28, 10, 6, lr=(2.5e-3, 4e-2), settings=_ON_POINTS_SETTINGS)
 
 
 SUITES = {
@@ -178,13 +184,13 @@ SUITES = {
 }
 
 
-def second(suite: Suite, agent: str) -> Second | None:
-    """What is searched beside the learning rate for an agent, a class of your own ("module:class") included."""
+def settings_of(suite: Suite, agent: str) -> Settings:
+    """An agent's settings in a suite, those of a class of your own ("module:class") included."""
     name = next((kind.name for kind in find_agent(agent).__mro__ if kind in AGENTS.values()), agent)
-    return suite.second.get(name, SECOND.get(name))
+    return suite.settings.get(name) or SETTINGS.get(name) or Settings()
 
 
-def grid(suite: Suite, environment: Environment, agent: str) -> list[dict[str, float]]:
+def grid(suite: Suite, where: str, agent: str) -> list[dict[str, float]]:
     """The settings to search, as overrides; empty for an agent that has none.
 
     Raises:
@@ -192,13 +198,13 @@ def grid(suite: Suite, environment: Environment, agent: str) -> list[dict[str, f
     """
     if agent in UNTUNED or not suite.trials:
         return []
-    config = Run(environment.preset, agent, environment.overrides).config()
+    config, own = make_run(suite, where, agent, 0, {}).config(), settings_of(suite, agent)
     others: list[dict[str, float]] = [{}]
-    if searched := second(suite, agent):
+    if own.searched:
         rows = config.prompts_per_iteration * config.agent_options.group_size
-        default = getattr(config.agent_options, searched.name)
-        others = [{f"agent.{searched.name}": _round(default * factor)} for factor in searched.factors]
-        for other, updates in zip(others, searched.updates, strict=False):
+        scale = getattr(config.agent_options, own.searched) if own.of_default else 1
+        others = [{f"agent.{own.searched}": _round(scale * value)} for value in own.values]
+        for other, updates in zip(others, own.updates, strict=False):
             other["agent.updates_per_rollout"] = updates
             other["microbatch"] = min(config.microbatch or rows, rows // updates)
     if suite.trials % len(others):
@@ -222,7 +228,8 @@ def beyond(settings: Sequence[dict[str, float]], rewards: Sequence[float]) -> di
 def make_run(suite: Suite, where: str, agent: str, seed: int, setting: dict[str, float], search: bool = False) -> Run:
     """One training run; a search trial evaluates before and after only, with noise of its own."""
     environment = suite.environments[where]
-    overrides = {**environment.overrides, **setting, "seed": seed, "network_budget": suite.budget}
+    fixed = {f"agent.{name}": value for name, value in settings_of(suite, agent).fixed.items()}
+    overrides = {**environment.overrides, **fixed, **setting, "seed": seed, "network_budget": suite.budget}
     # never reached, as an iteration costs more than one call; what does not train needs one to be evaluated after
     overrides["iterations"] = 1 if agent in UNTRAINED else suite.budget
     overrides["eval_seed"] = EVAL_SEED + (seed if agent in NOT_LEARNING else 0)

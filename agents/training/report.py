@@ -177,18 +177,20 @@ def write_comparison(directory: Path) -> Path:
         The picture's path.
     """
     import matplotlib
+    import numpy as np
     from PIL import Image
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     prompts, pictures = _drawn(directory)
-    width, height = Image.open(pictures[0]).size
+    before_after = [np.asarray(Image.open(pictures[i])) for i in (0, -1)]
+    height, width = before_after[0].shape[:2]
     side = min(5.0, 8 * width / height)  # of one picture, inches
     figure, axes = plt.subplots(1, 2, figsize=(2 * side + 2, side * height / width + 0.4), layout="constrained")
-    for axis, path, when in zip(axes, (pictures[0], pictures[-1]), ("before", "after"), strict=True):
-        axis.imshow(Image.open(path))
-        axis.set_title(f"{when} (iteration {int(path.stem)})", fontsize=2 * side + 2)
+    for axis, i, when in zip(axes, (0, -1), ("before", "after"), strict=True):
+        axis.imshow(before_after[i])
+        axis.set_title(f"{when} (iteration {int(pictures[i].stem)})", fontsize=2 * side + 2)
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)

@@ -29,7 +29,7 @@ def tiny(seed=0, **overrides):
 def test_every_agent_has_as_many_trials_under_the_same_budget(name, where):
     suite = SUITES[name]
     for agent in suite.agents or AGENTS:
-        settings = grid(suite, suite.environments[where], agent)
+        settings = grid(suite, where, agent)
         assert len(settings) == (0 if agent in UNTUNED else suite.trials)
         assert len({str(setting) for setting in settings}) == len(settings)
         rates = {setting["agent.lr"] for setting in settings}
@@ -46,19 +46,18 @@ def test_every_agent_has_as_many_trials_under_the_same_budget(name, where):
 
 def test_clips_are_searched_where_they_can_bind():
     suite = SUITES["points"]
-    environment = suite.environments["points"]
-    updates = [setting.get("agent.updates_per_rollout") for setting in grid(suite, environment, "grpo")]
+    updates = [setting.get("agent.updates_per_rollout") for setting in grid(suite, "points", "grpo")]
     assert updates == [1, 2] * 3
-    assert {setting["agent.clip_range"] for setting in grid(suite, environment, "grpo")} == {1e-4, 1e-2}
+    assert {setting["agent.clip_range"] for setting in grid(suite, "points", "grpo")} == {1e-4, 1e-2}
     for agent in ("ddpo-sf", "nft"):  # one update by definition, and no clip
-        assert [list(setting) for setting in grid(suite, environment, agent)] == [["agent.lr"]] * 6
+        assert [list(setting) for setting in grid(suite, "points", agent)] == [["agent.lr"]] * 6
 
 
 @pytest.mark.parametrize("name", ["points", "points-flow"])
 def test_every_searched_setting_fits_its_agent(name):
     suite = SUITES[name]
     for agent in AGENTS:
-        for setting in grid(suite, suite.environments[name], agent) or [{}]:
+        for setting in grid(suite, name, agent) or [{}]:
             build(make_run(suite, name, agent, 0, setting).config())
 
 
@@ -86,7 +85,7 @@ def test_a_runs_key_is_its_whole_configuration():
 def test_trials_must_divide_among_the_clips():
     suite = dataclasses.replace(SUITES["points"], trials=5)
     with pytest.raises(ValueError, match="multiple of 2, not 5"):
-        grid(suite, suite.environments["points"], "grpo")
+        grid(suite, "points", "grpo")
 
 
 def test_a_search_goes_on_beyond_its_end():
@@ -192,8 +191,7 @@ def test_your_own_model_reward_and_agent_go_through_a_suite(own, tmp_path, monke
 
 def test_your_own_agent_is_searched_as_the_one_it_comes_from(own):
     suite = SUITES["points"]
-    environment = suite.environments["points"]
-    assert grid(suite, environment, f"{own}:Agent") == grid(suite, environment, "grpo")
+    assert grid(suite, "points", f"{own}:Agent") == grid(suite, "points", "grpo")
 
 
 def test_a_suite_of_several_environments_takes_no_model():
