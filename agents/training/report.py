@@ -16,18 +16,18 @@ from agents.training.tables import read_table
 MOST_LOOKS = 12
 """How many pictures of samples the page holds; a run may have drawn more."""
 _BLUE, _ORANGE = "#1d4ed8", "#c2410c"
-_LABELS = {
-    "reward_std_in_group": "std of the reward within a group",
-    "unscored": "images without a score",
-    "loss": "loss, mean over examples",
-    "grad_norm": "norm of the gradient before clipping",
-    "clip_fraction": "share of ratios outside the clip",
-    "ratio": "mean probability ratio",
-    "ratio_deviation": "largest |ratio − 1|",
-    "kl_old": "KL to the rollout's policy, nats",
-    "kl_reference": "KL to the base model, as the loss has it",
+_MEANINGS = {
+    "reward_std_in_group": ("std", "of the reward within a group, mean over groups"),
+    "unscored": ("images", "that a reward failed on"),
+    "loss": ("loss", "mean over the update's examples"),
+    "grad_norm": ("norm", "of the gradient before it is clipped"),
+    "clip_fraction": ("share", "of probability ratios outside the clip"),
+    "ratio": ("ratio", "of probabilities, policy over rollout's policy, mean"),
+    "ratio_deviation": ("|ratio − 1|", "the largest of the update"),
+    "kl_old": ("nats a step", "KL to the rollout's policy"),
+    "kl_reference": ("KL a step", "to the base model, as the loss counts it"),
 }
-"""What a column of metrics.csv is; other columns go by their own names."""
+"""Of columns of metrics.csv: the axis, and what it is. Others go by their own names."""
 _SHOWN_ELSEWHERE = ("iteration", "network_calls", "seconds", "images_per_second", "reward")
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
@@ -42,7 +42,7 @@ figure{margin:0;break-inside:avoid} img{max-width:100%;display:block}
 .look div{display:flex;flex-wrap:wrap;gap:.4rem}.slide{display:flex;gap:.7rem;align-items:center;margin:.6rem 0}
 .slide input{flex:1}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(20rem,1fr));gap:1.2rem 1rem}
-.charts h3{font-size:14px}.charts svg{width:100%;height:auto}.charts text{font:11px system-ui,sans-serif;fill:#5b6570}
+.charts h3{font-size:14px;margin:0}.charts svg{width:100%;height:auto}.charts text{font:11px system-ui,sans-serif;fill:#5b6570}
 @media(max-width:50rem){.pair{grid-template-columns:minmax(0,1fr)}}
 @media print{.slide{display:none} body{max-width:none;margin:0} .charts{grid-template-columns:repeat(2,1fr)}
 *{print-color-adjust:exact}}
@@ -218,18 +218,18 @@ def _curves(metrics: list[dict[str, float]], evals: list[dict[str, float]]) -> s
     panels = []
     if len(trained) > 1:
         weighed = [line(metrics, "reward", "training", _BLUE)]
-        panels.append(_panel("all rewards, weighted", "sum of the means", weighed))
+        panels.append(_panel("all rewards", "reward", "weighted sum, mean over images", weighed))
     evaluated = [name for name, _, _ in headline(evals)]
     for name in dict.fromkeys([*(n.removeprefix("reward/") for n in trained), *evaluated]):
         own = [line(metrics, f"reward/{name}", "training", _BLUE)] if f"reward/{name}" in trained else []
         own += [line(evals, name, "evaluation", _ORANGE)] if name in evaluated else []
-        panels.append(_panel(name, "mean reward", own))
-    for name, label in (
-        ("diversity", "std of the final latents within a prompt"),
-        ("kl", "KL to the base model, nats a trajectory"),
+        panels.append(_panel(name, "reward", "mean over images", own))
+    for name, axis, meaning in (
+        ("diversity", "std", "of the final latents among a prompt's images"),
+        ("kl", "nats a trajectory", "KL to the base model"),
     ):
         if evals and name in evals[0]:
-            panels.append(_panel(f"evaluation: {name}", label, [line(evals, name, "evaluation", _ORANGE)]))
+            panels.append(_panel(f"evaluation: {name}", axis, meaning, [line(evals, name, "evaluation", _ORANGE)]))
     constant = []
     for name in metrics[0] if metrics else ():
         values = [value for value in column(metrics, name) if math.isfinite(value)]
@@ -238,12 +238,12 @@ def _curves(metrics: list[dict[str, float]], evals: list[dict[str, float]]) -> s
         if len(values) > 1 and min(values) == max(values):
             constant.append(f"{_text(name)} {values[0]:g}")
         else:
-            label = _LABELS.get(name, name)
-            panels.append(_panel(f"training: {name}", label, [line(metrics, name, "training", _BLUE)]))
+            axis, meaning = _MEANINGS.get(name, ("value", "mean over the update"))
+            panels.append(_panel(f"training: {name}", axis, meaning, [line(metrics, name, "training", _BLUE)]))
     note = f"<p><small>The same in every iteration: <bdi>{', '.join(constant)}</bdi>.</small></p>" if constant else ""
     return f'<div class="charts">{"".join(panels)}</div>{note}'
 
 
-def _panel(title: str, label: str, lines: list[Line]) -> str:
-    drawn = chart(lines, "iteration", label)
-    return f'<figure><h3 dir="auto">{_text(title)}</h3>{drawn}</figure>' if drawn else ""
+def _panel(title: str, axis: str, meaning: str, lines: list[Line]) -> str:
+    drawn = chart(lines, "iteration", axis)
+    return f'<figure><h3 dir="auto">{_text(title)}</h3><small>{meaning}</small>{drawn}</figure>' if drawn else ""

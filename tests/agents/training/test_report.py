@@ -76,7 +76,7 @@ def test_a_run_shows_its_curves_and_a_scatter_of_its_prompts(tmp_path):
     assert "clip_fraction 0" in page
     labels = re.findall(r"rotate\(-90\)[^>]*>(.*?)<", page)
     assert len(labels) == len(shown) == page.count(">iteration</text>")
-    assert "KL to the base model, nats a trajectory" in labels
+    assert labels[:3] == ["reward", "std", "nats a trajectory"]
     assert [path.name for path in sorted((directory / "samples").glob("*.png"))] == [f"{i:06d}.png" for i in (0, 2, 4)]
     assert page.count("<img ") == 6 * 4  # six mixtures: before, and three behind the slider
     assert Image.open(directory / "samples" / "000000.png").size == (160, 6 * 161 - 1)
