@@ -86,7 +86,7 @@ def run_suite(name: str, suite: Suite, jobs: int, build: Path, about: dict[str, 
 def search(name: str, suite: Suite, jobs: int, build: Path) -> dict[Pair, list[dict[str, Any]]]:
     """Every pair's search trials: its grid, then further learning rates while the best lies at an end."""
     pairs = [(where, agent) for where in suite.environments for agent in suite.agents or AGENTS]
-    todo = {pair: grid(suite, *pair) for pair in pairs}
+    todo = {pair: settings for pair in pairs if (settings := grid(suite, *pair))}
     found: dict[Pair, list[dict[str, Any]]] = {pair: [] for pair in pairs}
     for wider in range(1 + suite.wider):
         runs = {
@@ -99,10 +99,12 @@ def search(name: str, suite: Suite, jobs: int, build: Path) -> dict[Pair, list[d
             for setting, run in zip(todo[pair], own, strict=True):
                 record = _record(suite, *pair, run, build, errors.get(run.key))
                 found[pair].append({**record, "overrides": setting})
-        tried = {pair: [record["overrides"] for record in own] for pair, own in found.items() if own and todo[pair]}
-        further = {pair: beyond(own, [_end(record) for record in found[pair]]) for pair, own in tried.items()}
-        todo = {pair: [setting] if setting else [] for pair, setting in further.items()}
-        if not any(todo.values()):
+        todo = {}
+        for pair in runs:
+            tried, ends = zip(*((record["overrides"], _end(record)) for record in found[pair]), strict=True)
+            if further := beyond(tried, ends):
+                todo[pair] = [further]
+        if not todo:
             break
     return found
 
