@@ -143,7 +143,7 @@ def compare(environment: str, data: dict[str, Any], frontier: "Frontier | None" 
     """One environment's comparison."""
     runs = _finished(environment, data)
     every, gains = [run for own in runs.values() for run in own], _gains(runs)
-    # the control's runs differ in their evaluation noise alone; the starts of all others are the same evaluations
+    # they differ in evaluation noise (and prompts) alone, and are the same evaluations for every agent
     starts = np.unique([run["reward"][0] for run in runs.get("base", every)])
     base = estimate(starts) if every else UNKNOWN
     ends = [np.nan_to_num(run["kl"]).max() for run in every]

@@ -14,11 +14,11 @@ from denoise_env.shapes import TRAIN
 from denoise_env.worlds import SHAPES
 
 SEARCH_SEED, SEARCH_EVAL_SEED, EVAL_SEED = 1000, 4321, 1234
-"""Of the search's training and of its evaluation noise, which the runs never see; and of the runs' evaluation noise."""
+"""Of the search's training and of its evaluation noise, which the runs never see; and of the noise that the run with
+seed 0 is evaluated with. The next seed has the next one, the same for all agents, so that an interval over runs covers
+the noise of evaluation too."""
 UNTRAINED = ("base", "best-of-n")
-NOT_LEARNING = (*UNTRAINED, "zero-lr")
-"""Controls that stay the base model. Every seed has evaluation noise of its own: that is all they differ in."""
-UNTUNED = (*NOT_LEARNING, "shuffled-reward")
+UNTUNED = (*UNTRAINED, "zero-lr", "shuffled-reward")
 """Controls: nothing to search."""
 WIDER = 2.0
 """Factor from the learning rate at the end of a search to the one tried beyond it."""
@@ -232,7 +232,7 @@ def make_run(suite: Suite, where: str, agent: str, seed: int, setting: dict[str,
     overrides = {**environment.overrides, **fixed, **setting, "seed": seed, "network_budget": suite.budget}
     # never reached, as an iteration costs more than one call; what does not train needs one to be evaluated after
     overrides["iterations"] = 1 if agent in UNTRAINED else suite.budget
-    overrides["eval_seed"] = EVAL_SEED + (seed if agent in NOT_LEARNING else 0)
+    overrides["eval_seed"] = EVAL_SEED + seed
     if search:
         overrides["network_budget"] = suite.trial_budget or suite.budget
         overrides |= {"eval_points": 1, "eval_kl": False, "eval_seed": SEARCH_EVAL_SEED, **environment.search}

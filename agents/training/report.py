@@ -42,7 +42,8 @@ figure{margin:0;break-inside:avoid} img{max-width:100%;display:block}
 .look div{display:flex;flex-wrap:wrap;gap:.4rem}.slide{display:flex;gap:.7rem;align-items:center;margin:.6rem 0}
 .slide input{flex:1}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(20rem,1fr));gap:1.2rem 1rem}
-.charts h3{font-size:14px;margin:0}.charts svg{width:100%;height:auto}.charts text{font:11px system-ui,sans-serif;fill:#5b6570}
+.charts h3{font-size:14px;margin:0}.charts svg{width:100%;height:auto}
+.charts text{font:11px system-ui,sans-serif;fill:#5b6570}
 @media(max-width:50rem){.pair{grid-template-columns:minmax(0,1fr)}}
 @media print{.slide{display:none} body{max-width:none;margin:0} .charts{grid-template-columns:repeat(2,1fr)}
 *{print-color-adjust:exact}}

@@ -44,6 +44,13 @@ def test_every_agent_has_as_many_trials_under_the_same_budget(name, where):
         assert suite.seeds <= SEARCH_SEED
 
 
+def test_a_seeds_evaluation_noise_is_its_own_and_the_same_for_all_agents():
+    seeds = {a: [make_run(SUITES["points"], "points", a, s, {}).config().eval_seed for s in (0, 1)] for a in AGENTS}
+    assert len({tuple(found) for found in seeds.values()}) == 1
+    assert len(set(seeds["base"])) == 2
+    assert SEARCH_EVAL_SEED not in range(min(seeds["base"]), min(seeds["base"]) + 100)
+
+
 def test_clips_are_searched_where_they_can_bind():
     suite = SUITES["points"]
     updates = [setting.get("agent.updates_per_rollout") for setting in grid(suite, "points", "grpo")]

@@ -136,6 +136,10 @@ def test_the_page_in_a_browser(tmp_path):
         directions = captions + ".map(c => getComputedStyle(c).direction)"
         assert tab.run(directions) == ["rtl" if "(red)" in word else "ltr" for word in WORDS]
         assert tab.run("document.documentElement.scrollWidth") <= 1280
+        tab.media("print")
+        assert tab.run("getComputedStyle(document.querySelector('.slide')).display") == "none"
+        assert [text.split("\n")[0] for text in tab.run(visible)] == ["iteration 50"]  # the one that was chosen
+        tab.media("screen")
         tab.resize(400, 800)
         assert tab.run("document.documentElement.scrollWidth") <= 400
         assert tab.errors == []
