@@ -17,7 +17,7 @@ from agents.training.report import MOST_LOOKS, headline, write_report
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import browser
 
-WORDS = ["</script><b>bold</b>", "$x_1$ & $\\frac{1}$ 50$", "קופסה אדומה (red)", "a 🟥 box", "", "'\"` {x} <!-- \\"]
+WORDS = ["</script><b>bold</b>", "50 % of $x_1$ & $\\frac$", "קופסה אדומה (red)", "a 🟥 box", "", "'\"` {x} <!-- \\"]
 
 
 def invented(directory, words=WORDS, looks=(0, 50, 100), metrics=None):
