@@ -20,8 +20,8 @@ Rewards are interquartile means over runs (Agarwal et al. 2021) at the end of th
 intervals; over all environments, the mean of each one's. Every seed has evaluation noise of its own, the same for all
 agents: intervals are over training seeds and evaluation noise, and the base model's over the latter alone. A network
 call is the forward of one row; forward and backward count as three. KL is the trajectory's, to the base model, summed
-over dimensions, in nats. *Reward at KL* follows each run's path to where it first spends that much; *calls to target* is
-the median over runs of the first crossing, where a run that never crosses counts as later than the budget.
+over dimensions, in nats. *Reward at KL* follows each run's path to where it first spends that much; *calls to target*
+is the median over runs of the first crossing, where a run that never crosses counts as later than the budget.
 *P(> {REFERENCE})* is the probability that a run gains more than one of {REFERENCE}. Settings were searched by one rule
 for every agent, on a seed and evaluation noise of their own: the same number of trials under the same budget, and up to
 two more where the best learning rate was the lowest or the highest tried. Seconds are of training alone, and of the
