@@ -84,8 +84,8 @@ def write_report(directory: Path) -> Path:
 <link rel="icon" href="data:,"><style>{_STYLE}</style>
 <h1 dir="auto">{_text(directory.name)}</h1>
 <p><bdi>{_text(config["agent"]["name"])}</bdi> on <b><bdi>{_text(config["model"]["name"])}</bdi></b>,
-seed {config["seed"]}: {len(metrics)} of {config["iterations"]} iterations, {_images(config)} images each,
-{seconds:.0f} s of training.</p>
+seed {_text(config["seed"])}: {len(metrics)} of {_text(config["iterations"])} iterations,
+{_text(_images(config))} images each, {seconds:.0f} s of training.</p>
 <p>The command: <code dir="auto">{_text(about["command"] or "(started from Python)")}</code></p>
 <h2>Evaluation on fixed prompts and seeds</h2><div class="cards">{cards}</div>
 <p><small>The mean before and after, and its 95 % bootstrap intervals. Over images: for other noise on these prompts.
