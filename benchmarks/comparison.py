@@ -1,6 +1,7 @@
 """From the suites' data files to what is told of them: rows, pairwise probabilities and curves per environment."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,12 +25,24 @@ if TYPE_CHECKING:
 
 REFERENCE = "grpo"
 """The agent that the others are compared with."""
+REFERENCES = ("base", "best-of-n", REFERENCE)
+"""The agents that every other is seen beside."""
 AXES = ("network_calls", "seconds", "kl")
 """What a curve can run over."""
 POINTS, CURVE_DRAWS = 31, 500
 Curve = dict[str, Floats]
 """One run's evaluations, column by column."""
 OVERALL = "all environments"
+UNKNOWN = Estimate(np.nan, np.nan, np.nan)
+DEFINITIONS = {
+    "diversity": "Diversity / base: std of the final latents among a prompt's samples (root mean square over entries, "
+    "mean over prompts), divided by the base model's.",
+    "gap": "Below the optimum: the largest reward that Gaussian policies reach at the KL that a run spent "
+    "(benchmarks/optimum.py), minus the run's reward.",
+    "edge": "The setting's mark says that the best learning rate of the search is the lowest or the highest that was "
+    "tried, wider trials included: a better one may lie beyond.",
+}
+"""What a table's column means, for wherever it stands."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,7 @@ class Row:
         failed: how many did not.
         error: the last line of one that did not.
         setting: what the search chose.
+        edge: "lowest" or "highest" where its learning rate is that of all that were tried.
         reward: at the end of the budget; over all environments, the share of the possible gain.
         gain: reward gained over the run's own start.
         reward_at_kl: where at least half of the runs reach that KL.
@@ -61,6 +75,7 @@ class Row:
     failed: int = 0
     error: str | None = None
     setting: dict[str, float] = field(default_factory=dict)
+    edge: str | None = None
     reward: Estimate | None = None
     gain: Estimate | None = None
     reward_at_kl: Estimate | None = None
@@ -81,10 +96,11 @@ class Comparison:
 
     Attributes:
         environment: its name.
-        about: the data file's head: suite, command, versions, budget, seeds, trials.
+        about: the data file's head: suite, commands, versions, budget, seeds, trials; and under "code" the number of
+            runs by the code that they were made with.
         rows: one per agent, best first.
         better: agent → agent → P(the first's gain > the second's).
-        base: mean reward of the base model.
+        base: reward of the base model; its interval is over evaluation noise (and prompts, where they differ).
         kl_level: the KL at which rewards are compared; three quarters of the runs that move reach it.
         target: the reward to reach, half-way from the base model to the maximum of 1.
         curves: agent → x → y → "x", "value", "low", "high", up to where half of the agent's runs reach.
@@ -95,7 +111,7 @@ class Comparison:
     about: dict[str, Any]
     rows: list[Row]
     better: dict[str, dict[str, Estimate]]
-    base: float = np.nan
+    base: Estimate = UNKNOWN
     kl_level: float = np.nan
     target: float = np.nan
     curves: dict[str, Any] = field(default_factory=dict)
@@ -110,7 +126,7 @@ def compare_all(results: Path) -> list[Comparison]:
     """
     found = []
     for path in sorted(results.glob("*.json"), key=lambda path: path.stem):
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         if "runs" not in data:
             continue
         for environment, about in data["environments"].items():
@@ -127,28 +143,44 @@ def compare(environment: str, data: dict[str, Any], frontier: "Frontier | None" 
     """One environment's comparison."""
     runs = _finished(environment, data)
     every, gains = [run for own in runs.values() for run in own], _gains(runs)
-    base = float(np.mean([run["reward"][0] for run in every])) if every else np.nan
+    # they differ in evaluation noise (and prompts) alone, and are the same evaluations for every agent
+    starts = np.unique([run["reward"][0] for run in runs.get("base", every)])
+    base = estimate(starts) if every else UNKNOWN
     ends = [np.nan_to_num(run["kl"]).max() for run in every]
     furthest = [kl for kl in ends if kl > 0]
     level = float(f"{np.quantile(furthest, 0.25):.1g}") if furthest else np.nan
     grid = np.linspace(0, np.sqrt(max([1.0, *furthest])), 300) ** 2
     comparison = Comparison(
         environment,
-        {key: value for key, value in data.items() if key not in ("runs", "search")},
+        {key: value for key, value in data.items() if key not in ("runs", "search")} | {"code": _code(data)},
         [],
         {a: {b: probability_of_improvement([gains[a]], [gains[b]]) for b in gains} for a in gains},
         base,
         level,
-        (1 + base) / 2,
+        (1 + base.value) / 2,
         {agent: _curves(found) for agent, found in runs.items()},
         {"kl": grid.tolist(), "reward": frontier.reward_at(grid).tolist()} if frontier else None,
     )
     records = [run for run in data["runs"] if run["environment"] == environment]
     for agent in dict.fromkeys(run["agent"] for run in records):
         own = [run for run in records if run["agent"] == agent]
-        comparison.rows.append(_row(comparison, own, runs.get(agent, []), gains.get(agent), frontier))
+        trials = [trial for trial in data["search"] if (trial["environment"], trial["agent"]) == (environment, agent)]
+        row = _row(comparison, own, runs.get(agent, []), gains.get(agent), frontier)
+        comparison.rows.append(replace(row, edge=_edge(row.setting, trials)))
     comparison.rows.sort(key=_rank)
     return comparison
+
+
+def _code(data: dict[str, Any]) -> dict[str, int]:
+    """How many finished runs each code made."""
+    return dict(Counter(run["code"] for run in data["runs"] if run["code"]))
+
+
+def _edge(setting: dict[str, float], trials: Sequence[dict[str, Any]]) -> str | None:
+    """Whether a setting's learning rate lies at an end of those that were searched."""
+    rates = {trial["setting"]["lr"] for trial in trials}
+    ends = {min(rates): "lowest", max(rates): "highest"} if len(rates) > 1 else {}
+    return ends.get(setting.get("lr", np.nan))
 
 
 def _frontier(path: Path, model: str, kernel: str) -> "Frontier | None":
@@ -207,8 +239,8 @@ def _row(
 
 
 def _overall(pooled: Sequence[tuple[Comparison, dict[str, Floats]]]) -> Comparison:
-    """Agents that ran everywhere, by their share of the possible gain; environments are the bootstrap's strata."""
-    strata = [{agent: g / (1 - c.base) for agent, g in gain.items()} for c, gain in pooled]
+    """Agents that ran everywhere, by their share of the possible gain: its mean over environments, which are strata."""
+    strata = [{agent: g / (1 - c.base.value) for agent, g in gain.items()} for c, gain in pooled]
     agents = [agent for agent in strata[0] if all(agent in gain for gain in strata)]
     better = {
         a: {b: probability_of_improvement([g[a] for g in strata], [g[b] for g in strata]) for b in agents}
@@ -224,7 +256,7 @@ def _overall(pooled: Sequence[tuple[Comparison, dict[str, Floats]]]) -> Comparis
         for agent in agents
     ]
     names = ", ".join(comparison.environment for comparison, _ in pooled)
-    about = {"description": f"gain over the base model as a share of the possible one, over {names}"}
+    about = {"description": f"gain over the base model as a share of the possible one, the mean over {names}"}
     return Comparison(OVERALL, about, sorted(rows, key=_rank), better)
 
 

@@ -1,5 +1,6 @@
 """The leaderboard in Markdown, with its figures."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -10,19 +11,21 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from agents.training.checkpoints import write_atomically
-from benchmarks.comparison import OVERALL, REFERENCE, Comparison, compare_all
+from benchmarks.comparison import DEFINITIONS, OVERALL, REFERENCE, Comparison, compare_all
 from benchmarks.statistics import Estimate
 
 ACCENT = "#1d4ed8"
 _METHOD = f"""\
 Rewards are interquartile means over runs (Agarwal et al. 2021) at the end of the budget, with 95 % bootstrap
-intervals, stratified over environments. A network call is the forward of one row; forward and backward count as three.
-KL is the trajectory's, to the base model, summed over dimensions, in nats. *Reward at KL* follows each run's path to
-where it first spends that much; *calls to target* is the median over runs of the first crossing, where a run that never
-crosses counts as later than the budget. *P(> {REFERENCE})* is the probability that a run gains more than one of
-{REFERENCE}. Settings were searched with the same number of trials and the same budget for every agent, on a seed and
-evaluation noise of their own. Seconds are of training alone, and of the machine. With three seeds an interval is the
-range of the runs and no more.
+intervals; over all environments, the mean of each one's. Every seed has evaluation noise of its own, the same for all
+agents: intervals are over training seeds and evaluation noise, and the base model's over the latter alone. A network
+call is the forward of one row; forward and backward count as three. KL is the trajectory's, to the base model, summed
+over dimensions, in nats. *Reward at KL* follows each run's path to where it first spends that much; *calls to target*
+is the median over runs of the first crossing, where a run that never crosses counts as later than the budget.
+*P(> {REFERENCE})* is the probability that a run gains more than one of {REFERENCE}. Settings were searched by one rule
+for every agent, on a seed and evaluation noise of their own: the same number of trials under the same budget, and up to
+two more where the best learning rate was the lowest or the highest tried. Seconds are of training alone, and of the
+machine. With three seeds an interval is the range of the runs and no more.
 """
 
 
@@ -40,9 +43,11 @@ def _section(comparison: Comparison, results: Path) -> str:
     if comparison.environment != OVERALL:
         each = about.get("trial_budget") or about["budget"]
         search = f"{about['trials']} search trials of {each:,}" if about["trials"] else "no search"
+        typed = ", ".join(f"`{command}`" for command in about["commands"])
         lines += [
-            f"`{about['command']}`: {about['budget']:,} network calls a run, {about['seeds']} seeds, {search}. "
-            f"The base model's reward is {comparison.base:.3f}, the target {comparison.target:.3f}.",
+            f"{typed}: {about['budget']:,} network calls a run, {about['seeds']} seeds, {search}. "
+            f"The base model's reward is {figure(comparison.base, '.3f')}, the target {comparison.target:.3f}. "
+            f"{made_with(about['code'])}",
             "",
         ]
     lines += [table(comparison), ""]
@@ -74,11 +79,7 @@ def table(comparison: Comparison) -> str:
             "below the optimum": figure(row.gap, ".3f"),
             "held-out prompts": figure(row.held_out, ".3f"),
             f"P(> {REFERENCE})": figure(row.better, ".2f"),
-            "setting": ", ".join(
-                f"{name.removesuffix('_range').removesuffix('_per_rollout')} {value:g}"
-                for name, value in row.setting.items()
-            )
-            or "–",
+            "setting": setting(row.setting, row.edge),
             "seconds": figure(row.seconds, ".1f"),
         }
         for name, cell in cells.items():
@@ -86,7 +87,22 @@ def table(comparison: Comparison) -> str:
     columns = {name: cells for name, cells in columns.items() if any(cell != "–" for cell in cells)}
     body = [f"| {' | '.join(cells)} |" for cells in zip(*columns.values(), strict=True)]
     errors = [f"\n{row.agent}: {row.error}" for row in comparison.rows if row.error]
-    return "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *body, *errors])
+    told = {name for name in DEFINITIONS for row in comparison.rows if getattr(row, name) is not None}
+    notes = [f"\n{text}" for name, text in DEFINITIONS.items() if name in told]
+    return "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *body, *notes, *errors])
+
+
+def setting(values: Mapping[str, float], edge: str | None) -> str:
+    """What the search chose, marked where its learning rate lies at an end of those that were tried."""
+    short = {name.removesuffix("_range").removesuffix("_per_rollout"): value for name, value in values.items()}
+    mark = {"lr": f" ({edge} tried)"} if edge else {}
+    return ", ".join(f"{name} {value:g}{mark.get(name, '')}" for name, value in short.items()) or "–"
+
+
+def made_with(code: Mapping[str, int]) -> str:
+    """Which code the runs were made with: a revision and a digest of the sources."""
+    each = [f"{name} ({count} runs)" if len(code) > 1 else name for name, count in code.items()]
+    return f"Code: {', '.join(each)}."
 
 
 def figure(value: float | Estimate | None, style: str) -> str:

@@ -8,17 +8,22 @@ from typing import Any
 import numpy as np
 
 from agents.training.checkpoints import write_atomically
-from benchmarks.comparison import REFERENCE, compare_all
+from benchmarks.comparison import DEFINITIONS, REFERENCE, REFERENCES, compare_all
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def write_page(results: Path) -> Path:
     """Write ``index.html`` beside the data files it is made from: ``page.html`` with the comparisons inlined."""
-    data = {"reference": REFERENCE, "comparisons": [dataclasses.asdict(c) for c in compare_all(results)]}
+    data = {
+        "reference": REFERENCE,
+        "references": REFERENCES,
+        "definitions": DEFINITIONS,
+        "comparisons": [dataclasses.asdict(c) for c in compare_all(results)],
+    }
     text = json.dumps(_plain(data), separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
     path = results / "index.html"
-    write_atomically(path, TEMPLATE.read_text().replace("/*data*/null", text))
+    write_atomically(path, TEMPLATE.read_text(encoding="utf-8").replace("/*data*/null", text))
     return path
 
 

@@ -1,15 +1,18 @@
 """Training runs in processes of their own, cached by what they are.
 
 A run lives in ``<root>/<hash of its whole configuration>`` and is done when that holds ``finished.json``. One that
-was killed continues from its newest checkpoint. The hash does not see the code: delete the root after changing it.
+was killed continues from its newest checkpoint. The hash does not see the code, but ``finished.json`` says which code
+the run was finished with (`code`): delete the root to repeat runs of other code.
 """
 
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,10 +22,10 @@ from typing import Any
 
 import torch
 
-from agents.cli import main as denoise_env
 from agents.training.checkpoints import write_atomically
 from agents.training.config import TrainConfig, as_dict
-from agents.training.experiment import build
+from agents.training.evaluation import evaluate
+from agents.training.experiment import build, load_run
 from agents.training.loop import train
 from agents.training.presets import make_config
 from agents.training.progress import progress
@@ -31,6 +34,8 @@ from agents.training.tables import read_table
 _PROCESSES = multiprocessing.get_context("forkserver")  # imports once, forks for every run
 _PROCESSES.set_forkserver_preload(["__main__", __name__])
 _DROPPED = ("images", "unscored")
+_LAYOUT = 2  # of what a run's directory holds
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Run:
         preset: as in ``denoise-env list``.
         agent: likewise.
         overrides: setting → value on top of the preset, with a dot for the agent's own ("agent.lr"); "rows" is the
-            number of episodes per iteration.
+            number of episodes per iteration, and "model" comes with its own options.
         prompts: trained and evaluated on, instead of the configuration's.
         held_out: prompts (a named set or file) to evaluate after training too.
     """
@@ -58,9 +63,9 @@ class Run:
         Raises:
             AttributeError: there is no such setting.
         """
-        config = make_config(self.preset, self.agent, self.overrides.get("rows"))
+        config = make_config(self.preset, self.agent, self.overrides.get("rows"), self.overrides.get("model"))
         for name, value in self.overrides.items():
-            if name == "rows":
+            if name in ("rows", "model"):
                 continue
             path, _, attribute = name.rpartition(".")
             owner = getattr(config, f"{path}_options") if path else config
@@ -71,7 +76,7 @@ class Run:
     @property
     def key(self) -> str:
         """The hash that names its directory."""
-        whole = [as_dict(self.config()), self.prompts, self.held_out]
+        whole = [_LAYOUT, as_dict(self.config()), self.prompts, self.held_out]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -111,12 +116,12 @@ def _spawn(run: Run, directory: Path) -> str | None:
     if not process.exitcode:
         return None
     if (directory / "error.txt").exists():
-        return (directory / "error.txt").read_text().splitlines()[-1]
+        return (directory / "error.txt").read_text(encoding="utf-8").splitlines()[-1]
     return f"ended without a word, exit status {process.exitcode}"
 
 
 def _logged(directory: Path) -> None:
-    with (directory / "log.txt").open("w") as log:
+    with (directory / "log.txt").open("w", encoding="utf-8") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     try:
@@ -133,25 +138,49 @@ def work(directory: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (directory / "finished.json").exists():
             return
-        run = Run(**json.loads((directory / "run.json").read_text()))
+        run = Run(**json.loads((directory / "run.json").read_text(encoding="utf-8")))
         config = run.config()
         if run.prompts:
             path = directory / "prompts.txt"
             write_atomically(path, "\n".join(run.prompts))
             config.prompts = config.eval_prompts = str(path)
-        train(build(config), directory, resume=(directory / "config.json").exists(), report=False)
-        held_out = {}
-        if run.held_out:
-            arguments = ["eval", str(directory), "--prompts", run.held_out, "--json", str(directory / "held_out.json")]
-            denoise_env([*arguments, "--images-per-prompt", str(config.eval_images_per_prompt)])
-            (held_out,) = json.loads((directory / "held_out.json").read_text()).values()
-        write_atomically(directory / "finished.json", json.dumps({"held_out": held_out}))
+        trained = directory / "run"
+        train(build(config), trained, resume=(trained / "config.json").exists(), report=False)
+        held_out = _held_out(trained, dataclasses.replace(config, eval_prompts=run.held_out)) if run.held_out else {}
+        write_atomically(directory / "finished.json", json.dumps({"held_out": held_out, "code": code()}))
+
+
+def _held_out(directory: Path, config: TrainConfig) -> dict[str, float | None]:
+    """What an evaluation of a trained run on the configuration's prompts finds."""
+    found = load_run(directory, config)
+    count, seed = config.eval_images_per_prompt, config.eval_seed
+    with found.agent.evaluation_weights():
+        result = evaluate(found.eval_mdp, found.policy, found.eval_prompts, count, seed, config.microbatch)
+    return {name: _short(value) for name, value in result.row().items()}
+
+
+@functools.cache
+def code() -> str:
+    """The repository's revision, and a digest of the library's and the agents' sources as they are now."""
+    files = sorted(file for folder in ("denoise_env", "agents") for file in (REPOSITORY / folder).rglob("*.py"))
+    digest = hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:8]
+    git = ["git", "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(git, cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        found = ""
+    return f"{found or 'unknown'} {digest}"
+
+
+def made_by(directory: Path) -> str:
+    """The `code` that a finished run was finished with."""
+    return str(json.loads((directory / "finished.json").read_text(encoding="utf-8"))["code"])
 
 
 def curve(directory: Path) -> dict[str, list[float | None]]:
     """A finished run's evaluations, column by column, with the seconds trained until each; NaN is ``None``."""
-    evals, seconds = read_table(directory / "eval.csv"), {0.0: 0.0}
-    for row in read_table(directory / "metrics.csv"):
+    evals, seconds = read_table(directory / "run" / "eval.csv"), {0.0: 0.0}
+    for row in read_table(directory / "run" / "metrics.csv"):
         seconds[row["iteration"]] = seconds[row["iteration"] - 1] + row["seconds"]
     for row in evals:
         row["seconds"] = seconds[row["iteration"]]
@@ -161,7 +190,7 @@ def curve(directory: Path) -> dict[str, list[float | None]]:
 
 def held_out(directory: Path) -> dict[str, float]:
     """Reward name → its mean on the held-out prompts, where the run asked for them."""
-    found = json.loads((directory / "finished.json").read_text())["held_out"]
+    found = json.loads((directory / "finished.json").read_text(encoding="utf-8"))["held_out"]
     return {name: found[name] for name in found if f"{name}_low" in found}
 
 

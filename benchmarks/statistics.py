@@ -1,6 +1,6 @@
 """Statistics over few runs, after Agarwal et al. 2021 (arXiv:2108.13264, "rliable").
 
-Runs are strata: one array ``[runs, ...]`` per environment, resampled within each. NaN entries are left out.
+Environments are strata: one array ``[runs, ...]`` each, resampled within itself. NaN entries are left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,18 +38,22 @@ def bootstrap(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> tuple[Floats, Floats]:
-    """95 % percentile interval of ``statistic`` (called with ``axis``) over all strata's runs together."""
-    resampled = np.concatenate(list(_resample(strata, draws, np.random.default_rng(seed))), 1)
-    found = statistic(resampled, axis=1)
+    """95 % percentile interval of the mean over strata of each one's ``statistic`` (called with ``axis``)."""
+    resampled = _resample(strata, draws, np.random.default_rng(seed))
+    found = np.mean([statistic(own, axis=1) for own in resampled], 0)
     missing = np.isnan(found).all(0)
     low, high = np.nanpercentile(np.where(missing, 0.0, found), [2.5, 97.5], axis=0)
     return np.where(missing, np.nan, low), np.where(missing, np.nan, high)
 
 
 def estimate(*strata: ArrayLike) -> Estimate:
-    """The interquartile mean over all strata's runs, with its stratified bootstrap interval."""
+    """The mean over strata of each one's interquartile mean, with its stratified bootstrap interval.
+
+    Every stratum counts the same, however many runs it has. The interquartile mean of all runs together would drop
+    the environment with the lowest and the one with the highest values instead of odd runs.
+    """
     low, high = bootstrap(strata)
-    return Estimate(float(iqm(np.concatenate([np.asarray(s, float) for s in strata]))), float(low), float(high))
+    return Estimate(float(np.mean([iqm(own) for own in strata])), float(low), float(high))
 
 
 def probability_of_improvement(x: Sequence[ArrayLike], y: Sequence[ArrayLike], draws: int = DRAWS) -> Estimate:

@@ -1,245 +1,118 @@
 """Agents × environments × seeds under one budget of network calls.
 
     python -m benchmarks.suite run points --jobs 2        # search, runs, results/points.json
+    python -m benchmarks.suite run points --agents my_agent:MyAgent   # joins the others in that file
     python -m benchmarks.suite report                     # tables, figures and the page from the data files alone
 
 A network call is the forward of one row; forward and backward count as three. For every agent and environment
 the same number of settings is searched under the same budget, on a seed and evaluation noise of its own: learning
-rates × clips for an agent with a clip, as many learning rates for one without. The setting with the highest
-final evaluation reward then runs on seeds 0, 1, … . Each run is a process, cached in ``build/benchmarks`` and never
-repeated; a run that fails is reported and does not stop the others. A data file holds what its command asked for.
+rates × two values of a second setting (`benchmarks.suites.SETTINGS`), or as many learning rates for an agent without
+one. Where the best has the lowest or the highest learning rate, one further rate is tried beyond it, twice at most.
+The setting with the highest final evaluation reward then runs on seeds 0, 1, … . Each run is a process, cached in
+``build/benchmarks`` and never repeated; a run that fails is reported and does not stop the others.
+
+A data file is added to: an agent's runs replace its own there unless fewer of them finished, and a command whose
+budget, seeds or trials are not the file's is refused before it runs.
 """
 
 import argparse
 import dataclasses
 import json
+import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from agents.algorithms import AGENTS
-from agents.training.checkpoints import write_atomically
+from agents.algorithms import AGENTS, find_agent
 from agents.training.experiment import build as build_run
-from agents.training.seeding import generator
-from benchmarks.runs import Run, curve, execute, held_out
-from denoise_env.naming import suggest
-from denoise_env.shapes import TRAIN
-from denoise_env.worlds import SHAPES
+from benchmarks import datafile
+from benchmarks.runs import REPOSITORY, Run, code, curve, execute, held_out, made_by
+from benchmarks.suites import SEARCH_SEED, SUITES, Suite, beyond, grid, make_run, of_ones_own
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS, BUILD = REPOSITORY / "benchmarks" / "results", REPOSITORY / "build" / "benchmarks"
-SEARCH_SEED, SEARCH_EVAL_SEED = 1000, 4321
-"""Of the search's training and of its evaluation noise; the runs' are 0, 1, … and the preset's."""
-UNTRAINED = ("base", "best-of-n")
-UNTUNED = (*UNTRAINED, "zero-lr", "shuffled-reward")
-"""Controls that do not train or do not learn: nothing to search."""
+Pair = tuple[str, str]
+"""An environment and an agent."""
 
 
-@dataclass(frozen=True)
-class Environment:
-    """One place to train in.
-
-    Attributes:
-        preset: as in ``denoise-env list``.
-        overrides: setting → value on top of it.
-        search: the same for the search alone.
-        prompts: train and evaluate on this many of Shapes' training prompts, drawn by the run's seed: one seed's
-            smaller set is part of its larger one. ``None``: what the preset says.
-        held_out: prompts to evaluate at the end too.
-    """
-
-    preset: str
-    overrides: dict[str, Any] = field(default_factory=dict)
-    search: dict[str, Any] = field(default_factory=dict)
-    prompts: int | None = None
-    held_out: str | None = None
-
-
-@dataclass(frozen=True)
-class Suite:
-    """What is compared, and under which budget.
-
-    Attributes:
-        description: a line for ``--help``.
-        environments: name → environment.
-        reward: the column of ``eval.csv`` that ranks, with a maximum of 1.
-        budget: network calls of a run, and of a search trial unless there is a ``trial_budget``.
-        seeds: runs per agent and environment.
-        trials: search trials per agent and environment; 0 takes the preset's settings.
-        lr: learning rates searched, from the lowest to the highest; where the trials ask for another number of them
-            they are log-spaced between its ends.
-        lr_alone: the same for agents with no second setting to search, which try more of them.
-        clips: searched for agents with a clip: (updates per rollout, clip range relative to the agent's default).
-            In the only update of a rollout every ratio is 1 and no clip binds; two updates make no more network calls.
-        strengths: searched instead for agents with such a setting: factors of the agent's default.
-        agents: which; empty: all there are.
-        pooled: part of the table over all environments.
-    """
-
-    description: str
-    environments: dict[str, Environment]
-    reward: str
-    budget: int
-    seeds: int
-    trials: int
-    lr: tuple[float, ...]
-    lr_alone: tuple[float, ...] = ()
-    clips: tuple[tuple[int, float], ...] = ((1, 1.0), (2, 100.0))
-    strengths: dict[str, tuple[float, float]] = field(
-        default_factory=lambda: {"beta": (1.0, 0.01), "temperature": (1.0, 0.25)}
-    )
-    agents: tuple[str, ...] = ()
-    pooled: bool = True
-    trial_budget: int | None = None
-
-
-_POINTS = {"device": "cpu", "eval_points": 8, "eval_kl": True}
-_SHAPES = {
-    "device": "cpu",
-    "rows": 64,
-    "microbatch": 64,
-    "agent.ema_decay": 0.9,
-    "eval_points": 4,
-    "eval_kl": True,
-    "eval_images_per_prompt": 32,
-}
-_SHAPES_AGENTS = (
-    *("base", "best-of-n", "zero-lr", "shuffled-reward"),
-    *("grpo", "ddpo-sf", "ddpo-is", "dpok", "ppo", "rloo", "rwr", "nft", "dpo"),
-)
-_SHAPES_SEARCH = {"eval_prompts": SHAPES, "eval_images_per_prompt": 8}  # not on the held-out prompts
-
-
-def _points(model: str, text: str) -> Suite:
-    # 40 iterations of GRPO: 96 rows · (10 forwards + 6 steps · 3)
-    environments = {model: Environment("points", {**_POINTS, "model": model})}
-    strengths = {"beta": (0.01, 0.0025), "temperature": (1.0, 0.25)}  # β weighs a mean over two dimensions only
-    return Suite(text, environments, "points", 40 * 96 * 28, 10, 6, lr=(2.5e-3, 4e-2), strengths=strengths)
-
-
-SUITES = {
-    "points": _points("points", "2-D Gaussian mixtures as a diffusion: minutes"),
-    "points-flow": _points("points-flow", "2-D Gaussian mixtures as a rectified flow: minutes"),
-    SHAPES: Suite(
-        "a tiny Stable Diffusion, evaluated on held-out prompts: hours",
-        {SHAPES: Environment(SHAPES, _SHAPES, _SHAPES_SEARCH)},
-        SHAPES,
-        60 * 64 * 28,
-        seeds=3,
-        trials=6,
-        lr=(1e-5, 1e-4, 3e-4),
-        lr_alone=(1e-5, 3e-5, 1e-4, 1.4e-4, 2.1e-4, 3e-4),
-        agents=_SHAPES_AGENTS,
-        trial_budget=30 * 64 * 28,
-    ),
-    "prompt-growth": Suite(
-        "Shapes as the set of training prompts grows, evaluated on those prompts: an hour",
-        {
-            f"shapes, {n} prompt{'s' * (n > 1)}": Environment(
-                SHAPES,
-                {**_SHAPES, "eval_points": 2, "eval_images_per_prompt": max(4, 240 // n)},
-                prompts=n,
-                held_out="shapes-held-out",
-            )
-            for n in (1, 10, len(TRAIN))
-        },
-        SHAPES,
-        36 * 64 * 28,
-        seeds=3,
-        trials=0,  # at the preset's learning rate, which the search on all prompts chooses for all three
-        lr=(1e-4,),
-        agents=("grpo", "ddpo-sf", "ddpo-is"),
-        pooled=False,
-    ),
-}
-
-
-def grid(suite: Suite, environment: Environment, agent: str) -> list[dict[str, float]]:
-    """The settings to search, as overrides; empty for an agent that has none.
-
-    Raises:
-        ValueError: the trials cannot be divided among the clips.
-    """
-    if agent in UNTUNED or not suite.trials:
-        return []
-    if suite.trials % len(suite.clips):
-        raise ValueError(f"trials must be a multiple of {len(suite.clips)}, not {suite.trials}")
-    config = Run(environment.preset, agent, environment.overrides).config()
-    others: list[dict[str, float]] = [{}]
-    if hasattr(config.agent_options, "clip_range"):
-        rows = config.prompts_per_iteration * config.agent_options.group_size
-        others = [
-            {
-                "agent.updates_per_rollout": updates,
-                "agent.clip_range": _round(config.agent_options.clip_range * factor),
-                "microbatch": min(config.microbatch or rows, rows // updates),
-            }
-            for updates, factor in suite.clips
-        ]
-    for name, factors in suite.strengths.items():
-        if hasattr(config.agent_options, name):
-            others = [{f"agent.{name}": _round(getattr(config.agent_options, name) * factor)} for factor in factors]
-    count = suite.trials // len(others)
-    named = [rates for rates in (suite.lr, suite.lr_alone) if len(rates) == count]
-    rates = named[0] if named else np.geomspace(suite.lr[0], suite.lr[-1], count)
-    return [{"agent.lr": _round(lr), **other} for lr in rates for other in others]
-
-
-def make_run(suite: Suite, where: str, agent: str, seed: int, setting: dict[str, float], search: bool = False) -> Run:
-    """One training run; a search trial evaluates before and after only, with noise of its own."""
-    environment = suite.environments[where]
-    overrides = {**environment.overrides, **setting, "seed": seed, "network_budget": suite.budget}
-    # never reached, as an iteration costs more than one call; what does not train needs one to be evaluated after
-    overrides["iterations"] = 1 if agent in UNTRAINED else suite.budget
-    if search:
-        overrides["network_budget"] = suite.trial_budget or suite.budget
-        overrides |= {"eval_points": 1, "eval_kl": False, "eval_seed": SEARCH_EVAL_SEED, **environment.search}
-    prompts: tuple[str, ...] = ()
-    if environment.prompts:
-        order = torch.randperm(len(TRAIN), generator=generator(seed, "prompt growth")).tolist()
-        prompts = tuple(TRAIN[i] for i in order[: environment.prompts])
-    return Run(environment.preset, agent, overrides, prompts, None if search else environment.held_out)
-
-
-def run_suite(name: str, suite: Suite, jobs: int, build: Path, command: Sequence[str]) -> dict[str, Any]:
-    """Search, run, and collect what ``results/<name>.json`` holds."""
-    pairs = [(where, agent) for where in suite.environments for agent in suite.agents or AGENTS]
-    settings = {pair: grid(suite, suite.environments[pair[0]], pair[1]) for pair in pairs}
-    trials = {
-        (where, agent): [make_run(suite, where, agent, SEARCH_SEED, setting, search=True) for setting in found]
-        for (where, agent), found in settings.items()
+def head(name: str, suite: Suite, command: Sequence[str]) -> dict[str, Any]:
+    """What a data file says of all its runs."""
+    return {
+        "suite": name,
+        "commands": [shlex.join(command)],
+        "versions": {},
+        **{key: getattr(suite, key) for key in ("description", "pooled", "reward", "budget", "trial_budget")},
+        **{key: getattr(suite, key) for key in ("seeds", "trials")},
+        "environments": {where: _about(suite, where) for where in suite.environments},
     }
-    errors = execute([run for found in trials.values() for run in found], build, jobs, f"{name}: search")
-    searched, records, runs = [], [], []
-    for pair, tried in trials.items():
-        found = [_record(suite, *pair, run, build, errors.get(run.key)) for run in tried]
-        searched += found
-        finals = [record["curve"]["reward"][-1] if record["curve"] else -np.inf for record in found]
-        setting = settings[pair][int(np.argmax(finals))] if finals else {}
+
+
+def run_suite(name: str, suite: Suite, jobs: int, build: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Search, run, and collect what ``results/<name>.json`` holds.
+
+    Args:
+        name: of the suite, for the progress bars.
+        suite: what to compare.
+        jobs: runs at a time.
+        build: where the runs are kept.
+        about: the file's head, as `head` makes it.
+    """
+    tried = search(name, suite, jobs, build)
+    records, runs = [], []
+    for pair, found in tried.items():
+        best = max(found, key=_end) if found else None
+        setting = best["overrides"] if best else {}
         planned = [(*pair, make_run(suite, *pair, seed, setting)) for seed in range(suite.seeds)]
-        if found and all(record["error"] for record in found):
+        if best and all(record["error"] for record in found):
             error = f"every search trial failed, the last with: {found[-1]['error']}"
             records += [_record(suite, *run, build, error) for run in planned]
         else:
             runs += planned
     errors = execute([run for _, _, run in runs], build, jobs, f"{name}: runs")
     records += [_record(suite, where, agent, run, build, errors.get(run.key)) for where, agent, run in runs]
+    if stale := sum(record["code"] not in (None, code()) for record in records):
+        print(f"{stale} of {len(records)} runs were made with other code than {code()}: delete {build} to repeat them")
     return {
-        "suite": name,
-        "command": shlex.join(command),
+        **about,
         "versions": _versions(build, [run for _, _, run in runs]),
-        **{key: getattr(suite, key) for key in ("description", "pooled", "budget", "trial_budget", "seeds", "trials")},
-        "environments": {where: _about(suite, where) for where in suite.environments},
-        "search": [_trial(record) for record in searched],
+        "search": [_trial(record) for found in tried.values() for record in found],
         "runs": records,
     }
+
+
+def search(name: str, suite: Suite, jobs: int, build: Path) -> dict[Pair, list[dict[str, Any]]]:
+    """Every pair's search trials: its grid, then further learning rates while the best lies at an end."""
+    pairs = [(where, agent) for where in suite.environments for agent in suite.agents or AGENTS]
+    todo = {pair: settings for pair in pairs if (settings := grid(suite, *pair))}
+    found: dict[Pair, list[dict[str, Any]]] = {pair: [] for pair in pairs}
+    for wider in range(1 + suite.wider):
+        runs = {
+            pair: [make_run(suite, *pair, SEARCH_SEED, setting, search=True) for setting in settings]
+            for pair, settings in todo.items()
+        }
+        what = f"{name}: search" + f", wider {wider}" * (wider > 0)
+        errors = execute([run for own in runs.values() for run in own], build, jobs, what)
+        for pair, own in runs.items():
+            for setting, run in zip(todo[pair], own, strict=True):
+                record = _record(suite, *pair, run, build, errors.get(run.key))
+                found[pair].append({**record, "overrides": setting})
+        todo = {}
+        for pair in runs:
+            tried, ends = zip(*((record["overrides"], _end(record)) for record in found[pair]), strict=True)
+            if further := beyond(tried, ends):
+                todo[pair] = [further]
+        if not todo:
+            break
+    return found
+
+
+def _end(record: dict[str, Any]) -> float:
+    """The reward at the end of a run; −∞ for one that failed."""
+    reward = record["curve"]["reward"][-1] if record["curve"] else None
+    return -np.inf if reward is None else float(reward)
 
 
 def _record(suite: Suite, where: str, agent: str, run: Run, build: Path, error: str | None) -> dict[str, Any]:
@@ -254,6 +127,7 @@ def _record(suite: Suite, where: str, agent: str, run: Run, build: Path, error: 
         "agent": agent,
         "seed": run.overrides["seed"],
         "setting": setting,
+        "code": None if error else made_by(directory),
         "error": error,
         "curve": columns,
         "held_out": {} if error else held_out(directory),
@@ -269,34 +143,18 @@ def _about(suite: Suite, where: str) -> dict[str, str]:
 def _trial(record: dict[str, Any]) -> dict[str, Any]:
     """A search trial's record: of its curve the end alone."""
     end = {name: values[-1] for name, values in (record["curve"] or {}).items()}
-    shared = {key: record[key] for key in ("environment", "agent", "seed", "setting", "error")}
+    shared = {key: record[key] for key in ("environment", "agent", "seed", "setting", "code", "error")}
     return {**shared, **{name: end.get(name) for name in ("reward", "network_calls", "seconds")}}
 
 
 def _versions(build: Path, runs: Sequence[Run]) -> dict[str, str]:
     """Of the packages, from the first run that has them, and of this repository."""
     found: dict[str, str] = {}
-    files = [build / run.key / "versions.json" for run in runs]
+    files = [build / run.key / "run" / "versions.json" for run in runs]
     for file in [file for file in files if file.exists()][:1]:
-        found = json.loads(file.read_text())
-        del found["command"], found["platform"]
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True)
-    return {**found, "revision": git.stdout.strip() or "unknown"}
-
-
-def write_results(data: dict[str, Any], path: Path) -> None:
-    """JSON with one run a line."""
-
-    def lines(rows: list[Any]) -> str:
-        return "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]"
-
-    body = ",\n".join(f'"{k}": {lines(v) if isinstance(v, list) else json.dumps(v)}' for k, v in data.items())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, f"{{\n{body}\n}}\n")
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.2g}")
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        found = {name: saved[name] for name in saved if name not in ("command", "platform")}
+    return {**found, "code": code()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -319,7 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     run.add_argument("suite", choices=SUITES, metavar="SUITE", help="one of the above")
     run.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default %(default)s)")
-    run.add_argument("--agents", nargs="+", metavar="NAME", help="only these (see denoise-env list)")
+    run.add_argument(
+        "--agents", nargs="+", metavar="NAME", help="only these (denoise-env list), or your own: module:class"
+    )
+    run.add_argument("--model", metavar="MODEL", help="another model in the suite's place, as module:FAMILY")
+    run.add_argument("--reward", metavar="NAME", help="that ranks there, as module:function; its maximum should be 1")
+    run.add_argument("--prompts", metavar="FILE", help="trained and evaluated on there; default: the model's own")
     run.add_argument("--seeds", type=int, metavar="N", help="runs per agent and environment")
     run.add_argument("--budget", type=int, metavar="CALLS", help="network calls of a run and of a trial")
     run.add_argument("--trials", type=int, metavar="N", help="search trials per agent and environment; 0: no search")
@@ -346,14 +209,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     for agent in options.agents or ():
-        if agent not in AGENTS:
-            raise ValueError(f"unknown agent {agent!r}; {suggest(agent, AGENTS)}")
+        find_agent(agent)
     changes = {key: getattr(options, key) for key in ("agents", "seeds", "budget", "trials")}
     changes["trial_budget"] = options.budget
     suite = dataclasses.replace(SUITES[options.suite], **{k: v for k, v in changes.items() if v is not None})
-    data = run_suite(options.suite, suite, options.jobs, options.build, options.command)
-    path = options.results / f"{options.suite}.json"
-    write_results(data, path)
+    name = options.suite
+    if options.model:
+        suite = of_ones_own(suite, options.model, options.reward, options.prompts)
+        name = re.sub(r"[^\w.-]+", "-", f"{name}-{options.model}")
+    elif options.reward or options.prompts:
+        raise ValueError("--reward and --prompts go with --model")
+    path, about = options.results / f"{name}.json", head(name, suite, options.command)
+    datafile.check(path, about)
+    data, old = run_suite(name, suite, options.jobs, options.build, about), datafile.read(path)
+    datafile.write(datafile.merge(old, data), path)
+    for where, agent in sorted(datafile.fewer(old, data)):
+        print(f"{path} keeps the earlier runs of {agent} ({where}), of which more had finished")
     failed = [run for run in data["runs"] if run["error"]]
     print(
         f"{path}: {len(data['runs']) - len(failed)} runs, {len(failed)} failed; next: python -m benchmarks.suite report"

@@ -266,3 +266,18 @@ def test_pooled_conditioning_is_the_prompt_one_hot():
     model = Points()
     pooled = model.pool(encode(model, ["line", "ring"]))
     assert pooled.tolist() == [[0, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
+
+
+def test_a_portrait_has_its_samples_where_they_are() -> None:
+    model = load_model("points")
+    picture = model.portrait(torch.tensor([[1.0, 1.0], [-1.0, -1.0], [9.0, 0.0]]), Prompt("cross"))
+    assert (picture.shape, picture.dtype) == ((160, 160, 3), torch.uint8)
+
+    def at(x: float, y: float) -> list[int]:
+        return picture[round((2 - y) / 4 * 159), round((x + 2) / 4 * 159)].tolist()
+
+    blue = [30, 90, 200]
+    assert at(1, 1) == at(-1, -1) == at(1.95, 0) == blue  # up is up, and what lies outside is on the border
+    assert at(1, -1) == [255, 255, 255]
+    red, green, _ = at(0.5, 0.0)  # a component of the mixture, orange
+    assert red > green > 150

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from agents.training.checkpoints import write_atomically
 from agents.training.evaluation import evaluate, sample
 from agents.training.experiment import Experiment
@@ -83,14 +85,17 @@ class Looks:
 
     def _draw(self, iteration: int, pictures: Path) -> None:
         experiment, config = self._experiment, self._experiment.config
-        prompts = experiment.eval_prompts[:GRID_PROMPTS]
-        latents, _ = sample(
-            experiment.eval_mdp, experiment.policy, prompts, GRID_COLUMNS, config.eval_seed, config.microbatch
-        )
+        prompts, model = experiment.eval_prompts[:GRID_PROMPTS], experiment.mdp.model
+        count = model.portrait_size or GRID_COLUMNS
+        latents, _ = sample(experiment.eval_mdp, experiment.policy, prompts, count, config.eval_seed, config.microbatch)
         if not self._first_rank:
             return
         path = pictures / f"{iteration:06d}.png"
-        grid(experiment.mdp.render(latents), GRID_COLUMNS, path)
+        if model.portrait_size:
+            pairs = zip(latents.split(count), prompts, strict=True)
+            grid(torch.stack([model.portrait(own, prompt) for own, prompt in pairs]), 1, path)
+        else:
+            grid(experiment.mdp.render(latents), GRID_COLUMNS, path)
         write_atomically(pictures / "prompts.txt", "".join(" ".join(prompt.text.split()) + "\n" for prompt in prompts))
         self._logger.image(iteration, path)
 

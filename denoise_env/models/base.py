@@ -71,6 +71,7 @@ class DenoisingModel(ABC):
             without a mask have one fixed shape: their padding is attended to.
         longest: how many tokens a masked entry has at most. A compiled model pads to it, so that its network sees one
             shape.
+        portrait_size: how many samples one `portrait` shows; 0 where samples are looked at one by one (`render`).
     """
 
     network: nn.Module
@@ -83,6 +84,7 @@ class DenoisingModel(ABC):
     images_per_prompt: ClassVar[int] = 0
     masks: ClassVar[Mapping[str, str]] = {}
     longest: int | None = None
+    portrait_size: ClassVar[int] = 0
     compiled: bool = False
     _wrapped: nn.Module | None = None
     _kept: dict[str, Tensor] | None = None
@@ -204,6 +206,10 @@ class DenoisingModel(ABC):
     def render(self, latents: Tensor) -> Tensor:
         """Pictures of latents for a person, ``[B, H, W, 3]`` uint8 on the CPU."""
         return (self.decode(latents).float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+    def portrait(self, latents: Tensor, prompt: Prompt) -> Tensor:
+        """One picture ``[H, W, 3]`` uint8 of many samples of a prompt, where ``portrait_size`` is not 0."""
+        raise NotImplementedError(f"{type(self).__name__} shows its samples one by one")
 
     # --- Weights ---
 

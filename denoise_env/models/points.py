@@ -43,6 +43,7 @@ MIXTURES = _mixtures()
 """Prompt → the 8 component means of its mixture (equal weights)."""
 COMPONENT_STD = 0.15
 """Standard deviation s of every component."""
+_BLUE = torch.tensor([30.0, 90.0, 200.0])  # of dots in pictures
 
 
 class PointsNetwork(nn.Module):
@@ -122,6 +123,7 @@ class Points(DenoisingModel):
     """
 
     latent_shape = (2,)
+    portrait_size = 256
     vocabulary = tuple(MIXTURES)
 
     def __init__(
@@ -175,7 +177,25 @@ class Points(DenoisingModel):
         dot = (-((side[None, None] - x) ** 2 + (-side[None, :, None] - y) ** 2) / 0.03).exp()[..., None]
         paper = torch.full((64, 64, 3), 243.0)
         paper[31:33] = paper[:, 31:33] = 226.0
-        return (paper + dot * (torch.tensor([30.0, 90.0, 200.0]) - paper)).round().to(torch.uint8)
+        return (paper + dot * (_BLUE - paper)).round().to(torch.uint8)
+
+    def portrait(self, latents: Tensor, prompt: Prompt) -> Tensor:
+        """The samples as blue dots over the density of the prompt's mixture in orange: 160×160 pixels of [−2, 2]².
+
+        Samples outside the square lie on its border.
+        """
+        side = torch.linspace(-2, 2, 160)
+        means = torch.tensor(MIXTURES[prompt.text])
+        gap = (side[None, :, None] - means[:, 0]) ** 2 + (-side[:, None, None] - means[:, 1]) ** 2
+        density = (-gap / (2 * COMPONENT_STD**2)).exp().sum(-1)
+        picture = torch.full((160, 160, 3), 255.0)
+        picture[79:81] = picture[:, 79:81] = 226.0
+        picture += (density / density.max())[..., None] * 0.8 * (torch.tensor([253.0, 186.0, 116.0]) - picture)
+        column, row = (latents.float().cpu() * torch.tensor([1, -1]) / 4 + 0.5).mul(159).round().clamp(1, 158).long().T
+        for x in (-1, 0, 1):
+            for y in (-1, 0, 1):
+                picture[row + y, column + x] = _BLUE if x * y == 0 else picture[row + y, column + x] * 0.6 + _BLUE * 0.4
+        return picture.round().to(torch.uint8)
 
     def export(self, directory: Path) -> None:
         """Write ``model.safetensors`` and ``model_index.json``."""

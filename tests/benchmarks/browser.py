@@ -107,6 +107,10 @@ class Browser:
         """Lay the page out for another window."""
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
+    def media(self, name):
+        """Lay the page out for "print" or "screen"."""
+        self._call("Emulation.setEmulatedMedia", media=name)
+
     def click(self, selector):
         """Click in the middle of an element, as a pointer does."""
         x, y = self.run(

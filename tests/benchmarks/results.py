@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 
-from benchmarks.suite import write_results
+from benchmarks import datafile
 
 
-def record(environment, agent, seed, reward, kl=None, error=None):
+def record(environment, agent, seed, reward, kl=None, error=None, lr=1e-3, code="v1 aa"):
     steps = np.arange(len(reward or ()))
     curve = {
         "iteration": (5 * steps).tolist(),
@@ -21,26 +21,29 @@ def record(environment, agent, seed, reward, kl=None, error=None):
         "environment": environment,
         "agent": agent,
         "seed": seed,
-        "setting": {"lr": 1e-3},
+        "setting": {"lr": lr},
+        "code": None if error else code,
         "error": error,
         "curve": None if error else curve,
         "held_out": {},
     }
 
 
-def write(path, runs, pooled=True):
+def write(path, runs, pooled=True, search=()):
     head = {
         "suite": path.stem,
-        "command": f"python -m benchmarks.suite run {path.stem}",
-        "versions": {"revision": "0"},
+        "commands": [f"python -m benchmarks.suite run {path.stem}"],
+        "versions": {"code": "v1 aa"},
         "description": "invented",
         "pooled": pooled,
         "environments": {run["environment"]: {"model": run["environment"], "kernel": "ddim"} for run in runs},
+        "reward": "points",
         "budget": 2000,
+        "trial_budget": None,
         "seeds": 2,
         "trials": 0,
     }
-    write_results({**head, "search": [], "runs": runs}, path)
+    datafile.write({**head, "search": list(search), "runs": runs}, path)
 
 
 def write_optimum(directory):

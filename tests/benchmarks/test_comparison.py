@@ -3,7 +3,7 @@ import pytest
 from results import record, write, write_optimum
 
 from benchmarks.comparison import OVERALL, compare_all
-from benchmarks.leaderboard import table
+from benchmarks.leaderboard import table, write_leaderboard
 
 BASE = [record("points", "base", seed, [0.2, 0.2, 0.2], kl=[0, 0, 0]) for seed in range(2)]
 
@@ -18,7 +18,7 @@ def test_a_row_by_hand(tmp_path):
     found = comparisons(tmp_path, BASE + runs)["points"]
     assert [row.agent for row in found.rows] == ["grpo", "base"]
     row = found.rows[0]
-    assert (found.base, found.target, found.kl_level) == pytest.approx((0.2, 0.6, 4))
+    assert (found.base.value, found.target, found.kl_level) == pytest.approx((0.2, 0.6, 4))
     assert row.reward.value == pytest.approx(0.6)
     assert row.gain.value == pytest.approx(0.4)
     assert (row.kl, row.reached_kl) == (4, 2)
@@ -84,3 +84,48 @@ def test_all_environments_together_share_the_possible_gain(tmp_path):
     assert list(found) == ["other", "points", "shapes", OVERALL]
     assert found[OVERALL].rows[0].reward.value == pytest.approx((0.5 + 0.5 + 1 + 1) / 4)
     assert found[OVERALL].rows[0].runs == 4
+
+
+def test_no_environment_is_trimmed_away(tmp_path):
+    """Ten good runs in one place and three bad ones in another: the interquartile mean of all 13 drops the bad."""
+    write(tmp_path / "points.json", [record("points", "ppo", seed, [0.0, 0.5, 0.9]) for seed in range(10)])
+    write(tmp_path / "shapes.json", [record("shapes", "ppo", seed, [0.5, 0.4, 0.2]) for seed in range(3)])
+    (row,) = {c.environment: c for c in compare_all(tmp_path)}[OVERALL].rows
+    assert row.reward.value == pytest.approx((0.9 - 0.6) / 2)
+
+
+def test_the_base_models_estimate_has_the_interval_of_its_evaluations(tmp_path):
+    starts = (0.18, 0.2, 0.2, 0.22)
+    base = [record("points", "base", seed, [start] * 3, kl=[0, 0, 0]) for seed, start in enumerate(starts)]
+    grpo = [record("points", "grpo", seed, [0.3, 0.3, 0.4]) for seed in range(4)]
+    found = comparisons(tmp_path, base + grpo)["points"]
+    assert found.base.value == pytest.approx(0.2)
+    assert found.base.low < 0.2 < found.base.high
+    assert next(row for row in found.rows if row.agent == "base").reward == pytest.approx(found.base, abs=0.01)
+
+
+def test_a_learning_rate_at_the_end_of_the_search_is_marked(tmp_path):
+    def trial(lr, reward):
+        return {**record("points", "grpo", 1000, [reward], lr=lr), "reward": reward}
+
+    runs = [record("points", "grpo", 0, [0.2, 0.3, 0.4], lr=1e-3)]
+    for rates, edge in (((1e-4, 1e-3), "highest"), ((1e-3, 1e-2), "lowest"), ((1e-4, 1e-3, 1e-2), None)):
+        write(tmp_path / "points.json", runs, search=[trial(lr, 0.1) for lr in rates])
+        (found,) = compare_all(tmp_path)
+        assert found.rows[0].edge == edge
+        assert ("tried)" in table(found)) == bool(edge)
+
+
+def test_the_table_defines_its_columns_where_they_stand(tmp_path):
+    write_optimum(tmp_path)
+    text = table(comparisons(tmp_path, [record("points", "grpo", 0, [0.2, 0.3, 0.4])])["points"])
+    assert "| below the optimum |" in text
+    assert "Below the optimum: the largest reward" in text
+    assert "Diversity / base: std of the final latents" in text
+
+
+def test_runs_of_other_code_are_told(tmp_path):
+    runs = [record("points", "grpo", seed, [0.2, 0.3, 0.4], code=code) for seed, code in enumerate(("v1 aa", "v2 bb"))]
+    comparisons(tmp_path, runs)
+    text = write_leaderboard(tmp_path).read_text()
+    assert "Code: v1 aa (1 runs), v2 bb (1 runs)." in text

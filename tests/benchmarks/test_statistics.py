@@ -53,9 +53,9 @@ def test_bootstrap_of_curves_is_that_of_every_column():
     assert np.isnan(bootstrap([table])[0]).tolist() == [False, False, True]
 
 
-def test_an_estimate_pools_the_strata():
-    value, low, high = estimate([0.0, 1.0], [2.0, 100.0])
-    assert value == 1.5  # of 0, 1, 2, 100
+def test_an_estimate_counts_every_stratum_the_same():
+    value, low, high = estimate([0.0, 1.0, 2.0, 3.0, 90.0, 4.0, 5.0, 6.0], [100.0, 104.0])
+    assert value == (3.5 + 102) / 2  # of 2, 3, 4, 5 and of both
     assert low < value < high
 
 
