@@ -3,15 +3,19 @@
     min  α E[−r] + β Σ_k E[ KL( π_θ(· | x_k) ‖ π_ref(· | x_k) ) ]        (its eq. 6)
 
 The reward's gradient is REINFORCE's with a value baseline V(x_k, c, k) that is fitted to r; the KL is that of the
-steps' Gaussians, |μ_θ − μ_ref|²/(2 std[k]²) at step k, and is differentiated directly. One optimizer step per rollout.
+steps' Gaussians, |μ_θ − μ_ref|²/(2 std[k]²) at step k, and is differentiated directly. The published code takes the
+mean of (output_θ − output_ref)² instead. One optimizer step per rollout; the published code makes five, each on random
+steps of the last two rollouts.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from agents.critic import ActorCritic, ActorCriticConfig
 from agents.trajectory import Batch
+from denoise_env.kernels import Transition
 
 
 @dataclass
@@ -20,6 +24,12 @@ class DPOKConfig(ActorCriticConfig):
 
     lr: float = 1e-5
     """AdamW's learning rate (published for LoRA)."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float = 0.1
+    """A gradient with a larger norm than this is scaled down to it."""
+    critic_lr: float = 1e-4
+    """The critic's learning rate."""
     gae_lambda: float = 1.0
     """λ of generalized advantage estimation, from 0 to 1; with 1 the advantage is r − V."""
     drop_last: bool = False
@@ -27,8 +37,11 @@ class DPOKConfig(ActorCriticConfig):
     reward_weight: float = 10.0
     """Weight α of the reward's loss."""
     kl_coef: float = 0.01
-    """Weight β of the KL to the model before training, in the log-prob's reduction; with 0 the reference is not
+    """Weight β of the KL to the model before training, scaled as kl_scaling says; with 0 the reference is not
     computed."""
+    kl_scaling: Literal["code", "paper"] = "code"
+    """Which KL kl_coef weighs: the published code's mean (output − base model's output)² ("code"), or the KL of the
+    steps' Gaussians in the log-prob's reduction ("paper")."""
 
 
 class DPOK(ActorCritic):
@@ -38,6 +51,18 @@ class DPOK(ActorCritic):
     config_type = DPOKConfig
     config: DPOKConfig
     on_policy = True
+
+    def divergence(self, transition: Transition, reference: Transition, step: Tensor) -> Tensor:
+        """The divergence ``[N]`` that ``kl_scaling`` names."""
+        if self.config.kl_scaling == "paper":
+            return super().divergence(transition, reference, step)
+        gains = self.policy.kernel.gains[step.cpu()].to(transition.mean)
+        return (transition.mean - reference.mean).flatten(1).square().mean(1) / gains.square()
+
+    def idle_settings(self) -> dict[str, str]:
+        """As in `Agent.idle_settings`."""
+        idle = {"kl_scaling": "kl_coef is 0"} if self.chosen("kl_scaling") and not self.config.kl_coef else {}
+        return super().idle_settings() | idle
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """As in `TrajectoryAgent.loss`: −α A ℓ_θ, α times the score function estimator's loss."""

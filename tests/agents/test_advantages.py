@@ -157,7 +157,7 @@ def test_whiten():
 
 def test_the_batchs_std_leaves_unscored_rows_out():
     values = torch.tensor([0.0, 2.0, torch.nan, 1.0, torch.nan, torch.nan, 3.0, 5.0, 10.0])
-    found = group_advantages(values, values.isfinite(), 3, "batch", 1e-4)
+    found = group_advantages(values, values.isfinite(), 3, "batch", epsilon=1e-4)
     std = math.sqrt((1 + 1 + 0 + (9 + 1 + 16)) / (1 + 0 + 2))
     assert found.tolist() == pytest.approx([g / (std + 1e-4) for g in (-1, 1, 0, 0, 0, 0, -3, -1, 4)], abs=1e-6)
 
@@ -174,7 +174,7 @@ def test_gae_is_the_double_sum(points, gamma, lam):
     values = torch.rand(rows, steps)
     rewards = torch.zeros(rows, steps)
     rewards[:, -1] = rollout.scores.total
-    agent.critic.values = lambda policy, rollout: values
+    agent.critic.values = lambda latents, pooled: values
     advantages, returns = agent.gae(rollout)
     valid = rollout.scores.valid
     after = torch.cat([values[:, 1:], torch.zeros(rows, 1)], 1)
@@ -194,7 +194,7 @@ def test_ppos_critic_reads_the_state_at_its_own_step(points):
     agent = make(points, "ppo")
     torch.nn.init.normal_(agent.critic.output.weight)
     rollout = scored(agent, [0.0] * 8)
-    table = agent.critic.values(agent.policy, rollout)
+    table = agent.critic.values(rollout.steps["latents"], rollout.pooled())
     pooled = torch.nn.functional.one_hot(rollout.prompt_index, 6).float()
     for k in (0, 4, 9):
         one = agent.critic(rollout.steps["latents"][:, k], torch.full((8,), k), pooled)
@@ -360,5 +360,69 @@ def test_losses_and_advantages_differ_where_signs_differ_and_the_clip_binds(a, b
 def test_whose_std_divides():
     """Groups (0, 2) and (10, 10): the gaps are ±1, 0, 0; all rewards have the variance 83/4 about 5.5."""
     rewards, valid = torch.tensor([0.0, 2.0, 10.0, 10.0]), torch.ones(4, dtype=torch.bool)
-    for over, size in (("group", 0.5**0.5), ("batch", 1.0), ("rewards", (4 / 83) ** 0.5)):
-        assert group_advantages(rewards, valid, 2, over, 0.0).tolist() == pytest.approx([-size, size, 0, 0])
+    sizes = {
+        "unbiased": {"group": 0.5**0.5, "batch": 1.0, "rewards": (3 / 83) ** 0.5},
+        "population": {"group": 1.0, "batch": 2**0.5, "rewards": (4 / 83) ** 0.5},
+    }
+    for form, of in sizes.items():
+        for over, size in of.items():
+            found = group_advantages(rewards, valid, 2, over, form, 0.0)
+            assert found.tolist() == pytest.approx([-size, size, 0, 0])
+            found = group_advantages(rewards, valid, 2, over, form, 0.5)
+            assert found.tolist() == pytest.approx([-1 / (1 / size + 0.5), 1 / (1 / size + 0.5), 0, 0])
+
+
+@pytest.mark.parametrize("over", ["group", "batch", "rewards"])
+@pytest.mark.parametrize("form", ["unbiased", "population"])
+def test_a_std_of_too_few_rewards_is_no_error(over, form):
+    values = torch.tensor([1.0, torch.nan, torch.nan, torch.nan])
+    for valid in (values.isfinite(), torch.zeros(4, dtype=torch.bool)):
+        assert group_advantages(values, valid, 2, over, form).tolist() == [0, 0, 0, 0]
+
+
+PUBLISHED = {
+    "grpo": ("group", "unbiased", 1e-8),
+    "mix-grpo": ("group", "unbiased", 1e-8),
+    "flow-grpo": ("rewards", "population", 1e-4),
+    "grpo-guard": ("group", "population", 1e-4),
+    "flow-dppo": ("rewards", "unbiased", 1e-8),
+    "nft": ("rewards", "population", 1e-4),
+    "awm": ("rewards", "population", 1e-4),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_advantages_are_normalised_as_published(points, name):
+    over, form, epsilon = PUBLISHED[name]
+    agent = make(points, name)
+    rewards = np.array([0.1, 0.2, 0.3, 0.9, 2.0, 2.1, 2.5, 2.2])
+    gaps = rewards.reshape(2, 4) - rewards.reshape(2, 4).mean(1, keepdims=True)
+    ddof = int(form == "unbiased")
+    std = rewards.std(ddof=ddof) if over == "rewards" else rewards.reshape(2, 4).std(1, ddof=ddof, keepdims=True)
+    rollout = scored(agent, rewards.tolist())
+    found = agent.reward_advantages("points", rollout.scores.total, rollout)
+    assert found.tolist() == pytest.approx((gaps / (std + epsilon)).flatten().tolist(), rel=1e-5)
+
+
+def test_samples_whose_advantage_is_zero_are_dropped(points):
+    """The loss is the mean over the others, in each optimizer step by itself, and the KL does not pull at them."""
+    options = {"kl_coef": 0.3, "updates_per_rollout": 2, "timestep_fraction": 1.0}
+    kept, dropped = (make(points, "flow-grpo", drop_zero_advantages=drop, **options) for drop in (False, True))
+    rewards = [0.1, 0.2, 0.3, 0.9, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 2.0, 1.0, *[0.5] * 4]
+    rollout = scored(dropped, rewards, ["ring", "line", "grid", "ring"])
+    weights = dropped.targets(rollout)["weight"]
+    first, second = [2.0] * 4 + [0.0] * 4, [4.0, 0.0, 4.0, 0.0] + [0.0] * 4  # the mean reward of its group is 1
+    assert weights.tolist() == first + second
+    assert "weight" not in kept.targets(rollout)
+    for agent in (kept, dropped):
+        with torch.no_grad():
+            torch.manual_seed(0)
+            for p in agent.parameters:
+                p.copy_(0.1 * torch.randn_like(p))
+    losses = []
+    for agent in (kept, dropped):
+        examples = agent.examples(rollout, 1)
+        conditioning = agent.conditioning(rollout, examples)
+        losses.append(agent.example_loss(rollout, agent.complete(rollout, examples, conditioning)[:, 0], conditioning))
+    torch.testing.assert_close(losses[1][0], losses[0][0] * weights)
+    assert (losses[0][0] != 0).all()  # it is the KL that remains of the dropped

@@ -88,7 +88,7 @@ def first_ratios(agent, rollout):
 @pytest.mark.parametrize("name", [*RATIO, "awm"])
 def test_the_first_ratio_is_one(name, share_prefix, model):
     """Exactly; but for rounding, where network calls are shared."""
-    changes = {"share_prefix": share_prefix, "shared_noise": True, "timestep_fraction": 1.0}
+    changes = {"share_prefix": share_prefix, "shared_noise": "group", "timestep_fraction": 1.0}
     experiment = build(tiny(name, changes, model=model))
     agent, policy = experiment.agent, experiment.policy
     options = agent.rollout_options(1)
