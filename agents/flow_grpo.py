@@ -50,7 +50,7 @@ class FlowGRPOConfig(GRPOConfig):
     computed."""
     kl_scaling: Literal["code", "mean", "paper"] = "code"
     """Which KL kl_coef weighs: that of the steps' Gaussians, as in the paper ("paper"); this divided by the number of
-    latent dimensions, as the published code has it with CPS ("mean"); or that times the step's size, as the code has it with
+    latent dimensions, as in the published code with CPS ("mean"); or that times the step's size, as in the code with
     its SDE ("code")."""
 
 

@@ -261,17 +261,17 @@ def test_averaged_weights_follow_and_are_swapped_in(points):
 
 @pytest.mark.parametrize(("warmup", "every"), [(True, 1), (False, 3), (True, 3)])
 def test_an_average_warms_up_and_follows_every_so_many_steps(points, warmup, every):
-    agent = make(points, ema_decay=0.3, ema_warmup=warmup, ema_every=every, lr=1e-2, updates_per_rollout=2)
+    options = {"ema_decay": 0.3, "ema_warmup": warmup, "ema_every": every, "lr": 1e-2, "updates_per_rollout": 2}
+    agent, tensors, weights = make(points, **options), {}, []
     parameter = agent.parameters[-1]
-    average, weights = parameter.detach().clone(), []
-    agent.optimizer.register_step_post_hook(lambda *_: weights.append(parameter.detach().clone()))
-    for iteration in range(4):
-        agent.update(collect(points, agent.policy, row_generators(range(8)), group_size=4), iteration)
-        if iteration == 1:  # as after a resume
-            tensors, agent = agent.state(), make(points, **vars(agent.config))
-            agent.load_state(tensors)
-            parameter = agent.parameters[-1]
-            agent.optimizer.register_step_post_hook(lambda *_: weights.append(parameter.detach().clone()))
+    average = parameter.detach().clone()
+    for iterations in ((0, 1), (2, 3)):  # stopped and resumed in between
+        agent = make(points, **options)
+        agent.load_state(tensors or agent.state())
+        agent.optimizer.register_step_post_hook(lambda *_: weights.append(parameter.detach().clone()))
+        for iteration in iterations:
+            agent.update(collect(points, agent.policy, row_generators(range(8)), group_size=4), iteration)
+        tensors = agent.state()
     for n, now in enumerate(weights, 1):
         if n % every == 0:
             decay = min((1 + n) / (10 + n), 0.3) if warmup else 0.3
