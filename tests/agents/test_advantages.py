@@ -190,6 +190,23 @@ def test_gae_is_the_double_sum(points, gamma, lam):
     assert torch.equal(returns[~valid], values[~valid])  # no error to learn from
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_the_critic_learns_the_last_state_as_well_as_its_neighbours(points, share):
+    """Its step is not trained, but the advantages of the steps before it rely on its value."""
+    agent = make(points, "ppo", lr=0.0, critic_lr=0.01, gae_lambda=1.0, timestep_fraction=share)
+    prompts = ["ring"] * 32 + ["line"] * 32
+    for iteration in range(25):
+        seeds = range(1000 * iteration, 1000 * iteration + 256)
+        agent.update(collect(points, agent.policy, row_generators(seeds), prompts, group_size=4), iteration)
+    rollout = collect(points, agent.policy, row_generators(range(10**6, 10**6 + 256)), prompts, group_size=4)
+    values = agent.critic.values(rollout.steps["latents"], rollout.pooled()).detach()
+    error = (values - rollout.scores.total[:, None]).square()
+    before, last = error[:, -3:-1].mean(1), error[:, -1]
+    difference = last - before
+    assert abs(difference.mean()) < 3 * difference.std() / len(difference) ** 0.5
+    assert last.mean() < 0.5 * rollout.scores.total.var()  # it has learned
+
+
 def test_ppos_critic_reads_the_state_at_its_own_step(points):
     agent = make(points, "ppo")
     torch.nn.init.normal_(agent.critic.output.weight)
