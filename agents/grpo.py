@@ -44,7 +44,7 @@ class GRPO(Normalised, ClippedSurrogate):
 
     def idle_settings(self) -> dict[str, str]:
         """As in `Agent.idle_settings`."""
-        found, config, size = super().idle_settings(), self.config, self.group_size
+        found, config, size = super().idle_settings(), self.config, self.siblings
         weights = self.policy.mdp.reward_weights.values()
         scale = sum(map(abs, weights)) if config.reward_aggregation == "advantages" else 1.0
         largest = scale * math.sqrt(size - 1) * (math.sqrt(1 - 1 / size) if config.std_form == "unbiased" else 1.0)

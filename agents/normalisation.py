@@ -38,9 +38,14 @@ class Normalised(Agent):
 
     smallest_group = 2
 
+    @property
+    def siblings(self) -> int:
+        """How many neighbouring samples are compared: here a group."""
+        return self.group_size
+
     def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
         """As in `Agent.reward_advantages`, normalised within the group."""
         config = self.config
         options = {"over": config.advantage_std, "form": config.std_form, "epsilon": config.std_epsilon}
         valid = rollout.scores.valid
-        return self.over_all_rows(group_advantages, rewards, valid, group_size=self.group_size, **options)
+        return self.over_all_rows(group_advantages, rewards, valid, group_size=self.siblings, **options)
