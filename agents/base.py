@@ -74,7 +74,8 @@ class Agent(ABC):
 
     Args:
         policy: the policy that acts and is trained.
-        config: the algorithm's settings, a ``config_type``; default: the published ones.
+        config: the algorithm's settings, a ``config_type``; default: those of its published terms. What belongs to a
+            published run, such as kernel, averaging and updates per rollout, is in that run's preset.
         seed: seed of the agent's own random draws.
         microbatch: episodes per network call of an update; give the same as to the rollout. It bounds the memory and
             does not change the result. Default: all episodes of an update.
