@@ -423,8 +423,8 @@ class Agent(ABC):
         if made and self.average:
             self._follow()
         result = {name: value.item() / (rows * times) for name, value in sums.items()}
-        figures = {"ratio_deviation": deviation.item(), "grad_norm": norm.item(), "skipped_updates": float(not made)}
-        return {**result, **figures}
+        result |= {"ratio_deviation": deviation.item(), "grad_norm": norm.item(), "skipped_updates": float(not made)}
+        return result
 
     def _follow(self) -> None:
         """Bring the averaged weights forward after an optimizer step."""

@@ -14,7 +14,7 @@ from agents.algorithms import AGENTS
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
 from agents.surrogate import clipped
-from denoise_env.mdp import Scores, row_generators
+from denoise_env.mdp import DenoisingMDP, Scores, row_generators
 
 
 def scored(agent, total, prompts=("ring", "line"), **more):
@@ -114,7 +114,7 @@ def test_the_tracker_remembers_once_per_update_and_asking_changes_nothing(points
 
 
 def test_an_update_that_fails_is_not_remembered(points):
-    agent = make(points, "ddpo-is")
+    agent = make(points, "ddpo-is", max_skipped_updates=0)
     rollout = scored(agent, [0.3, 0.9, 0.1, 0.5, 2.0, 1.0, -1.0, 0.0])
     rollout.steps["action_log_prob"][:] = -torch.inf
     with pytest.raises(FloatingPointError):
@@ -190,21 +190,21 @@ def test_gae_is_the_double_sum(points, gamma, lam):
     assert torch.equal(returns[~valid], values[~valid])  # no error to learn from
 
 
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_the_critic_learns_the_last_state_as_well_as_its_neighbours(points, share):
-    """Its step is not trained, but the advantages of the steps before it rely on its value."""
-    agent = make(points, "ppo", lr=0.0, critic_lr=0.01, gae_lambda=1.0, timestep_fraction=share)
-    prompts = ["ring"] * 32 + ["line"] * 32
-    for iteration in range(25):
-        seeds = range(1000 * iteration, 1000 * iteration + 256)
-        agent.update(collect(points, agent.policy, row_generators(seeds), prompts, group_size=4), iteration)
-    rollout = collect(points, agent.policy, row_generators(range(10**6, 10**6 + 256)), prompts, group_size=4)
-    values = agent.critic.values(rollout.steps["latents"], rollout.pooled()).detach()
-    error = (values - rollout.scores.total[:, None]).square()
-    before, last = error[:, -3:-1].mean(1), error[:, -1]
-    difference = last - before
-    assert abs(difference.mean()) < 3 * difference.std() / len(difference) ** 0.5
-    assert last.mean() < 0.5 * rollout.scores.total.var()  # it has learned
+@pytest.mark.parametrize(("name", "model"), [("ppo", "points"), ("ppo", "points-flow"), ("dpok", "points-flow")])
+def test_the_critic_learns_the_last_state_as_well_as_its_neighbours(name, model):
+    """The policy is not trained there, but the advantages of earlier steps rely on its value.
+
+    The later the state, the more it tells of the reward: the last one's error is the smallest.
+    """
+    kind, mdp = AGENTS[name], DenoisingMDP.make(model, num_steps=6)
+    options = {"group_size": 4, "lr": 0.0, "critic_lr": 0.01, "critic_width": 64, "timestep_fraction": 0.2}
+    agent = kind(DenoisingPolicy(mdp), kind.config_type(**options, gae_lambda=1.0, max_grad_norm=1.0))
+    rollout = collect(mdp, agent.policy, row_generators(range(256)), ["ring"] * 32 + ["line"] * 32, group_size=4)
+    for iteration in range(40):
+        agent.update(rollout, iteration)
+    error = (agent.critic.values(rollout.steps["latents"], rollout.pooled()) - rollout.scores.total[:, None]).square()
+    assert (error[:, -1] - error[:, -2]).mean() < 3 * (error[:, -1] - error[:, -2]).std() / 256**0.5
+    assert error[:, -1].mean() < 0.5 * rollout.scores.total.var()  # it has learned
 
 
 def test_ppos_critic_reads_the_state_at_its_own_step(points):
@@ -216,7 +216,7 @@ def test_ppos_critic_reads_the_state_at_its_own_step(points):
     for k in (0, 4, 9):
         one = agent.critic(rollout.steps["latents"][:, k], torch.full((8,), k), pooled)
         torch.testing.assert_close(table[:, k], one.detach())
-    assert len({round(float(v), 6) for v in table.flatten()}) == table.numel()
+    assert len({round(v, 6) for v in table.flatten().tolist()}) == table.numel()
 
 
 def test_ppos_kl_reward_pulls_towards_the_base_model():
@@ -274,7 +274,7 @@ def test_rwrs_weights_average_to_one(points):
 
 @pytest.mark.parametrize("clip", [0.5, 5.0])
 def test_nfts_q_lies_between_0_and_1(points, clip):
-    agent = make(points, "nft", advantage_clip=clip)
+    agent = make(points, "nft", advantage_clip=clip, advantage_std="group", std_form="unbiased", std_epsilon=1e-8)
     rollout = scored(agent, [0.25, 0.30, 0.28, 0.35, 1.0, torch.nan, 1.0, 1.0])
     q = agent.targets(rollout)["q"]
     published = [-1.07061939, 0.11895771, -0.35687313, 1.30853481]
@@ -418,7 +418,7 @@ def test_advantages_are_normalised_as_published(points, name):
     std = rewards.std(ddof=ddof) if over == "rewards" else rewards.reshape(2, 4).std(1, ddof=ddof, keepdims=True)
     rollout = scored(agent, rewards.tolist())
     found = agent.reward_advantages("points", rollout.scores.total, rollout)
-    assert found.tolist() == pytest.approx((gaps / (std + epsilon)).flatten().tolist(), rel=1e-5)
+    assert found.tolist() == pytest.approx((gaps / (std + epsilon)).flatten().tolist(), rel=1e-5, abs=1e-6)
 
 
 def test_samples_whose_advantage_is_zero_are_dropped(points):

@@ -56,7 +56,7 @@ IDLE = [
     ),
     ("rloo", {"timestep_rounding": "int", "timestep_selection": "per_group", "timestep_fraction": 0.5}, set()),
     ("rloo", {"reward_aggregation": "losses"}, {"reward_aggregation"}),
-    ("rloo", {"drop_last": False}, set()),
+    ("rloo", {"drop_last": False}, {"drop_last"}),  # the last step of Points is deterministic
     ("ddpo-sf", {"normalisation": "batch", "tracker_size": 20}, {"tracker_size"}),
     ("ddpo-sf", {"tracker_size": 20}, set()),
     ("dpok", {"kl_coef": 0.0, "kl_scaling": "paper"}, {"kl_scaling"}),
@@ -72,8 +72,10 @@ def test_settings_without_effect_are_named(name, changes, idle):
     assert set(make(name, **changes).idle_settings()) == idle
 
 
-def test_a_deterministic_last_step_cannot_be_trained():
-    assert "drop_last" in make("rloo", "points-flow", drop_last=False).idle_settings()
+def test_a_last_step_with_noise_can_be_trained():
+    policy = DenoisingPolicy(DenoisingMDP.make("points-flow", num_steps=6), last_step="sde")
+    config = AGENTS["rloo"].config_type(group_size=4, drop_last=False)
+    assert AGENTS["rloo"](policy, config).idle_settings() == {}
 
 
 @pytest.mark.parametrize("changes", [{"timestep_rounding": "int"}, {"timestep_selection": "per_group"}])
