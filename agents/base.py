@@ -247,6 +247,14 @@ class Agent(ABC):
             found |= dict.fromkeys(averaging, "ema_decay is 0, and no weights are averaged")
         return found
 
+    def idle_clip(self) -> dict[str, str]:
+        """The entry of ``clip_range`` in `idle_settings`, for agents that clip a ratio."""
+        if self.config.updates_per_rollout * self.config.epochs > 1:
+            return {}
+        return {
+            "clip_range": "with one optimizer step per rollout (updates_per_rollout and epochs are 1) every ratio is 1"
+        }
+
     def chosen(self, name: str) -> bool:
         """Whether a setting differs from its default."""
         return bool(getattr(self.config, name) != getattr(self.config_type(), name))

@@ -3,9 +3,12 @@
     min  α E[−r] + β Σ_k E[ KL( π_θ(· | x_k) ‖ π_ref(· | x_k) ) ]        (its eq. 6)
 
 The reward's gradient is REINFORCE's with a value baseline V(x_k, c, k) that is fitted to r; the KL is that of the
-steps' Gaussians, |μ_θ − μ_ref|²/(2 std[k]²) at step k, and is differentiated directly. The published code takes the
-mean of (output_θ − output_ref)² instead. One optimizer step per rollout; the published code makes five, each on random
-steps of the last two rollouts.
+steps' Gaussians, |μ_θ − μ_ref|²/(2 std[k]²) at step k, and is differentiated directly. As in the published code,
+
+    L = mean −α A clip(ρ, 1 ± ε) + β mean (output_θ − output_ref)²,      ρ = exp(ℓ_θ − ℓ_old),   A = r − V,
+
+where a ratio outside 1 ± ε has no gradient, whatever the sign of A. That code's five updates per rollout draw their steps
+from the last two rollouts; here every update has its part of the newest.
 """
 
 from dataclasses import dataclass
@@ -36,6 +39,8 @@ class DPOKConfig(ActorCriticConfig):
     """Leave the last denoising step out of training."""
     reward_weight: float = 10.0
     """Weight α of the reward's loss."""
+    clip_range: float = 1e-4
+    """The ratio is clipped to 1 ± this value, ε."""
     kl_coef: float = 0.01
     """Weight β of the KL to the model before training, scaled as kl_scaling says; with 0 the reference is not
     computed."""
@@ -50,7 +55,10 @@ class DPOK(ActorCritic):
     name = "dpok"
     config_type = DPOKConfig
     config: DPOKConfig
-    on_policy = True
+
+    def _validate(self) -> None:
+        super()._validate()
+        self.require_positive("clip_range")
 
     def divergence(self, transition: Transition, reference: Transition, step: Tensor) -> Tensor:
         """The divergence ``[N]`` that ``kl_scaling`` names."""
@@ -62,8 +70,10 @@ class DPOK(ActorCritic):
     def idle_settings(self) -> dict[str, str]:
         """As in `Agent.idle_settings`."""
         idle = {"kl_scaling": "kl_coef is 0"} if self.chosen("kl_scaling") and not self.config.kl_coef else {}
-        return super().idle_settings() | idle
+        return super().idle_settings() | self.idle_clip() | idle
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """As in `TrajectoryAgent.loss`: −α A ℓ_θ, α times the score function estimator's loss."""
-        return -self.config.reward_weight * batch.advantage * batch.log_prob, {}
+        """As in `TrajectoryAgent.loss`: −α A clip(ρ, 1 ± ε)."""
+        ratio, clip = (batch.log_prob - batch.old_log_prob).exp(), self.config.clip_range
+        loss = -self.config.reward_weight * batch.advantage * ratio.clamp(1 - clip, 1 + clip)
+        return loss, {"clip_fraction": ((ratio - 1).abs() > clip).float()}

@@ -35,12 +35,7 @@ class ClippedSurrogate(TrajectoryAgent):
 
     def idle_settings(self) -> dict[str, str]:
         """As in `Agent.idle_settings`."""
-        found = super().idle_settings()
-        if self.config.updates_per_rollout * self.config.epochs == 1:
-            found["clip_range"] = (
-                "with one optimizer step per rollout (updates_per_rollout and epochs are 1) every ratio is 1"
-            )
-        return found
+        return super().idle_settings() | self.idle_clip()
 
     def ratio(self, batch: Batch) -> Tensor:
         """The ratio ρ ``[N]`` that the loss clips."""

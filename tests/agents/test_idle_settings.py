@@ -13,7 +13,7 @@ from agents.training.config import TrainConfig
 from agents.training.experiment import build
 from denoise_env.mdp import DenoisingMDP, row_generators
 
-CLIPPED = ["grpo", "flow-grpo", "grpo-guard", "flow-dppo", "ddpo-is", "ppo"]
+CLIPPED = ["dpok", "grpo", "flow-grpo", "grpo-guard", "flow-dppo", "ddpo-is", "ppo"]
 
 
 def make(name, model="points", **changes):
@@ -32,7 +32,7 @@ def updated(agent):
 @pytest.mark.parametrize("several", [{}, {"updates_per_rollout": 2}, {"epochs": 2}])
 def test_a_clip_acts_only_where_a_rollout_has_several_optimizer_steps(name, several):
     """Where it is said to have no effect, any value trains the same bits; elsewhere not."""
-    tight, loose = (make(name, lr=0.05, clip_range=clip, advantage_clip=5.0, **several) for clip in (1e-6, 1e6))
+    tight, loose = (make(name, lr=0.05, clip_range=clip, **several) for clip in (1e-6, 1e6))
     idle = "clip_range" in tight.idle_settings()
     assert idle == (not several)
     assert torch.equal(updated(tight), updated(loose)) == idle
@@ -59,8 +59,8 @@ IDLE = [
     ("rloo", {"drop_last": False}, {"drop_last"}),  # the last step of Points is deterministic
     ("ddpo-sf", {"normalisation": "batch", "tracker_size": 20}, {"tracker_size"}),
     ("ddpo-sf", {"tracker_size": 20}, set()),
-    ("dpok", {"kl_coef": 0.0, "kl_scaling": "paper"}, {"kl_scaling"}),
-    ("dpok", {"kl_scaling": "paper"}, set()),
+    ("dpok", {"kl_coef": 0.0, "kl_scaling": "paper"}, {"clip_range", "kl_scaling"}),
+    ("dpok", {"kl_scaling": "paper", "updates_per_rollout": 2}, set()),
     ("flow-grpo", {"kl_coef": 0.0, "kl_scaling": "mean"}, {"clip_range", "kl_scaling"}),
     ("rwr", {}, set()),
     ("base", {}, set()),

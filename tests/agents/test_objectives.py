@@ -558,7 +558,8 @@ def test_ppo(world, kl_reward, gamma, lam):
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("scaling", ["code", "paper"])
 def test_dpok(world, scaling):
-    bench = Bench("dpok", *world, off=0.02, reward_weight=3.0, kl_coef=0.4, kl_scaling=scaling, critic_lr=0.01)
+    options = {"reward_weight": 3.0, "kl_coef": 0.4, "kl_scaling": scaling, "critic_lr": 0.01, "clip_range": 0.03}
+    bench = Bench("dpok", *world, off=0.02, updates_per_rollout=2, lr=0.01, **options)
     zero = [torch.zeros(ROWS).double()] * STEPS
     advantage, _targets = advantages_by_hand(bench, 1.0, 1.0, zero)
     for k in range(STEPS):
@@ -567,9 +568,11 @@ def test_dpok(world, scaling):
     def per_step(k):
         gap = bench.predict(bench.x[:, k], k) - bench.at(bench.base, lambda: bench.predict(bench.x[:, k], k))
         pull = (gap**2).mean(1) if scaling == "code" else bench.kl(k, bench.base)
-        return -3.0 * advantage[:, k] * bench.log_prob(k) + 0.4 * pull
+        ratio = (bench.log_prob(k) - bench.old_log_prob(k)).exp()
+        return -3.0 * advantage[:, k] * ratio.clamp(1 - 0.03, 1 + 0.03) + 0.4 * pull
 
     steps = bench.check(lambda rows: policy_loss(bench, per_step, rows))
+    some_are_clipped(bench)
     check_critic(bench, steps, bench.total[:, None].expand(-1, STEPS), 1.0)
 
 
