@@ -7,8 +7,8 @@ steps' Gaussians, |μ_θ − μ_ref|²/(2 std[k]²) at step k, and is differenti
 
     L = mean −α A clip(ρ, 1 ± ε) + β mean (output_θ − output_ref)²,      ρ = exp(ℓ_θ − ℓ_old),   A = r − V,
 
-where a ratio outside 1 ± ε has no gradient, whatever the sign of A. That code's five updates per rollout draw their steps
-from the last two rollouts; here every update has its part of the newest.
+where a ratio outside 1 ± ε has no gradient, whatever the sign of A. The five updates per rollout of that code draw
+their steps from the last two rollouts; here every update has its own part of the newest one.
 """
 
 from dataclasses import dataclass
