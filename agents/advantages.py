@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from denoise_env.mdp import Scores
 
 StdOver = Literal["group", "batch", "rewards"]
+StdForm = Literal["unbiased", "population"]
 Aggregation = Literal["advantages", "losses", "rewards"]
 Loss = tuple[Tensor, dict[str, Tensor]]
 
@@ -66,7 +67,12 @@ _OWN = "advantage of "
 
 
 def group_advantages(
-    values: Tensor, valid: Tensor, group_size: int, over: StdOver = "group", epsilon: float = 1e-8
+    values: Tensor,
+    valid: Tensor,
+    group_size: int,
+    over: StdOver = "group",
+    form: StdForm = "unbiased",
+    epsilon: float = 1e-8,
 ) -> Tensor:
     """(r − mean of its group) / (std + epsilon).
 
@@ -74,9 +80,10 @@ def group_advantages(
         values: ``[B]`` rewards; each run of G neighbouring episodes is a group.
         valid: ``[B]`` bool, the episodes that were scored; the others take no part and get 0.
         group_size: G, the number of samples per prompt.
-        over: which std divides: "group" is the unbiased std of the group; "batch" the unbiased std of all gaps to their
-            groups' means; "rewards" the uncorrected std of all rewards, which includes the differences between prompts
-            (Flow-GRPO's code).
+        over: which std divides: "group" is that of the group; "batch" that of all gaps to their groups' means;
+            "rewards" that of all rewards, which includes the differences between prompts.
+        form: the std's divisor: "unbiased" is the number of values less one ("batch": less one for every group),
+            "population" the number of values.
         epsilon: added to the std.
 
     Returns:
@@ -84,12 +91,13 @@ def group_advantages(
     """
     r, mask, count = _grouped(values, valid, group_size)
     gap = (r - r.sum(1, keepdim=True) / count.clamp(min=1)).where(mask, 0.0)
-    squares, freedom = gap.square().sum(1, keepdim=True), (count - 1).clamp(min=0)
+    correction = int(form == "unbiased")
+    squares, freedom = gap.square().sum(1, keepdim=True), (count - correction).clamp(min=0)
     if over == "batch":
         squares, freedom = squares.sum(), freedom.sum()
     std = (squares / freedom.clamp(min=1)).sqrt()
-    if over == "rewards" and mask.any():
-        std = r[mask].std(correction=0)
+    if over == "rewards" and mask.sum() > correction:
+        std = r[mask].std(correction=correction)
     high = r.where(mask, -torch.inf).amax(1, keepdim=True)
     low = r.where(mask, torch.inf).amin(1, keepdim=True)
     return (gap / (std + epsilon)).where((high > low) & mask, 0.0).flatten().float()

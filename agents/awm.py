@@ -12,14 +12,15 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from agents.advantages import StdOver, group_advantages
+from agents.advantages import StdForm, StdOver
 from agents.final_samples import FinalSampleAgent, FinalSampleConfig, NoisedBatch, mean_square, precise
+from agents.normalisation import NormalisationConfig, Normalised
 from agents.rollout import Rollout
 from agents.surrogate import clipped
 
 
 @dataclass
-class AWMConfig(FinalSampleConfig):
+class AWMConfig(NormalisationConfig, FinalSampleConfig):
     """AWM's settings."""
 
     group_size: int = 24
@@ -30,29 +31,28 @@ class AWMConfig(FinalSampleConfig):
     """Weight β of mean |output − base model's output|²; with 0 the reference is not computed."""
     clip_range: float = 1e-3
     """The ratio of the likelihoods exp(−mean |output − target|²) is clipped to 1 ± this value, ε."""
-    advantage_std: StdOver = "batch"
+    advantage_std: StdOver = "rewards"
     """Which std divides the advantages: that of the group ("group"), that of all the rollout's gaps to their group's
-    mean ("batch"), or that of all the rollout's rewards ("rewards")."""
+    mean ("batch"), or that of all the rollout's rewards ("rewards", as published)."""
+    std_form: StdForm = "population"
+    """The std's divisor: the number of values less one ("unbiased"), or the number of values ("population", as
+    published)."""
+    std_epsilon: float = 1e-4
+    """Added to the std that divides the advantages."""
     advantage_clip: float = 5.0
     """Advantages are clipped to the range from minus this to plus this."""
 
 
-class AWM(FinalSampleAgent):
+class AWM(Normalised, FinalSampleAgent):
     """AWM: a clipped policy gradient on the denoising loss, with w(t) = 1."""
 
     name = "awm"
     config_type = AWMConfig
-    smallest_group = 2
     aggregations = ("advantages", "losses", "rewards")
 
     def _validate(self) -> None:
         super()._validate()
         self.require_positive("clip_range", "advantage_clip")
-
-    def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
-        """As in `Agent.reward_advantages`, normalised within the group."""
-        options = {"group_size": self.group_size, "over": self.config.advantage_std}
-        return self.over_all_rows(group_advantages, rewards, rollout.scores.valid, **options)
 
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
         """The advantages."""

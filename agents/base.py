@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from tensordict import TensorDict
@@ -17,8 +17,11 @@ from agents.advantages import Aggregation, aggregate
 from agents.policy import DenoisingPolicy
 from agents.ranks import Ranks
 from agents.rollout import Rollout
+from agents.training.seeding import generator
 from denoise_env.kernels import Kernel
 from denoise_env.weights import copies, divided, fill, follow, is_sharded, swapped, whole
+
+SharedNoise = Literal["none", "group", "rollout"]
 
 
 @dataclass
@@ -27,8 +30,9 @@ class AgentConfig:
 
     group_size: int = 16
     """Neighbouring samples of one prompt, G. They form a group."""
-    shared_noise: bool = False
-    """Start all samples of a group from the same initial noise."""
+    shared_noise: SharedNoise = "none"
+    """Which samples start from the same initial noise: none ("none"), those of a group ("group"), or all of a rollout
+    ("rollout")."""
     share_prefix: bool = False
     """Make the network calls that a group with shared noise has in common once. The results stay the same except for
     rounding, so that the first ratio is 1 only to about 1e-6; leave it off in bf16."""
@@ -57,6 +61,12 @@ class LearningConfig(AgentConfig):
     """Passes over every rollout."""
     ema_decay: float = 0.0
     """Evaluate, sample and export an exponential moving average of the weights with this decay; 0 turns it off."""
+    ema_warmup: bool = False
+    """Average over fewer weights at the beginning: the decay is at most (1 + n) / (10 + n) after n optimizer steps."""
+    ema_every: int = 1
+    """The average follows the weights after each so many optimizer steps."""
+    max_skipped_updates: int = 3
+    """An optimizer step whose gradient is not finite is skipped; the run stops after more than this many in a row."""
 
 
 class Agent(ABC):
@@ -64,7 +74,8 @@ class Agent(ABC):
 
     Args:
         policy: the policy that acts and is trained.
-        config: the algorithm's settings, a ``config_type``; default: the published ones.
+        config: the algorithm's settings, a ``config_type``; default: those of its published terms. What belongs to a
+            published run, such as kernel, averaging and updates per rollout, is in that run's preset.
         seed: seed of the agent's own random draws.
         microbatch: episodes per network call of an update; give the same as to the rollout. It bounds the memory and
             does not change the result. Default: all episodes of an update.
@@ -123,6 +134,7 @@ class Agent(ABC):
         self.optimizer = torch.optim.AdamW(
             groups, config.lr, config.betas, weight_decay=config.weight_decay, fused=fused
         )
+        self.skipped = 0  # optimizer steps in a row
         self.average = copies(self.trained) if config.ema_decay else {}
         self.kept: dict[str, dict[str, Tensor]] = {"average": self.average}
 
@@ -146,9 +158,12 @@ class Agent(ABC):
             )
         if not 0 <= config.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), not {config.ema_decay}")
+        hints = get_type_hints(self.config_type)
         for name, value in vars(config).items():
             if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number ≥ 0, not {value}")
+            if get_origin(hint := hints.get(name)) is Literal and value not in get_args(hint):
+                raise ValueError(f"{name} must be one of {list(get_args(hint))}, not {value!r}")
         if self.on_policy and config.updates_per_rollout * config.epochs > 1:
             raise ValueError(
                 f"{self.name} is on-policy, one optimizer step per rollout: updates_per_rollout and epochs must be 1 "
@@ -162,7 +177,9 @@ class Agent(ABC):
             )
         if not any(self.policy.mdp.reward_weights.values()):
             raise ValueError("every reward has weight 0: give one that counts another weight")
-        self.require_positive("max_grad_norm", "updates_per_rollout", "epochs", "group_size")
+        self.require_positive("max_grad_norm", "updates_per_rollout", "epochs", "group_size", "ema_every")
+        if config.max_skipped_updates < 0:
+            raise ValueError(f"max_skipped_updates must be at least 0, not {config.max_skipped_updates}")
 
     def require_positive(self, *names: str) -> None:
         """Raise a ``ValueError`` for any of these settings that is not above 0."""
@@ -215,6 +232,33 @@ class Agent(ABC):
         found = function(*(self.all_rows(r) for r in rows), **options)
         return found if self.ranks.size == 1 else found[self.mine(range(len(found)))]
 
+    def idle_settings(self) -> dict[str, str]:
+        """The settings that have no effect in this run: name → why, half a sentence.
+
+        A choice is listed only where it is not its default.
+        """
+        config, found = self.config, {}
+        if config.share_prefix and config.shared_noise == "none":
+            found["share_prefix"] = 'samples have no network call in common with shared_noise "none"'
+        if self.chosen("reward_aggregation") and sum(map(bool, self.policy.mdp.reward_weights.values())) == 1:
+            found["reward_aggregation"] = "there is one reward"
+        if not config.ema_decay:
+            averaging = [name for name in ("ema_warmup", "ema_every") if self.chosen(name)]
+            found |= dict.fromkeys(averaging, "ema_decay is 0, and no weights are averaged")
+        return found
+
+    def idle_clip(self) -> dict[str, str]:
+        """The entry of ``clip_range`` in `idle_settings`, for agents that clip a ratio."""
+        if self.config.updates_per_rollout * self.config.epochs > 1:
+            return {}
+        return {
+            "clip_range": "with one optimizer step per rollout (updates_per_rollout and epochs are 1) every ratio is 1"
+        }
+
+    def chosen(self, name: str) -> bool:
+        """Whether a setting differs from its default."""
+        return bool(getattr(self.config, name) != getattr(self.config_type(), name))
+
     # --- What an algorithm may say about its rollouts ---
 
     @property
@@ -228,9 +272,14 @@ class Agent(ABC):
 
     def rollout_options(self, iteration: int) -> dict[str, Any]:
         """The keywords with which `agents.rollout.collect` is to be called."""
+        initial = None
+        if self.config.shared_noise == "rollout":
+            random = generator(self.seed, "initial noise", iteration)
+            initial = torch.randn(self.policy.model.latent_shape, generator=random)
         return {
             "group_size": self.group_size,
-            "shared_noise": self.config.shared_noise,
+            "shared_noise": self.config.shared_noise == "group",
+            "initial": initial,
             "share_prefix": self.config.share_prefix,
             "keep_means": self.needs_means,
             "kernel": self.kernel(iteration),
@@ -300,6 +349,18 @@ class Agent(ABC):
         """
         return examples
 
+    def auxiliary_loss(
+        self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """A loss ``[n]`` beside those of the columns, such as a critic's, and figures ``[n]`` to log.
+
+        Args:
+            rollout: the episodes.
+            examples: a microbatch ``[n, T]``, complete.
+            conditioning: that of the microbatch.
+        """
+        return None
+
     def update(self, rollout: Rollout, iteration: int) -> dict[str, float]:
         """Train on a rollout.
 
@@ -311,16 +372,19 @@ class Agent(ABC):
             Figures to log, averaged over the rollout's optimizer steps and the ranks.
 
         Raises:
-            FloatingPointError: the gradient is not finite; the weights are as before that step.
+            FloatingPointError: the gradient was not finite in more than ``max_skipped_updates`` optimizer steps in a
+                row; the weights are as before those steps.
         """
         self.check_rows(len(rollout) * self.ranks.size)
         examples = self.examples(rollout, iteration)
         part = len(examples) // self.config.updates_per_rollout
         parts = [examples[start : start + part] for start in range(0, len(examples), part)] * self.config.epochs
         results = [self._optimize(rollout, examples) for examples in parts]
-        figures = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
+        made = [result for result in results if not result["skipped_updates"]] or results
+        figures = {name: sum(result[name] for result in made) / len(made) for name in made[0]}
+        figures["skipped_updates"] = sum(result["skipped_updates"] for result in results)
         if "ratio" in figures:
-            figures["ratio_deviation"] = max(result["ratio_deviation"] for result in results)
+            figures["ratio_deviation"] = max(result["ratio_deviation"] for result in made)
         if self.ranks.size == 1:
             return figures
         values = torch.tensor(list(figures.values()), dtype=torch.float64, device=self.policy.model.device)
@@ -345,22 +409,39 @@ class Agent(ABC):
                     deviation = torch.maximum(deviation, (figures["ratio"] - 1).abs().max())
                 for name, value in {**figures, "loss": loss}.items():
                     sums[name] = sums.get(name, 0) + value.detach().sum()
+            if (more := self.auxiliary_loss(rollout, chunk, conditioning)) is not None:
+                (more[0].sum() / rows).backward()
+                for name, value in {**more[1], "loss": more[0]}.items():
+                    sums[name] = sums.get(name, 0) + times * value.detach().sum()
         self._average_gradients()
         norm = clip(self.parameters, self.config.max_grad_norm)
-        if not norm.isfinite():
-            self.optimizer.zero_grad()
-            raise FloatingPointError(
-                "the gradient is not finite: lower the learning rate, use dtype fp32, or look for a reward that "
-                "explodes"
-            )
-        if others := list(self.modules.parameters()):
-            clip(others, self.config.max_grad_norm)
-        self.optimizer.step()
+        finite = norm.isfinite()
+        if others := [p for p in self.modules.parameters() if p.grad is not None]:
+            finite = finite & clip(others, self.config.max_grad_norm).isfinite()
+        made = bool(self.ranks.each(finite).all())
+        if made:
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.average:
-            follow(self.average, self.trained, self.config.ema_decay)
+        self.skipped = 0 if made else self.skipped + 1
+        if self.skipped > self.config.max_skipped_updates:
+            raise FloatingPointError(
+                f"the gradient is not finite, {self.skipped} optimizer steps in a row: lower the learning rate, use "
+                "dtype fp32, or look for a reward that explodes"
+            )
+        if made and self.average:
+            self._follow()
         result = {name: value.item() / (rows * times) for name, value in sums.items()}
-        return {**result, "ratio_deviation": deviation.item(), "grad_norm": norm.item()}
+        result |= {"ratio_deviation": deviation.item(), "grad_norm": norm.item(), "skipped_updates": float(not made)}
+        return result
+
+    def _follow(self) -> None:
+        """Bring the averaged weights forward after an optimizer step."""
+        config = self.config
+        made = [state["step"] for state in self.optimizer.state.values()]  # which checkpoints hold
+        steps = int(torch.stack(made).max())
+        if steps % config.ema_every == 0:
+            most = (1 + steps) / (10 + steps) if config.ema_warmup else 1.0
+            follow(self.average, self.trained, min(config.ema_decay, most))
 
     def _average_gradients(self) -> None:
         """Average over the ranks what neither ``DistributedDataParallel`` nor ``fully_shard`` averages."""

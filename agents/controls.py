@@ -27,6 +27,9 @@ class BaseConfig(AgentConfig):
     updates_per_rollout: ClassVar[int] = 1
     epochs: ClassVar[int] = 1
     ema_decay: ClassVar[float] = 0.0
+    ema_warmup: ClassVar[bool] = False
+    ema_every: ClassVar[int] = 1
+    max_skipped_updates: ClassVar[int] = 0
 
 
 class Base(Agent):

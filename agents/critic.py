@@ -4,8 +4,9 @@ The reward comes after the last step; with ``kl_reward`` β every step also cost
 mean of that is β KL(π_old ‖ π_ref). (The KL itself would teach nothing, since it is the same for every action.)
 With δ_k = r_k + γ V_{k+1} − V_k the advantages are GAE's (Schulman et al. 2015, arXiv:1506.02438, eq. 16),
 
-    A_k = Σ_j (γλ)^j δ_{k+j},      and the critic's loss is c (V − (A_k + V_k))².
+    A_k = Σ_j (γλ)^j δ_{k+j},      and the critic's loss is c · mean over k of (V − (A_k + V_k))².
 
+The mean is over all K states, whatever steps the policy trains: the advantages rely on the values of all of them.
 γ = λ = 1 gives A_k = r − V(x_k, k, c).
 """
 
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from agents.policy import DenoisingPolicy
 from agents.rollout import Rollout
-from agents.trajectory import Batch, TrajectoryAgent, TrajectoryConfig
+from agents.trajectory import TrajectoryAgent, TrajectoryConfig
 
 MAX_SIDE = 16
 
@@ -61,12 +63,9 @@ class Critic(nn.Module):
         x = torch.cat([self._shrink(latents).to(dtype), pooled.to(dtype)], 1)
         return self.output(self.hidden(self.input(x) + self.step(step.to(x.device)))).squeeze(1)
 
-    @torch.no_grad()
-    def values(self, policy: DenoisingPolicy, rollout: Rollout) -> Tensor:
-        """Values ``[B, K]`` of a rollout's states."""
-        episodes, steps = rollout.steps.batch_size
-        pooled = rollout.pooled()
-        found = [self(rollout.steps["latents"][:, k], torch.full((episodes,), k), pooled) for k in range(steps)]
+    def values(self, latents: Tensor, pooled: Tensor) -> Tensor:
+        """Values ``[B, K]`` of the states ``latents [B, K, *latent]`` with ``pooled [B, E]``."""
+        found = [self(x, torch.full((len(x),), k), pooled) for k, x in enumerate(latents.unbind(1))]
         return torch.stack(found, 1)
 
 
@@ -149,7 +148,8 @@ class ActorCritic(TrajectoryAgent):
 
     def gae(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """GAE's advantages, 0 for episodes without a score, and the values to fit the critic to; both ``[B, K]``."""
-        values = self.critic.values(self.policy, rollout)
+        with torch.no_grad():
+            values = self.critic.values(rollout.steps["latents"], rollout.pooled())
         rewards = self.step_rewards(rollout)
         after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
         deltas = rewards + self.config.gamma * after - values
@@ -162,9 +162,10 @@ class ActorCritic(TrajectoryAgent):
         return advantages.where(valid, 0.0), (advantages + values).where(valid, values)
 
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
-        """As in `TrajectoryAgent.targets`: the advantages ``[B, K]`` and the values ``[B, K]`` to fit the critic to."""
+        """As in `TrajectoryAgent.targets`; ``returns [B, 1, K]`` are the values to fit the critic to."""
         raw, returns = self.gae(rollout)
-        return {"advantage": self.scale(raw, rollout.scores.valid[:, None].expand_as(raw)), "return": returns}
+        advantage = self.scale(raw, rollout.scores.valid[:, None].expand_as(raw))
+        return {"advantage": advantage, "returns": returns[:, None]}
 
     def scale(self, raw: Tensor, valid: Tensor) -> Tensor:
         """What the loss takes as advantages ``[B, K]``: here GAE's, unchanged.
@@ -175,10 +176,12 @@ class ActorCritic(TrajectoryAgent):
         """
         return raw
 
-    def auxiliary_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critic's squared error."""
-        assert batch.examples is not None
-        assert batch.conditioning is not None
-        value = self.critic(batch.latents, batch.step, self.policy.model.pool(batch.conditioning))
-        error = (value - batch.examples["return"]).square()
+    def auxiliary_loss(
+        self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The critic's squared error, averaged over the states of each episode."""
+        first = examples[:, 0]
+        latents = rollout.steps["latents"][first["episode"]]
+        values = self.critic.values(latents, self.policy.model.pool(conditioning))
+        error = (values - first["returns"]).square().mean(1)
         return self.config.value_coef * error, {"value_loss": error}

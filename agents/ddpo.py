@@ -32,7 +32,7 @@ class DDPOSFConfig(TrajectoryConfig):
     lr: float = 3e-4
     """AdamW's learning rate (published for LoRA)."""
     timestep_fraction: float = 1.0
-    """Share of the trainable steps that each update trains: ceil(share · steps) of them, drawn at random."""
+    """Share of the trainable steps that each update trains, drawn at random."""
     drop_last: bool = False
     """Leave the last denoising step out of training."""
     reward_aggregation: Aggregation = "advantages"
@@ -41,7 +41,7 @@ class DDPOSFConfig(TrajectoryConfig):
     """Advantages are clipped to the range from minus this to plus this."""
     normalisation: Literal["prompt", "batch"] = "prompt"
     """Normalise rewards by the last rewards of their prompt ("prompt", as published) or over the rollout ("batch")."""
-    tracker_size: int = 16
+    tracker_size: int = 32
     """Rewards remembered per prompt."""
     tracker_min_count: int = 16
     """A prompt with fewer remembered rewards than this is normalised over the rollout."""
@@ -72,6 +72,12 @@ class DDPOSF(TrajectoryAgent):
             f"tracker {i}": PromptTracker(prompts, config.tracker_size, config.tracker_min_count)
             for i in range(len(self.tracked))
         }
+
+    def idle_settings(self) -> dict[str, str]:
+        """As in `Agent.idle_settings`."""
+        names = [name for name in ("tracker_size", "tracker_min_count") if self.chosen(name)]
+        idle = dict.fromkeys(names, 'there is no tracker with normalisation "batch"') if not self.modules else {}
+        return super().idle_settings() | idle
 
     @property
     def tracked(self) -> list[str]:

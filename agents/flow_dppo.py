@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from agents.advantages import StdOver
+from agents.base import SharedNoise
 from agents.grpo import GRPO, GRPOConfig
 from agents.trajectory import Batch
 from denoise_env.kernels import Transition
@@ -19,6 +21,15 @@ from denoise_env.kernels import Transition
 class FlowDPPOConfig(GRPOConfig):
     """Flow-DPPO's settings."""
 
+    shared_noise: SharedNoise = "none"
+    """Which samples start from the same initial noise: none, those of a group, or all of a rollout."""
+    lr: float = 3e-4
+    """AdamW's learning rate (published for LoRA)."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    advantage_std: StdOver = "rewards"
+    """Which std divides the advantages: that of the group ("group"), that of all the rollout's gaps to their group's
+    mean ("batch"), or that of all the rollout's rewards ("rewards", as published)."""
     clip_range: float = 1e-5
     """δ: where a step's KL to the policy that sampled has reached it, only updates that bring the two closer count."""
 

@@ -6,6 +6,7 @@ A group follows one ODE trajectory up to a random step, branches there by noise,
 from dataclasses import dataclass
 from typing import Literal
 
+from agents.base import SharedNoise
 from agents.flow_grpo import FlowGRPO, FlowGRPOConfig
 from agents.window import WindowConfig, Windowed
 
@@ -14,8 +15,8 @@ from agents.window import WindowConfig, Windowed
 class FlowGRPOFastConfig(WindowConfig, FlowGRPOConfig):
     """Flow-GRPO-Fast's settings."""
 
-    shared_noise: bool = True
-    """Start all samples of a group from the same initial noise."""
+    shared_noise: SharedNoise = "group"
+    """Which samples start from the same initial noise: none, those of a group, or all of a rollout."""
     share_prefix: bool = True
     """Make the network calls that a group has in common, those up to the window, once per group."""
     window_size: int = 2

@@ -12,40 +12,42 @@ the same A_i stands for every step of sample i, and a random subset of steps is 
 There is no value function, no discount and no KL. The reduction of ℓ over latent dimensions is the policy's.
 """
 
+import math
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from agents.advantages import Aggregation, StdOver, group_advantages
-from agents.rollout import Rollout
+from agents.advantages import Aggregation
+from agents.base import SharedNoise
+from agents.normalisation import NormalisationConfig, Normalised
 from agents.surrogate import ClippedSurrogate, SurrogateConfig
 
 
 @dataclass
-class GRPOConfig(SurrogateConfig):
+class GRPOConfig(NormalisationConfig, SurrogateConfig):
     """DanceGRPO's settings."""
 
-    shared_noise: bool = True
-    """Start all samples of a group from the same initial noise, as DanceGRPO does."""
-    advantage_std: StdOver = "group"
-    """Which std divides the advantages: that of the group ("group", DanceGRPO), that of all the rollout's gaps to their
-    group's mean ("batch", where groups whose samples hardly differ weigh little), or that of all the rollout's rewards
-    ("rewards", Flow-GRPO's global std)."""
+    lr: float = 1e-5
+    """AdamW's learning rate (published for full fine-tuning)."""
+    shared_noise: SharedNoise = "group"
+    """Which samples start from the same initial noise: none ("none"), those of a group ("group", DanceGRPO's paper), or
+    all of a rollout ("rollout"; its code has one noise for the four prompts of each GPU)."""
     reward_aggregation: Aggregation = "advantages"
     """How several rewards become one loss: add up their advantages (DanceGRPO's paper), their clipped losses (its video
     code), or the rewards themselves."""
 
 
-class GRPO(ClippedSurrogate):
+class GRPO(Normalised, ClippedSurrogate):
     """DanceGRPO: group-relative policy optimization from shared noise."""
 
     name = "grpo"
     config_type = GRPOConfig
     config: GRPOConfig
-    smallest_group = 2
-    std_epsilon = 1e-8
 
-    def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
-        """As in `Agent.reward_advantages`, normalised within the group."""
-        options = {"group_size": self.group_size, "over": self.config.advantage_std, "epsilon": self.std_epsilon}
-        return self.over_all_rows(group_advantages, rewards, rollout.scores.valid, **options)
+    def idle_settings(self) -> dict[str, str]:
+        """As in `Agent.idle_settings`."""
+        found, config, size = super().idle_settings(), self.config, self.siblings
+        weights = self.policy.mdp.reward_weights.values()
+        scale = sum(map(abs, weights)) if config.reward_aggregation == "advantages" else 1.0
+        largest = scale * math.sqrt(size - 1) * (math.sqrt(1 - 1 / size) if config.std_form == "unbiased" else 1.0)
+        if config.advantage_std == "group" and config.advantage_clip >= largest:
+            found["advantage_clip"] = f"advantages of a group of {size} are at most {largest:.2f}"
+        return found

@@ -6,13 +6,16 @@ from x to x', with e = (x' − μ_old)/std,
 
     ρ = exp( std · [ ℓ_θ − ℓ_old + mean((μ_θ − μ_old)²)/(2 std²) ] ) = exp( mean( e · (μ_θ − μ_old) ) ).
 
-The policy loss is divided by the step's size Δ = σ − σ', the drop of the noise level.
+The policy loss is divided by the step's size, which on a flow is Δ = σ − σ', the drop of the noise level, as published.
+On a diffusion it is how far the mean moves with the network's output, |∂μ/∂output|, which Δ does not tell there.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from agents.advantages import StdForm
+from agents.base import SharedNoise
 from agents.grpo import GRPO, GRPOConfig
 from agents.trajectory import Batch
 
@@ -21,10 +24,23 @@ from agents.trajectory import Batch
 class GRPOGuardConfig(GRPOConfig):
     """GRPO-Guard's settings."""
 
+    group_size: int = 24
+    """Neighbouring samples of one prompt, G. They form a group."""
+    shared_noise: SharedNoise = "none"
+    """Which samples start from the same initial noise: none, those of a group, or all of a rollout."""
+    timestep_fraction: float = 1.0
+    """Share of the trainable steps that each update trains, drawn at random."""
+    lr: float = 1e-4
+    """AdamW's learning rate (published for LoRA)."""
+    std_form: StdForm = "population"
+    """The std's divisor: the number of values less one ("unbiased"), or the number of values ("population", as
+    published)."""
+    std_epsilon: float = 1e-4
+    """Added to the std that divides the advantages."""
     clip_range: float = 2e-6
     """The normalised ratio is clipped to 1 ± this value, ε."""
     balance: bool = True
-    """Divide the policy loss of each step by its size Δ, the drop of the noise level."""
+    """Divide the policy loss of each step by the step's size (`denoise_env.kernels.Kernel.step_sizes`)."""
 
 
 class GRPOGuard(GRPO):
@@ -44,9 +60,8 @@ class GRPOGuard(GRPO):
         return (noise * (transition.mean - batch.old_mean)).flatten(1).mean(1).exp()
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """As in `ClippedSurrogate.loss`, divided by Δ."""
+        """As in `ClippedSurrogate.loss`, divided by the step's size."""
         loss, figures = super().loss(batch)
         if self.config.balance:
-            drop = -self.policy.mdp.schedule.sigmas.diff()
-            loss = loss / drop[batch.step.cpu()].to(loss)
+            loss = loss / self.policy.kernel.step_sizes[batch.step.cpu()].to(loss)
         return loss, figures

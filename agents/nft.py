@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from agents.advantages import StdOver, group_advantages
+from agents.advantages import StdForm, StdOver
 from agents.final_samples import FinalSampleAgent, FinalSampleConfig, NoisedBatch, mean_square
+from agents.normalisation import NormalisationConfig, Normalised
 from agents.policy import DenoisingPolicy
 from agents.ranks import Ranks
 from agents.rollout import Rollout
@@ -26,7 +27,7 @@ from denoise_env.weights import copies, follow
 
 
 @dataclass
-class NFTConfig(FinalSampleConfig):
+class NFTConfig(NormalisationConfig, FinalSampleConfig):
     """DiffusionNFT's settings."""
 
     group_size: int = 24
@@ -39,9 +40,14 @@ class NFTConfig(FinalSampleConfig):
     """How far the positive and the negative policy lie from the sampling policy, b."""
     advantage_clip: float = 5.0
     """Advantages are clipped to the range from minus this to plus this, A_max."""
-    advantage_std: StdOver = "group"
+    advantage_std: StdOver = "rewards"
     """Which std divides the advantages: that of the group ("group"), that of all the rollout's gaps to their group's
-    mean ("batch"), or that of all the rollout's rewards ("rewards")."""
+    mean ("batch"), or that of all the rollout's rewards ("rewards", as published)."""
+    std_form: StdForm = "population"
+    """The std's divisor: the number of values less one ("unbiased"), or the number of values ("population", as
+    published)."""
+    std_epsilon: float = 1e-4
+    """Added to the std that divides the advantages."""
     adaptive: bool = True
     """Divide the squared error of each sample's x̂0 by its mean absolute error, w±."""
     old_decay: float = 0.5
@@ -50,13 +56,12 @@ class NFTConfig(FinalSampleConfig):
     """Growth of the share η per iteration, from 0 until it reaches old_decay. With 0 the newest weights sample."""
 
 
-class NFT(FinalSampleAgent):
+class NFT(Normalised, FinalSampleAgent):
     """DiffusionNFT: contrast positive and negative policies."""
 
     name = "nft"
     config_type = NFTConfig
     config: NFTConfig
-    smallest_group = 2
     aggregations = ("advantages", "rewards")
     joins_rewards = "a sample has one probability q of being a good one"
 
@@ -80,11 +85,6 @@ class NFT(FinalSampleAgent):
     def rollout_weights(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the policy has the sampling weights."""
         return self.weights(self.old)
-
-    def reward_advantages(self, name: str, rewards: Tensor, rollout: Rollout) -> Tensor:
-        """As in `Agent.reward_advantages`, normalised within the group."""
-        options = {"group_size": self.group_size, "over": self.config.advantage_std}
-        return self.over_all_rows(group_advantages, rewards, rollout.scores.valid, **options)
 
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
         """q ``[B]`` in [0, 1], ½ for samples that could not be scored."""

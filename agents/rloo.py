@@ -20,7 +20,7 @@ class RLOOConfig(TrajectoryConfig):
     """RLOO's settings."""
 
     timestep_fraction: float = 1.0
-    """Share of the trainable steps that each update trains: ceil(share · steps) of them, drawn at random."""
+    """Share of the trainable steps that each update trains, drawn at random."""
 
 
 class RLOO(TrajectoryAgent):

@@ -163,6 +163,7 @@ def collect(
     *,
     group_size: int = 1,
     shared_noise: bool = False,
+    initial: torch.Tensor | None = None,
     microbatch: int | None = None,
     kernel: Kernel | None = None,
     share_prefix: bool = False,
@@ -180,9 +181,10 @@ def collect(
         prompts: one per group; default: drawn by the reset.
         group_size: G, the number of neighbouring episodes with one prompt.
         shared_noise: whether a group starts from the same latents.
+        initial: ``[*latent]``, the latents that all episodes start from; default: drawn by the reset.
         microbatch: episodes per network call; default: all.
         kernel: the kernel to use instead of the policy's.
-        share_prefix: whether to make the network calls that a group with ``shared_noise`` has in common once.
+        share_prefix: whether to make the network calls that a group with the same initial latents has in common once.
         keep_means: whether to keep the Gaussians' means, which take as much memory as the latents.
 
     Raises:
@@ -193,6 +195,8 @@ def collect(
     if microbatch and rows % microbatch:
         raise ValueError(f"{rows} rows cannot be divided into microbatches of {microbatch}")
     latents, prompt_index = begin(mdp, generators, prompts, group_size=group_size, shared_noise=shared_noise)
+    if initial is not None:
+        latents[:, 0] = initial
     means: dict[str, torch.Tensor] = {}
 
     def keep(chunk: slice, k: int, x: torch.Tensor, transition: Transition) -> None:
@@ -207,7 +211,7 @@ def collect(
         prompt_index,
         microbatch,
         kernel=kernel,
-        share=group_size if shared_noise and share_prefix else 1,
+        share=group_size if share_prefix and (shared_noise or initial is not None) else 1,
         visit=keep if keep_means else None,
     )
     final = latents[:, -1]

@@ -33,6 +33,10 @@ class ClippedSurrogate(TrajectoryAgent):
         super()._validate()
         self.require_positive("clip_range", "advantage_clip")
 
+    def idle_settings(self) -> dict[str, str]:
+        """As in `Agent.idle_settings`."""
+        return super().idle_settings() | self.idle_clip()
+
     def ratio(self, batch: Batch) -> Tensor:
         """The ratio ρ ``[N]`` that the loss clips."""
         return (batch.log_prob - batch.old_log_prob).exp()

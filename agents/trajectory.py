@@ -24,7 +24,9 @@ class TrajectoryConfig(LearningConfig):
     """The settings of every agent that trains recorded steps."""
 
     timestep_fraction: float = 0.6
-    """Share of the trainable steps that each update trains: ceil(share · steps) of them, drawn at random."""
+    """Share of the trainable steps that each update trains, drawn at random."""
+    timestep_rounding: Literal["ceil", "int"] = "ceil"
+    """Round the number of these steps up ("ceil", DanceGRPO's paper), or down to at least 1 ("int", its code)."""
     timestep_selection: Literal["per_sample", "per_group"] = "per_sample"
     """Draw the steps to train for every sample ("per_sample", DanceGRPO's code) or once per group ("per_group", its
     paper)."""
@@ -114,12 +116,11 @@ class TrajectoryAgent(Agent):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy loss ``[N]`` of a microbatch and figures ``[N]`` to log."""
 
-    def auxiliary_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """A loss ``[N]`` that ``step_weighting`` does not scale (such as a critic's) and figures ``[N]`` to log."""
-        return None
-
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
-        """What the examples hold, ``[B]`` or ``[B, K]`` by name: the "advantage" and what else the loss needs."""
+        """What the examples hold by name: the "advantage" and what else the loss needs.
+
+        ``[B, K]`` is of each step, and ``[B]`` or ``[B, 1, ...]`` of each episode.
+        """
         return self.advantages(rollout)
 
     def divergence(self, transition: Transition, reference: Transition, step: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ class TrajectoryAgent(Agent):
         return transition.kl(reference, self.policy.reduction)
 
     def select_steps(self, seeds: Sequence[int], kernel: Kernel | None = None) -> Tensor:
-        """The steps to train ``[B, T]``, a random subset per episode, T = ceil(timestep_fraction · trainable steps).
+        """The steps to train ``[B, T]``, a random subset per episode, T = timestep_fraction · trainable steps, rounded.
 
         An episode's steps follow from its own seed, or with "per_group" from the seed of its group's first episode.
 
@@ -142,19 +143,40 @@ class TrajectoryAgent(Agent):
             kernel: the kernel of their rollout; default: the policy's.
         """
         trainable = self.trainable_steps if kernel is None else self.steps_of(kernel)
-        count = math.ceil(self.config.timestep_fraction * len(trainable) - 1e-9)
+        count = self._counts(len(trainable))[self.config.timestep_rounding]
         draws = self.group_size if self.config.timestep_selection == "per_group" else 1
         order = episode_numbers(seeds[::draws], "steps", len(trainable))
         return trainable[order.argsort(1)[:, :count]].repeat_interleave(draws, 0)
+
+    def _counts(self, trainable: int) -> dict[str, int]:
+        """How many of the trainable steps are trained, by how their number is rounded."""
+        share = self.config.timestep_fraction * trainable
+        return {"ceil": math.ceil(share - 1e-9), "int": max(1, int(share + 1e-9))}
+
+    def idle_settings(self) -> dict[str, str]:
+        """As in `Agent.idle_settings`."""
+        found, kernel = super().idle_settings(), self.kernel(1)
+        trainable = len(self.steps_of(kernel))
+        counts = self._counts(trainable)
+        if self.chosen("timestep_rounding") and counts["ceil"] == counts["int"]:
+            found["timestep_rounding"] = "timestep_fraction times the trainable steps is a whole number"
+        if self.chosen("timestep_selection") and counts[self.config.timestep_rounding] == trainable:
+            found["timestep_selection"] = "every trainable step is trained"
+        if self.chosen("drop_last") and not self.policy.kernel.stochastic[-1]:
+            found["drop_last"] = "the last step is deterministic and cannot be trained"
+        return found
 
     def examples(self, rollout: Rollout, iteration: int) -> TensorDict:
         """As in `Agent.examples`: (episode, step) pairs with their advantages."""
         steps = self.select_steps(rollout.seeds, rollout.kernel)
         episode = torch.arange(len(rollout))[:, None].expand(steps.shape)
-        picked = {
-            name: value.gather(1, steps.to(value.device)) if value.ndim > 1 else value[:, None].expand(steps.shape)
-            for name, value in self.targets(rollout).items()
-        }
+
+        def pick(value: Tensor) -> Tensor:
+            if value.ndim == 2:
+                return value.gather(1, steps.to(value.device))
+            return value.view(len(value), 1, *value.shape[2:]).expand(*steps.shape, *value.shape[2:])
+
+        picked = {name: pick(value) for name, value in self.targets(rollout).items()}
         return TensorDict({"episode": episode, "step": steps, **picked}, batch_size=steps.shape)
 
     def complete(self, rollout: Rollout, examples: TensorDict, conditioning: TensorDict) -> TensorDict:
@@ -189,9 +211,6 @@ class TrajectoryAgent(Agent):
             kl = self.divergence(transition, reference, steps)
             loss = loss + self.config.kl_coef * kl
             figures["kl_reference"] = kl
-        if (more := self.auxiliary_loss(batch)) is not None:
-            loss = loss + more[0]
-            figures |= more[1]
         return loss, figures
 
 

@@ -1,10 +1,11 @@
 """Which denoising steps carry signal: the policy gradient's norm per step, and its agreement between rollouts.
 
-    python -m benchmarks.gradient_signal [--model shapes] [--images 512] [--rollouts 4]
+    python -m benchmarks.gradient_signal [--model shapes] [--agent grpo] [--images 512] [--rollouts 4]
 
-For every step k the gradient of mean(A · log-prob) is taken on several independent rollouts of the same policy.
-``norm`` is its mean norm; ``cosine`` is the mean cosine between the rollouts' gradients, 0 where there is only
-noise. The last two rows sum the steps, as an update does, uniformly and weighted by the kernel's std.
+For every step k the gradient of the agent's loss is taken on several independent rollouts of the same policy; without
+a KL, GRPO's is that of −mean(A · log-prob) there. ``norm`` is its mean norm; ``cosine`` is the mean cosine between the
+rollouts' gradients, 0 where there is only noise. Two rows sum the steps, as an update does, uniformly and weighted by
+the kernel's std. ``spread`` is the largest norm of a step divided by the smallest.
 """
 
 import argparse
@@ -12,13 +13,15 @@ import itertools
 from typing import Any
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
-from agents.grpo import GRPO, GRPOConfig
+from agents.algorithms import find_agent
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
 from agents.training.progress import progress
 from agents.training.seeding import epoch_order, row_seeds
+from agents.trajectory import TrajectoryAgent
 from denoise_env.mdp import DenoisingMDP, row_generators
 from denoise_env.worlds import DEFAULT
 
@@ -26,6 +29,8 @@ from denoise_env.worlds import DEFAULT
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT)
+    parser.add_argument("--kernel", help="default: the model's")
+    parser.add_argument("--agent", default="grpo", help="one that trains recorded steps")
     parser.add_argument("--images", type=int, default=512, help="per rollout")
     parser.add_argument("--rollouts", type=int, default=4, help="at least 2")
     parser.add_argument("--group-size", type=int, default=16)
@@ -33,7 +38,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     mdp = DenoisingMDP.make(options.model, microbatch=options.microbatch)
-    agent = GRPO(DenoisingPolicy(mdp), GRPOConfig(group_size=options.group_size), microbatch=options.microbatch)
+    kind = find_agent(options.agent)
+    config = kind.config_type(group_size=options.group_size)
+    agent = kind(DenoisingPolicy(mdp, options.kernel), config, microbatch=options.microbatch)
+    if not isinstance(agent, TrajectoryAgent):
+        parser.error(f"{agent.name} does not train recorded steps")
     steps = agent.trainable_steps.tolist()
     bar = progress(total=options.rollouts * len(steps), desc="gradients", leave=False)
     gradients = torch.stack([rollout_gradients(agent, mdp, options, i, bar) for i in range(options.rollouts)])
@@ -45,8 +54,13 @@ def main() -> None:
         total = torch.einsum("k,rkp->rp", weights, gradients)
         print(f"{name:>8} {'':>8} {norm(total):>8.3f} {cosine(total):>8.3f}")
 
+    norms = gradients.norm(dim=2).mean(0)
+    print(f"{'spread':>8} {'':>8} {(norms.max() / norms.min()).item():>8.3f}")
 
-def rollout_gradients(agent: GRPO, mdp: DenoisingMDP, options: argparse.Namespace, index: int, bar: Any) -> Tensor:
+
+def rollout_gradients(
+    agent: TrajectoryAgent, mdp: DenoisingMDP, options: argparse.Namespace, index: int, bar: Any
+) -> Tensor:
     """``[steps, parameters]`` of one rollout."""
     groups = options.images // options.group_size
     prompts = epoch_order(mdp.drawn_prompts, options.seed, index * groups, groups)
@@ -59,16 +73,19 @@ def rollout_gradients(agent: GRPO, mdp: DenoisingMDP, options: argparse.Namespac
         group_size=options.group_size,
         shared_noise=True,
         microbatch=options.microbatch,
+        keep_means=agent.needs_means,
     )
-    advantages = agent.advantages(rollout)["advantage"]
+    targets = agent.targets(rollout)
     found = []
     for step in agent.trainable_steps.tolist():
         for start in range(0, options.images, options.microbatch):
             rows = torch.arange(start, start + options.microbatch)
-            latents, action = rollout.steps["latents"][rows, step], rollout.steps["action"][rows, step]
-            transition = agent.policy.transition(latents, step, rollout.conditioning(rows))
-            log_prob = agent.policy.log_prob(transition, action)
-            ((advantages[rows] * log_prob).sum() / options.images).backward()
+            own = {name: value[rows, step] if value.ndim == 2 else value[rows] for name, value in targets.items()}
+            examples = {"episode": rows, "step": torch.full_like(rows, step), **own}
+            chunk = TensorDict({name: value[:, None] for name, value in examples.items()}, batch_size=(len(rows), 1))
+            conditioning = rollout.conditioning(rows)
+            loss, _ = agent.example_loss(rollout, agent.complete(rollout, chunk, conditioning)[:, 0], conditioning)
+            (loss.sum() / options.images).backward()
         found.append(torch.cat([p.grad.flatten() for p in agent.parameters if p.grad is not None]))
         agent.optimizer.zero_grad()
         bar.update()

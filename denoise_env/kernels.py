@@ -374,6 +374,16 @@ class Kernel:
         rows, dtype = self._rows(latents, step)
         return latents.to(dtype) * rows[3] + output.to(dtype) * rows[4]
 
+    @property
+    def gains(self) -> Tensor:
+        """|∂mean/∂output| of each step, ``[K]`` float64: how far the mean moves when the output moves by 1."""
+        return self._table[1].abs()
+
+    @property
+    def step_sizes(self) -> Tensor:
+        """By what algorithms scale a step's terms so that all steps count alike, ``[K]`` float64: here the `gains`."""
+        return self.gains
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(K={self.schedule.num_steps}, eta={self.eta:g}, last_step={self.last_step!r})"
 
@@ -419,6 +429,11 @@ class DanceSDE(Kernel):
         before, after = schedule.sigmas[:-1], schedule.sigmas[1:]
         stds = self._noise_level(before, after) * (before - after).sqrt()
         return after - stds**2 / (2 * before), stds
+
+    @property
+    def step_sizes(self) -> Tensor:
+        """Δ, as in the code of Flow-GRPO and GRPO-Guard. The `gains` are 1 + std²(1 − σ)/(2σΔ) times as large."""
+        return -self.schedule.sigmas.diff()
 
     def _noise_level(self, before: Tensor, after: Tensor) -> Tensor:
         return torch.full_like(before, self.eta)

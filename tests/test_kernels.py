@@ -304,6 +304,20 @@ def test_ddim_is_the_published_formula(eta: float, prediction: str) -> None:
         torch.testing.assert_close(kernel.pred_x0(x, output, step), x0, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("kernel", [ODE, DanceSDE, FlowSDE, CPS, "epsilon", "sample", "v_prediction"], ids=str)
+def test_gains_are_the_means_derivatives_by_the_output(kernel) -> None:
+    made = DDIM(stable_diffusion(10), kernel) if isinstance(kernel, str) else flow_kernel(kernel, 10, 3)
+    x, output = normal(4, 3, seed=1), normal(4, 3, seed=2).requires_grad_()
+    for step, gain in enumerate(made.gains.tolist()):
+        (slope,) = torch.autograd.grad(made.transition(x, output, step).mean.sum(), output)
+        torch.testing.assert_close(slope.abs(), torch.full_like(slope, gain), rtol=1e-9, atol=0)
+    drops = -made.schedule.sigmas.diff()
+    torch.testing.assert_close(made.step_sizes, drops if kernel in (ODE, DanceSDE, FlowSDE) else made.gains)
+    if kernel in (DanceSDE, FlowSDE):
+        sigmas = made.schedule.sigmas[:-1]
+        torch.testing.assert_close(made.gains / drops, 1 + made.stds**2 * (1 - sigmas) / (2 * sigmas * drops))
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("to_one", [False, True])
 def test_ddim_is_diffusers_ddim(prediction: str, to_one: bool) -> None:

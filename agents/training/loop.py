@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -96,6 +97,8 @@ def train(
             directory.mkdir(parents=True, exist_ok=True)
             checkpoints.prune(saved, config.keep_checkpoints)
             write_versions(directory / "versions.json", command)
+            for name, why in experiment.agent.idle_settings().items():
+                print(f"{name} has no effect in this run: {why}", file=sys.stderr)
             checkpoints.write_atomically(directory / "config.json", json.dumps(as_dict(config), indent=1))
         metrics = Table(directory / "metrics.csv" if writes else None, done)
         looks = Looks(experiment, directory, logger, done, report)

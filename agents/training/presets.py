@@ -17,7 +17,7 @@ from denoise_env.worlds import WORLDS
 def shapes() -> TrainConfig:
     """GRPO on the shipped tiny Stable Diffusion: minutes on a laptop. The default."""
     return TrainConfig(
-        agent_options=GRPOConfig(step_weighting="std", ema_decay=0.97),
+        agent_options=GRPOConfig(lr=1e-4, step_weighting="std", ema_decay=0.97),
         iterations=130,
         eval_rewards=("shapes-correct",),
         eval_images_per_prompt=64,

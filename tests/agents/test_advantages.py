@@ -14,7 +14,7 @@ from agents.algorithms import AGENTS
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
 from agents.surrogate import clipped
-from denoise_env.mdp import Scores, row_generators
+from denoise_env.mdp import DenoisingMDP, Scores, row_generators
 
 
 def scored(agent, total, prompts=("ring", "line"), **more):
@@ -114,7 +114,7 @@ def test_the_tracker_remembers_once_per_update_and_asking_changes_nothing(points
 
 
 def test_an_update_that_fails_is_not_remembered(points):
-    agent = make(points, "ddpo-is")
+    agent = make(points, "ddpo-is", max_skipped_updates=0)
     rollout = scored(agent, [0.3, 0.9, 0.1, 0.5, 2.0, 1.0, -1.0, 0.0])
     rollout.steps["action_log_prob"][:] = -torch.inf
     with pytest.raises(FloatingPointError):
@@ -157,7 +157,7 @@ def test_whiten():
 
 def test_the_batchs_std_leaves_unscored_rows_out():
     values = torch.tensor([0.0, 2.0, torch.nan, 1.0, torch.nan, torch.nan, 3.0, 5.0, 10.0])
-    found = group_advantages(values, values.isfinite(), 3, "batch", 1e-4)
+    found = group_advantages(values, values.isfinite(), 3, "batch", epsilon=1e-4)
     std = math.sqrt((1 + 1 + 0 + (9 + 1 + 16)) / (1 + 0 + 2))
     assert found.tolist() == pytest.approx([g / (std + 1e-4) for g in (-1, 1, 0, 0, 0, 0, -3, -1, 4)], abs=1e-6)
 
@@ -174,7 +174,7 @@ def test_gae_is_the_double_sum(points, gamma, lam):
     values = torch.rand(rows, steps)
     rewards = torch.zeros(rows, steps)
     rewards[:, -1] = rollout.scores.total
-    agent.critic.values = lambda policy, rollout: values
+    agent.critic.values = lambda latents, pooled: values
     advantages, returns = agent.gae(rollout)
     valid = rollout.scores.valid
     after = torch.cat([values[:, 1:], torch.zeros(rows, 1)], 1)
@@ -190,16 +190,33 @@ def test_gae_is_the_double_sum(points, gamma, lam):
     assert torch.equal(returns[~valid], values[~valid])  # no error to learn from
 
 
+@pytest.mark.parametrize(("name", "model"), [("ppo", "points"), ("ppo", "points-flow"), ("dpok", "points-flow")])
+def test_the_critic_learns_the_last_state_as_well_as_its_neighbours(name, model):
+    """The policy is not trained there, but the advantages of earlier steps rely on its value.
+
+    The later the state, the more it tells of the reward: the last one's error is the smallest.
+    """
+    kind, mdp = AGENTS[name], DenoisingMDP.make(model, num_steps=6)
+    options = {"group_size": 4, "lr": 0.0, "critic_lr": 0.01, "critic_width": 64, "timestep_fraction": 0.2}
+    agent = kind(DenoisingPolicy(mdp), kind.config_type(**options, gae_lambda=1.0, max_grad_norm=1.0))
+    rollout = collect(mdp, agent.policy, row_generators(range(256)), ["ring"] * 32 + ["line"] * 32, group_size=4)
+    for iteration in range(40):
+        agent.update(rollout, iteration)
+    error = (agent.critic.values(rollout.steps["latents"], rollout.pooled()) - rollout.scores.total[:, None]).square()
+    assert (error[:, -1] - error[:, -2]).mean() < 3 * (error[:, -1] - error[:, -2]).std() / 256**0.5
+    assert error[:, -1].mean() < 0.5 * rollout.scores.total.var()  # it has learned
+
+
 def test_ppos_critic_reads_the_state_at_its_own_step(points):
     agent = make(points, "ppo")
     torch.nn.init.normal_(agent.critic.output.weight)
     rollout = scored(agent, [0.0] * 8)
-    table = agent.critic.values(agent.policy, rollout)
+    table = agent.critic.values(rollout.steps["latents"], rollout.pooled())
     pooled = torch.nn.functional.one_hot(rollout.prompt_index, 6).float()
     for k in (0, 4, 9):
         one = agent.critic(rollout.steps["latents"][:, k], torch.full((8,), k), pooled)
         torch.testing.assert_close(table[:, k], one.detach())
-    assert len({round(float(v), 6) for v in table.flatten()}) == table.numel()
+    assert len({round(v, 6) for v in table.flatten().tolist()}) == table.numel()
 
 
 def test_ppos_kl_reward_pulls_towards_the_base_model():
@@ -257,7 +274,7 @@ def test_rwrs_weights_average_to_one(points):
 
 @pytest.mark.parametrize("clip", [0.5, 5.0])
 def test_nfts_q_lies_between_0_and_1(points, clip):
-    agent = make(points, "nft", advantage_clip=clip)
+    agent = make(points, "nft", advantage_clip=clip, advantage_std="group", std_form="unbiased", std_epsilon=1e-8)
     rollout = scored(agent, [0.25, 0.30, 0.28, 0.35, 1.0, torch.nan, 1.0, 1.0])
     q = agent.targets(rollout)["q"]
     published = [-1.07061939, 0.11895771, -0.35687313, 1.30853481]
@@ -360,5 +377,69 @@ def test_losses_and_advantages_differ_where_signs_differ_and_the_clip_binds(a, b
 def test_whose_std_divides():
     """Groups (0, 2) and (10, 10): the gaps are ±1, 0, 0; all rewards have the variance 83/4 about 5.5."""
     rewards, valid = torch.tensor([0.0, 2.0, 10.0, 10.0]), torch.ones(4, dtype=torch.bool)
-    for over, size in (("group", 0.5**0.5), ("batch", 1.0), ("rewards", (4 / 83) ** 0.5)):
-        assert group_advantages(rewards, valid, 2, over, 0.0).tolist() == pytest.approx([-size, size, 0, 0])
+    sizes = {
+        "unbiased": {"group": 0.5**0.5, "batch": 1.0, "rewards": (3 / 83) ** 0.5},
+        "population": {"group": 1.0, "batch": 2**0.5, "rewards": (4 / 83) ** 0.5},
+    }
+    for form, of in sizes.items():
+        for over, size in of.items():
+            found = group_advantages(rewards, valid, 2, over, form, 0.0)
+            assert found.tolist() == pytest.approx([-size, size, 0, 0])
+            found = group_advantages(rewards, valid, 2, over, form, 0.5)
+            assert found.tolist() == pytest.approx([-1 / (1 / size + 0.5), 1 / (1 / size + 0.5), 0, 0])
+
+
+@pytest.mark.parametrize("over", ["group", "batch", "rewards"])
+@pytest.mark.parametrize("form", ["unbiased", "population"])
+def test_a_std_of_too_few_rewards_is_no_error(over, form):
+    values = torch.tensor([1.0, torch.nan, torch.nan, torch.nan])
+    for valid in (values.isfinite(), torch.zeros(4, dtype=torch.bool)):
+        assert group_advantages(values, valid, 2, over, form).tolist() == [0, 0, 0, 0]
+
+
+PUBLISHED = {
+    "grpo": ("group", "unbiased", 1e-8),
+    "mix-grpo": ("group", "unbiased", 1e-8),
+    "flow-grpo": ("rewards", "population", 1e-4),
+    "grpo-guard": ("group", "population", 1e-4),
+    "flow-dppo": ("rewards", "unbiased", 1e-8),
+    "nft": ("rewards", "population", 1e-4),
+    "awm": ("rewards", "population", 1e-4),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_advantages_are_normalised_as_published(points, name):
+    over, form, epsilon = PUBLISHED[name]
+    agent = make(points, name)
+    rewards = np.array([0.1, 0.2, 0.3, 0.9, 2.0, 2.1, 2.5, 2.2])
+    gaps = rewards.reshape(2, 4) - rewards.reshape(2, 4).mean(1, keepdims=True)
+    ddof = int(form == "unbiased")
+    std = rewards.std(ddof=ddof) if over == "rewards" else rewards.reshape(2, 4).std(1, ddof=ddof, keepdims=True)
+    rollout = scored(agent, rewards.tolist())
+    found = agent.reward_advantages("points", rollout.scores.total, rollout)
+    assert found.tolist() == pytest.approx((gaps / (std + epsilon)).flatten().tolist(), rel=1e-5, abs=1e-6)
+
+
+def test_samples_whose_advantage_is_zero_are_dropped(points):
+    """The loss is the mean over the others, in each optimizer step by itself, and the KL does not pull at them."""
+    options = {"kl_coef": 0.3, "updates_per_rollout": 2, "timestep_fraction": 1.0}
+    kept, dropped = (make(points, "flow-grpo", drop_zero_advantages=drop, **options) for drop in (False, True))
+    rewards = [0.1, 0.2, 0.3, 0.9, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 2.0, 1.0, *[0.5] * 4]
+    rollout = scored(dropped, rewards, ["ring", "line", "grid", "ring"])
+    weights = dropped.targets(rollout)["weight"]
+    first, second = [2.0] * 4 + [0.0] * 4, [4.0, 0.0, 4.0, 0.0] + [0.0] * 4  # the mean reward of its group is 1
+    assert weights.tolist() == first + second
+    assert "weight" not in kept.targets(rollout)
+    for agent in (kept, dropped):
+        with torch.no_grad():
+            torch.manual_seed(0)
+            for p in agent.parameters:
+                p.copy_(0.1 * torch.randn_like(p))
+    losses = []
+    for agent in (kept, dropped):
+        examples = agent.examples(rollout, 1)
+        conditioning = agent.conditioning(rollout, examples)
+        losses.append(agent.example_loss(rollout, agent.complete(rollout, examples, conditioning)[:, 0], conditioning))
+    torch.testing.assert_close(losses[1][0], losses[0][0] * weights)
+    assert (losses[0][0] != 0).all()  # it is the KL that remains of the dropped

@@ -53,13 +53,13 @@ def test_a_configuration_survives_its_file(tmp_path, preset):
 
 def test_a_toml_file_and_flags_override_the_preset(tmp_path):
     file = tmp_path / "settings.toml"
-    file.write_text('model = "points"\niterations = 7\n[agent]\nlr = 0.5\nshared_noise = false\n')
+    file.write_text('model = "points"\niterations = 7\n[agent]\nlr = 0.5\nshared_noise = "none"\n')
     config = cli.parse_config([*cli.read_config(str(file)), "--agent.lr", "0.25"], TrainConfig())
     assert (config.model, config.iterations, config.agent_options.lr, config.agent_options.shared_noise) == (
         "points",
         7,
         0.25,
-        False,
+        "none",
     )
 
 

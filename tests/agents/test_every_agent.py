@@ -88,7 +88,7 @@ def first_ratios(agent, rollout):
 @pytest.mark.parametrize("name", [*RATIO, "awm"])
 def test_the_first_ratio_is_one(name, share_prefix, model):
     """Exactly; but for rounding, where network calls are shared."""
-    changes = {"share_prefix": share_prefix, "shared_noise": True, "timestep_fraction": 1.0}
+    changes = {"share_prefix": share_prefix, "shared_noise": "group", "timestep_fraction": 1.0}
     experiment = build(tiny(name, changes, model=model))
     agent, policy = experiment.agent, experiment.policy
     options = agent.rollout_options(1)
@@ -359,6 +359,7 @@ POSITIVE = {
     "mix-grpo": ["window_stride", "window_every"],
     "nft": ["strength", "advantage_clip", "draws_per_sample"],
     "awm": ["clip_range", "advantage_clip"],
+    "dpok": ["clip_range"],
     "rwr": ["temperature"],
     "dpo": ["beta"],
     "best-of-n": ["n"],
@@ -371,7 +372,7 @@ POSITIVE = {
         *((name, {"group_size": 1}, "group_size must be at least 2, not 1") for name in GROUPS),
         *(
             (name, {key: many}, "on-policy.*must be 1.*grpo, ppo, ddpo-is")
-            for name in ("ddpo-sf", "dpok", "rloo")
+            for name in ("ddpo-sf", "rloo")
             for key, many in (("updates_per_rollout", 2), ("epochs", 3))
         ),
         *((name, {"critic_width": 0}, "needs a critic.*must be positive.*do without one") for name in ("ppo", "dpok")),

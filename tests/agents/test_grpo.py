@@ -10,6 +10,7 @@ from tensordict import TensorDict
 from agents.advantages import group_advantages
 from agents.grpo import GRPO, GRPOConfig
 from agents.policy import DenoisingPolicy
+from agents.ppo import PPO, PPOConfig
 from agents.rollout import collect
 from agents.training.seeding import row_seeds
 from agents.trajectory import Batch, kl_estimate
@@ -196,14 +197,52 @@ def test_two_updates_see_their_own_halves(points):
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(points):
-    agent = make(points)
+    agent = make(points, max_skipped_updates=0)
     rollout = collect(points, agent.policy, row_generators(range(4)), group_size=4)
     rollout.steps["action_log_prob"][:] = -torch.inf
     before = [p.detach().clone() for p in agent.parameters]
-    with pytest.raises(FloatingPointError, match="gradient is not finite"):
+    with pytest.raises(FloatingPointError, match="gradient is not finite, 1 optimizer steps in a row"):
         agent.update(rollout, 0)
     assert all(torch.equal(a, b) for a, b in zip(before, agent.parameters, strict=True))
     assert all(p.grad is None for p in agent.parameters)
+
+
+def test_so_many_steps_in_a_row_are_skipped_and_no_more(points):
+    agent = make(points, max_skipped_updates=2, ema_decay=0.5, lr=1e-2)
+    good, bad = (collect(points, agent.policy, row_generators(range(4)), group_size=4) for _ in range(2))
+    bad.steps["action_log_prob"][:] = -torch.inf
+    before = {name: tensor.clone() for name, tensor in agent.state().items()}
+    for skipped in (bad, bad):
+        figures = agent.update(skipped, 0)
+        assert figures["skipped_updates"] == 1
+    after = agent.state()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)  # neither weights nor average nor optimizer
+    assert agent.update(good, 0)["skipped_updates"] == 0
+    for skipped in (bad, bad):
+        agent.update(skipped, 0)
+    with pytest.raises(FloatingPointError, match="3 optimizer steps in a row"):
+        agent.update(bad, 0)
+
+
+def test_a_skipped_step_is_not_in_the_figures(points):
+    agent = make(points, updates_per_rollout=2, lr=1e-2)
+    rollout = collect(points, agent.policy, row_generators(range(8)), group_size=4)
+    rollout.steps["action_log_prob"][:4] = -torch.inf
+    before = [p.detach().clone() for p in agent.parameters]
+    figures = agent.update(rollout, 0)
+    assert figures["skipped_updates"] == 1
+    assert all(math.isfinite(value) for value in figures.values())
+    assert not all(torch.equal(a, b) for a, b in zip(before, agent.parameters, strict=True))
+
+
+def test_a_critics_gradient_that_is_not_finite_skips_the_step_too(points):
+    agent = PPO(DenoisingPolicy(points), PPOConfig(group_size=4))
+    rollout = collect(points, agent.policy, row_generators(range(4)), group_size=4)
+    targets = agent.targets
+    agent.targets = lambda rollout: {**targets(rollout), "returns": torch.full((4, 1, 10), torch.inf)}
+    assert agent.update(rollout, 0)["skipped_updates"] == 1
+    assert all(p.isfinite().all() for p in agent.critic.parameters())
 
 
 def test_averaged_weights_follow_and_are_swapped_in(points):
@@ -218,6 +257,55 @@ def test_averaged_weights_follow_and_are_swapped_in(points):
         torch.testing.assert_close(parameter.detach(), average)
     assert torch.equal(parameter, trained)
     assert not torch.equal(trained, average)
+
+
+@pytest.mark.parametrize(("warmup", "every"), [(True, 1), (False, 3), (True, 3)])
+def test_an_average_warms_up_and_follows_every_so_many_steps(points, warmup, every):
+    options = {"ema_decay": 0.3, "ema_warmup": warmup, "ema_every": every, "lr": 1e-2, "updates_per_rollout": 2}
+    agent, tensors, weights = make(points, **options), {}, []
+    parameter = agent.parameters[-1]
+    average = parameter.detach().clone()
+    for iterations in ((0, 1), (2, 3)):  # stopped and resumed in between
+        agent = make(points, **options)
+        agent.load_state(tensors or agent.state())
+        agent.optimizer.register_step_post_hook(lambda *_: weights.append(parameter.detach().clone()))
+        for iteration in iterations:
+            agent.update(collect(points, agent.policy, row_generators(range(8)), group_size=4), iteration)
+        tensors = agent.state()
+    for n, now in enumerate(weights, 1):
+        if n % every == 0:
+            decay = min((1 + n) / (10 + n), 0.3) if warmup else 0.3
+            average = decay * average + (1 - decay) * now
+    assert len(weights) == 8
+    torch.testing.assert_close(list(agent.average.values())[-1], average)
+
+
+def test_all_of_a_rollout_may_start_at_one_point(points):
+    """Whatever the rows; anew in each iteration; and other noise than this stays as it was."""
+    agent = make(points, shared_noise="rollout")
+    rolled = [
+        collect(points, agent.policy, row_generators(range(rows)), ["ring"] * (rows // 4), **agent.rollout_options(i))
+        for rows, i in ((8, 1), (4, 1), (8, 2))
+    ]
+    starts = [rollout.steps["latents"][:, 0] for rollout in rolled]
+    assert all((start == start[:1]).all() for start in starts)
+    assert torch.equal(starts[0][0], starts[1][0])
+    assert not torch.equal(starts[0][0], starts[2][0])
+    assert len(rolled[0].final_latents.unique(dim=0)) == 8
+    torch.testing.assert_close(rolled[0].final_latents[:4], rolled[1].final_latents)
+
+
+def test_a_word_that_is_no_choice_is_refused(points):
+    for changes in ({"shared_noise": True}, {"std_form": "biased"}, {"timestep_rounding": "floor"}):
+        name, value = next(iter(changes.items()))
+        with pytest.raises(ValueError, match=f"{name} must be one of .*, not {value!r}"):
+            make(points, **changes)
+
+
+@pytest.mark.parametrize(("rounding", "share", "count"), [("ceil", 0.6, 6), ("int", 0.6, 5), ("int", 0.01, 1)])
+def test_the_number_of_trained_steps_is_rounded_by_name(points, rounding, share, count):
+    agent = make(points, timestep_fraction=share, timestep_rounding=rounding)
+    assert agent.select_steps(range(5)).shape == (5, count)  # of the nine that can be trained
 
 
 def test_steps_weigh_as_their_std(points):

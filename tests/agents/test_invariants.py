@@ -163,7 +163,7 @@ def train_points(shuffle: bool, iterations: int = 60) -> tuple[float, float]:
             torch.randperm(len(images), generator=generator)
         ]
     policy = DenoisingPolicy(mdp)
-    agent = GRPO(policy, GRPOConfig(group_size=32, lr=3e-3, shared_noise=False))
+    agent = GRPO(policy, GRPOConfig(group_size=32, lr=3e-3, shared_noise="none"))
     prompts = list(mdp.model.vocabulary)
     means = []
     for iteration in range(iterations):

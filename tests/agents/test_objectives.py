@@ -5,6 +5,7 @@ differences along a random direction give their slope, at the weights of each op
 """
 
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -129,6 +130,14 @@ class Bench:
     def old_log_prob(self, k, reduce="mean"):
         return self.at(self.old, lambda: self.log_prob(k, reduce))
 
+    def size(self, k):
+        """The step's size: Δ on a flow, |∂μ/∂output| on a diffusion."""
+        sigmas, alphas = self.mdp.schedule.sigmas, self.mdp.schedule.alphas
+        if self.flow:
+            return float(sigmas[k] - sigmas[k + 1])
+        a, b = float(alphas[k]) ** 2, float(alphas[k + 1]) ** 2
+        return abs(math.sqrt(1 - b - self.std(k) ** 2) - math.sqrt(b * (1 - a) / a))
+
     def kl(self, k, other):
         """mean (μ_θ − μ_other)² / (2 k²), ``[B]``."""
         gap = self.mean(k) - self.at(other, lambda: self.mean(k))
@@ -175,11 +184,11 @@ class Bench:
 # --- Advantages, written out ---
 
 
-def normalised(rewards, std="group", epsilon=1e-8):
+def normalised(rewards, std="group", epsilon=1e-8, divisor=GROUP - 1):
     """(r − group mean) / (std + ε), ``[B]``; std: of the group, pooled over all groups, or of all rewards."""
     groups = rewards.view(-1, GROUP)
     gap = groups - groups.mean(1, keepdim=True)
-    own = (gap**2).sum(1, keepdim=True) / (GROUP - 1)
+    own = (gap**2).sum(1, keepdim=True) / divisor
     variance = own if std == "group" else (gap**2).sum() / (len(groups) * (GROUP - 1))
     if std == "rewards":  # as numpy's std
         variance = ((rewards - rewards.mean()) ** 2).mean()
@@ -324,7 +333,7 @@ def test_rloo_of_two_rewards(how):
     bench.check(lambda rows: policy_loss(bench, lambda k: -advantage * bench.log_prob(k), rows))
 
 
-@pytest.mark.parametrize(("scaling", "beta"), [("code", 40.0), ("paper", 4.0)])
+@pytest.mark.parametrize(("scaling", "beta"), [("code", 40.0), ("mean", 4.0), ("paper", 4.0)])
 def test_flow_grpo(scaling, beta):
     options = {"kl_scaling": scaling, "kl_coef": beta, "clip_range": 0.03}
     bench = Bench("flow-grpo", "points-flow", "flow_sde", off=0.03, **options)
@@ -339,7 +348,7 @@ def test_flow_grpo(scaling, beta):
         if scaling == "paper":
             return beta * drop / 2 * (s * (1 - sigma) / (2 * sigma) + 1 / s) ** 2 * (gap**2).sum(1)
         means = bench.mean(k) - bench.at(bench.base, lambda: bench.mean(k))
-        return beta * (means**2).mean(1) / (2 * s**2)
+        return beta * (means**2).mean(1) / (2 * s**2 * (drop if scaling == "mean" else 1))
 
     bench.check(lambda rows: grpo_loss(bench, advantage, rows, extra=kl))
     some_are_clipped(bench)
@@ -380,8 +389,7 @@ def test_windowed_agents(name, world, iteration):
     weights = [std / (sum(stds) / len(stds)) for std in stds] if name == "tempflow" else None
 
     def kl(k):  # Flow-GRPO's code divides by s² alone, the others by std² = s²Δ
-        drop = float(sigmas[k] - sigmas[k + 1]) if published else 1
-        return 0.2 * drop * bench.kl(k, bench.base)
+        return 0.2 * (bench.size(k) if published else 1) * bench.kl(k, bench.base)
 
     steps = range(start, stop)
     bench.check(lambda rows: grpo_loss(bench, advantage, rows, steps, weights, kl), iteration)
@@ -392,8 +400,7 @@ def test_windowed_agents(name, world, iteration):
 @pytest.mark.parametrize("form", ["log-probs", "means"])
 def test_grpo_guard(world, balance, form):
     bench = Bench("grpo-guard", *world, off=0.02, clip_range=3e-3, balance=balance, updates_per_rollout=2, lr=0.01)
-    advantage = normalised(bench.total)
-    sigmas = bench.mdp.schedule.sigmas
+    advantage = normalised(bench.total, epsilon=1e-4, divisor=GROUP)
 
     def per_step(k):
         std, mean = bench.std(k), bench.mean(k)
@@ -405,7 +412,7 @@ def test_grpo_guard(world, balance, form):
             bias = ((mean - old) ** 2).mean(1) / (2 * std**2)
             ratio = (std * (bench.log_prob(k) - bench.old_log_prob(k) + bias)).exp()
         loss = clipped(advantage, ratio, 3e-3)
-        return loss / float(sigmas[k] - sigmas[k + 1]) if balance else loss
+        return loss / bench.size(k) if balance else loss
 
     bench.check(lambda rows: policy_loss(bench, per_step, rows))
     some_are_clipped(bench)
@@ -415,7 +422,7 @@ def test_grpo_guard(world, balance, form):
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
 def test_flow_dppo(world, reduce):
     options = {"clip_range": 2e-3, "updates_per_rollout": 2, "lr": 0.01, "reduction": reduce}
-    bench = Bench("flow-dppo", *world, off=0.02, **options)
+    bench = Bench("flow-dppo", *world, off=0.02, advantage_std="group", **options)
     advantage = normalised(bench.total)
     seen = set()
 
@@ -518,7 +525,7 @@ def check_critic(bench, steps, targets, coefficient):
         ends = []
         for sign in (1, -1):
             moved = [w + sign * 1e-6 * d for w, d in zip(weights, direction, strict=True)]
-            errors = [(values_of(bench, moved, k) - targets[:, k])[rows] ** 2 for k in bench.trained]
+            errors = [(values_of(bench, moved, k) - targets[:, k])[rows] ** 2 for k in range(STEPS)]
             ends.append(coefficient * float(torch.stack(errors).mean()))
         slope = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True))
         assert slope == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-4)
@@ -549,17 +556,23 @@ def test_ppo(world, kl_reward, gamma, lam):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_dpok(world):
-    bench = Bench("dpok", *world, off=0.02, reward_weight=3.0, kl_coef=0.4, critic_lr=0.01)
+@pytest.mark.parametrize("scaling", ["code", "paper"])
+def test_dpok(world, scaling):
+    options = {"reward_weight": 3.0, "kl_coef": 0.4, "kl_scaling": scaling, "critic_lr": 0.01, "clip_range": 0.03}
+    bench = Bench("dpok", *world, off=0.02, updates_per_rollout=2, lr=0.01, **options)
     zero = [torch.zeros(ROWS).double()] * STEPS
     advantage, _targets = advantages_by_hand(bench, 1.0, 1.0, zero)
     for k in range(STEPS):
         torch.testing.assert_close(advantage[:, k], bench.total - values_of(bench, bench.old_critic, k))
 
     def per_step(k):
-        return -3.0 * advantage[:, k] * bench.log_prob(k) + 0.4 * bench.kl(k, bench.base)
+        gap = bench.predict(bench.x[:, k], k) - bench.at(bench.base, lambda: bench.predict(bench.x[:, k], k))
+        pull = (gap**2).mean(1) if scaling == "code" else bench.kl(k, bench.base)
+        ratio = (bench.log_prob(k) - bench.old_log_prob(k)).exp()
+        return -3.0 * advantage[:, k] * ratio.clamp(1 - 0.03, 1 + 0.03) + 0.4 * pull
 
     steps = bench.check(lambda rows: policy_loss(bench, per_step, rows))
+    some_are_clipped(bench)
     check_critic(bench, steps, bench.total[:, None].expand(-1, STEPS), 1.0)
 
 
@@ -621,7 +634,7 @@ def test_nft(world, b, adaptive, clip):
     for old, p in zip(bench.agent.old.values(), bench.weights(), strict=True):
         old.copy_(p + 0.05 * torch.randn_like(p))  # base, sampling and present weights all differ
     sampling = [old.clone() for old in bench.agent.old.values()]
-    q = (normalised(bench.total).clamp(-clip, clip) / clip + 1) / 2
+    q = (normalised(bench.total, "rewards", 1e-4).clamp(-clip, clip) / clip + 1) / 2
     assert q.min() >= 0
     assert q.max() <= 1
 
@@ -662,12 +675,12 @@ def compare(bench, weights, gradients, objective, rel=1e-4):
 
 
 @pytest.mark.parametrize("world", FINAL)
-@pytest.mark.parametrize("std", ["batch", "group"])
-def test_awm(world, std):
-    options = {"advantage_std": std, "clip_range": 0.02, "reference_coef": 0.3, "advantage_clip": 1.2}
+@pytest.mark.parametrize(("std", "form"), [("batch", "unbiased"), ("group", "unbiased"), ("group", "population")])
+def test_awm(world, std, form):
+    options = {"advantage_std": std, "std_form": form, "clip_range": 0.02, "reference_coef": 0.3, "advantage_clip": 1.2}
     bench = Bench("awm", *world, off=0.1, updates_per_rollout=2, epochs=2, lr=0.02, **options)
     start = bench.weights()
-    advantage = normalised(bench.total, std).clamp(-1.2, 1.2)
+    advantage = normalised(bench.total, std, 1e-4, GROUP - 1 if form == "unbiased" else GROUP).clamp(-1.2, 1.2)
 
     def per_draw(x0, noisy, target, step, rows, j):
         out = bench.predict(noisy, step, rows)
@@ -694,14 +707,15 @@ def test_awm_of_two_rewards(how):
 
         return matching_loss(bench, per_draw)(rows)
 
-    bench.check(of_two_rewards(bench, how, lambda r: normalised(r, "batch"), loss, 1.1), rel=1e-3)
+    bench.check(of_two_rewards(bench, how, lambda r: normalised(r, "rewards", 1e-4), loss, 1.1), rel=1e-3)
 
 
 @pytest.mark.parametrize("how", ["advantages", "rewards"])
 def test_nfts_q_of_two_rewards(how):
     bench = Bench("nft", advantage_clip=1.1, rewards=TWO, reward_aggregation=how)
     seen = []
-    of_two_rewards(bench, how, normalised, lambda a, rows: seen.append(a), 1.1)(None)
+    advantage = functools.partial(normalised, std="rewards", epsilon=1e-4)
+    of_two_rewards(bench, how, advantage, lambda a, rows: seen.append(a), 1.1)(None)
     torch.testing.assert_close(bench.agent.targets(bench.rollout)["q"].double(), seen[0] / 2.2 + 0.5)
 
 

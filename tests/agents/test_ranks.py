@@ -208,7 +208,9 @@ def assert_same_figures(found, expected):
 VARIANTS = [(name, {}) for name in TRAINING] + [
     ("grpo", {"advantage_std": "batch", "timestep_selection": "per_group"}),
     ("ddpo-is", {"normalisation": "batch"}),
-    ("nft", {"normalisation": "rewards"}),
+    ("nft", {"advantage_std": "group"}),
+    ("grpo", {"shared_noise": "rollout", "share_prefix": True, "timestep_rounding": "int"}),
+    ("flow-grpo", {"ema_warmup": True, "ema_every": 2}),
 ]
 
 
@@ -264,7 +266,8 @@ def test_a_run_of_two_ranks_writes_what_a_run_of_one_writes(tmp_path):
 
 def test_a_gradient_that_is_not_finite_is_raised_on_every_rank():
     together, raised = Together(2), []
-    experiments = [build(points_run("rloo"), ranks=Simulated(rank, 2, together)) for rank in range(2)]
+    config = points_run("rloo", {"max_skipped_updates": 0})
+    experiments = [build(config, ranks=Simulated(rank, 2, together)) for rank in range(2)]
     experiments[1].agent.advantages = lambda rollout: {"advantage": torch.full((len(rollout),), torch.nan)}
 
     def work(experiment):

@@ -15,7 +15,7 @@ SIZES = {"mix-grpo": 3, "flow-grpo-fast": 2, "tempflow": 1}
 
 
 def make(name, mdp, share, microbatch=None, **config):
-    config = {"group_size": GROUP, "share_prefix": share, "shared_noise": True, "lr": 1e-3, **config}
+    config = {"group_size": GROUP, "share_prefix": share, "shared_noise": "group", "lr": 1e-3, **config}
     if name in SIZES:
         config |= {"window_size": SIZES[name], "timestep_fraction": 1.0, "window_every": 1}
     if name == "flow-grpo-fast":
@@ -98,7 +98,7 @@ def test_sharing_saves_calls_and_changes_nothing_on_shapes(make_shapes, name, gu
 
 
 def test_without_shared_noise_nothing_is_shared():
-    agent = make("grpo", DenoisingMDP.make("points", num_steps=STEPS), share=True, shared_noise=False)
+    agent = make("grpo", DenoisingMDP.make("points", num_steps=STEPS), share=True, shared_noise="none")
     _, collected, _, _ = rollout_and_update(agent, 1, ["ring", "line"])
     assert collected == 2 * GROUP * STEPS
 
