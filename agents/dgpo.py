@@ -15,6 +15,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -74,7 +75,8 @@ class DGPO(Normalised, ComparingAgent):
 
     def rollout_weights(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the policy has the weights that collect the rollout."""
-        steps = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
+        made = [state["step"] for state in self.optimizer.state.values()]
+        steps = int(torch.stack(made).max()) if made else 0
         return self.weights(self.old if steps >= self.config.old_rolls_out_after else {})
 
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:

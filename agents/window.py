@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from agents.training.seeding import generator
 from agents.trajectory import TrajectoryAgent
@@ -51,9 +52,6 @@ class Windowed(TrajectoryAgent):
     def _validate(self) -> None:
         super()._validate()
         config: Any = self.config
-        num_steps = self.policy.mdp.num_steps
-        end = {"all": num_steps, "first_half": num_steps // 2, "all_but_two": num_steps - 2}[config.window_reach]
-        self.reach = self.trainable_steps[self.trainable_steps < end]
         if not 1 <= config.window_size <= len(self.reach):
             raise ValueError(
                 f"window_size must lie between 1 and the {len(self.reach)} trainable steps of {self.policy.kernel!r} "
@@ -73,20 +71,28 @@ class Windowed(TrajectoryAgent):
         why = f'with window_strategy "{how}" the window does not slide so'
         return super().idle_settings() | {name: why for name in idle if self.chosen(name)}
 
+    @property
+    def reach(self) -> Tensor:
+        """The steps that the window may hold, in order."""
+        steps = self.policy.mdp.num_steps
+        end = {"all": steps, "first_half": steps // 2, "all_but_two": steps - 2}[self.config.window_reach]
+        return self.trainable_steps[self.trainable_steps < end]
+
     def window(self, iteration: int) -> list[int]:
         """The steps of an iteration's window, in order; iterations count from 1."""
         config: Any = self.config
-        size, places = config.window_size, len(self.reach) - config.window_size + 1
+        reach, size = self.reach, config.window_size
+        places = len(reach) - size + 1
         random = generator(self.seed, "window", iteration)
         if config.window_strategy == "scattered":
-            return sorted(self.reach[torch.randperm(len(self.reach), generator=random)[:size]].tolist())
+            return sorted(reach[torch.randperm(len(reach), generator=random)[:size]].tolist())
         if config.window_strategy == "frozen":
             place = 0
         elif config.window_strategy == "random":
             place = int(torch.randint(places, (), generator=random))
         else:
-            place = self._slide(max(iteration - 1, 0), places if config.window_end == "whole" else len(self.reach))
-        found: list[int] = self.reach[place : place + size].tolist()
+            place = self._slide(max(iteration - 1, 0), places if config.window_end == "whole" else len(reach))
+        found: list[int] = reach[place : place + size].tolist()
         return found
 
     def _slide(self, past: int, places: int) -> int:

@@ -523,8 +523,7 @@ EASIER = {
     "dcpo": PAIRS,
     "dgpo": {"beta": 5.0},
     "rwr": {"temperature": 0.2, "epochs": 1, "draws_per_sample": 6},
-    "crd": {"draws_per_sample": 6, "beta": 0.1},
-    "awm": {"likelihood": "uniform"},
+    "crd": {"draws_per_sample": 6},
 }
 """β multiplies an average over latent dimensions: the published values are for images' thousands, and Points has two.
 The published temperature is for rewards of a range of about 10, and Points' is 1."""

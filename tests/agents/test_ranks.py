@@ -336,6 +336,8 @@ CASES = {
     "ppo, FSDP": (points_run("ppo"), shard),
     "nft, DDP": (points_run("nft"), copy_to_all),
     "nft, FSDP": (points_run("nft"), shard),
+    "dgpo, FSDP": (points_run("dgpo", {"old_rolls_out_after": 2}), shard),
+    "crd, FSDP": (points_run("crd"), shard),
     "dcpo, FSDP": (points_run("dcpo", {"beta": 5.0}), shard),
     "nft on Stable Diffusion, FSDP": (shapes_run("nft", {"draws_per_sample": 1}, num_steps=2), shard_twice),
     "grpo on Stable Diffusion, LoRA, FSDP": (
