@@ -44,6 +44,8 @@ class DPOConfig(FinalSampleConfig):
     log(u/(1 − u)) is standard normal)."""
     beta: float = 100.0
     """Strength β of the pull towards the reference; 2000 to 5000 in the paper, which learns from given pairs."""
+    reference_coef: float = 0.0
+    """Weight of mean |output − the reference's output|²."""
     reference_every: int = 40
     """The trained weights become the reference after each so many optimizer steps, at the end of a rollout's update;
     with 0 it stays the model before training."""

@@ -338,7 +338,7 @@ CASES = {
     "nft, FSDP": (points_run("nft"), shard),
     "dgpo, FSDP": (points_run("dgpo", {"old_rolls_out_after": 2}), shard),
     "crd, FSDP": (points_run("crd"), shard),
-    "dcpo, FSDP": (points_run("dcpo", {"beta": 5.0}), shard),
+    "dcpo, FSDP": (points_run("dcpo", {"beta": 5.0, "reference_every": 0}), shard),
     "nft on Stable Diffusion, FSDP": (shapes_run("nft", {"draws_per_sample": 1}, num_steps=2), shard_twice),
     "grpo on Stable Diffusion, LoRA, FSDP": (
         shapes_run("grpo", model_options=model_options("shapes", lora_rank=2)),
