@@ -365,6 +365,24 @@ def test_a_solver_rolls_out(points):
     assert agent.update(rollout, 1)["loss"] > 0
 
 
+def test_the_reference_has_a_guidance_of_its_own(make_shapes):
+    """CRD's reference is guided where the policy is not: twice the rows, and only there."""
+    mdp = make_shapes(num_steps=3, guidance_scale=1.0)
+    agent = make(mdp, "crd", draws_per_sample=1, reference_guidance=4.5, reference_coef=0.1)
+    rollout = collect(mdp, agent.policy, row_generators(range(4)), mdp.prompts[:1], group_size=4)
+    examples, before = agent.examples(rollout, 1), agent.policy.network_calls
+    conditioning = agent.conditioning(rollout, examples)
+    found = agent.complete(rollout, examples, conditioning)["reference"][:, 0]
+    assert agent.policy.network_calls - before == 2 * 4
+    noisy, _ = agent.noised(*agent.sample(rollout, examples[:, 0]))
+    with torch.no_grad():
+        timestep = mdp.schedule.timesteps[examples["step"][:, 0]]
+        expected = mdp.model.predict(noisy, timestep, conditioning, torch.full((4,), 4.5))
+        plain = mdp.model.predict(noisy, timestep, conditioning)
+    torch.testing.assert_close(found, expected)
+    assert (plain - expected).abs().mean() > 1e-2
+
+
 def test_dgpos_groups_share_a_noise(points):
     agent = make(points, "dgpo", draws_per_sample=3)
     noise = agent.draws(range(8), 1)["noise"].view(2, 4, 3, 2)
