@@ -3,7 +3,9 @@
 from agents.awm import AWM
 from agents.base import Agent
 from agents.controls import Base, BestOfN, ShuffledReward, ZeroLR
+from agents.crd import CRD
 from agents.ddpo import DDPO, DDPOSF
+from agents.dgpo import DGPO
 from agents.dpo import DCPO, DPO
 from agents.dpok import DPOK
 from agents.flow_dppo import FlowDPPO
@@ -37,6 +39,8 @@ AGENTS: dict[str, type[Agent]] = {
         RWR,
         NFT,
         AWM,
+        DGPO,
+        CRD,
         DPO,
         DCPO,
         Base,

@@ -361,6 +361,10 @@ class Agent(ABC):
         """
         return None
 
+    def visit(self, examples: TensorDict, epoch: int) -> TensorDict:
+        """What an epoch, counted from 0, trains of the examples: here all."""
+        return examples
+
     def update(self, rollout: Rollout, iteration: int) -> dict[str, float]:
         """Train on a rollout.
 
@@ -378,7 +382,8 @@ class Agent(ABC):
         self.check_rows(len(rollout) * self.ranks.size)
         examples = self.examples(rollout, iteration)
         part = len(examples) // self.config.updates_per_rollout
-        parts = [examples[start : start + part] for start in range(0, len(examples), part)] * self.config.epochs
+        visits = [self.visit(examples, epoch) for epoch in range(self.config.epochs)]
+        parts = [visit[start : start + part] for visit in visits for start in range(0, len(examples), part)]
         results = [self._optimize(rollout, examples) for examples in parts]
         made = [result for result in results if not result["skipped_updates"]] or results
         figures = {name: sum(result[name] for result in made) / len(made) for name in made[0]}

@@ -5,10 +5,13 @@ with the same timestep and noise ε. With ε_θ the network's output,
 
     L = −log σ( −(β/2) [ (|ε − ε_θ^w|² − |ε − ε_ref^w|²) − (|ε − ε_θ^l|² − |ε − ε_ref^l|²) ] ),
 
-where |·|² is averaged over dimensions, as in the published code. DCPO (Saeidi et al. 2025, arXiv:2502.06023) gives the
-loser another caption. Here that is another training prompt, one of those that share the most words with the right one.
+where |·|² is averaged over dimensions, as in the published code, and ε_ref is the output of the model before training,
+or of the trained weights some updates ago, as in the online form of Flow-GRPO's code, whose settings are the defaults.
+DCPO (Saeidi et al. 2025, arXiv:2502.06023) gives the loser another caption. Here that is another training prompt, one
+of those that share the most words with the right one.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,18 +20,36 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from agents.final_samples import FinalSampleAgent, FinalSampleConfig, NoisedBatch, mean_square
+from agents.draws import StepDraws
+from agents.final_samples import Context, FinalSampleAgent, FinalSampleConfig, NoisedBatch, mean_square
 from agents.rollout import Rollout
 from agents.training.seeding import episode_numbers
+from denoise_env.weights import copies, follow
 
 
 @dataclass
 class DPOConfig(FinalSampleConfig):
     """Online Diffusion-DPO's settings."""
 
-    beta: float = 2000.0
-    """Strength β of the pull towards the model before training; 2000 to 5000 in the paper."""
-    pairing: Literal["best_worst", "ranked"] = "ranked"
+    group_size: int = 24
+    """Neighbouring samples of one prompt, G. They form a group."""
+    lr: float = 3e-4
+    """AdamW's learning rate (published for LoRA)."""
+    draws_per_sample: int = 39
+    """How many (timestep, noise) pairs each pair of samples is trained at, T. Each takes one forward and one backward
+    pass of both."""
+    step_draws: StepDraws = "logit_normal"
+    """How a sample's T steps are drawn from n noise levels: none twice before all have come once ("even"), one from
+    each of T equal parts of them ("stratified"), or most often from the middle ("logit_normal": level ⌊n u⌋, where
+    log(u/(1 − u)) is standard normal)."""
+    beta: float = 100.0
+    """Strength β of the pull towards the reference; 2000 to 5000 in the paper, which learns from given pairs."""
+    reference_coef: float = 0.0
+    """Weight of mean |output − the reference's output|²."""
+    reference_every: int = 40
+    """The trained weights become the reference after each so many optimizer steps, at the end of a rollout's update;
+    with 0 it stays the model before training."""
+    pairing: Literal["best_worst", "ranked"] = "best_worst"
     """Pairs per group: only the best sample with the worst ("best_worst"), or also the second best with the second
     worst and so on ("ranked")."""
     loser_caption: Literal["same", "perturbed"] = "same"
@@ -42,13 +63,20 @@ class DPO(FinalSampleAgent):
     config_type = DPOConfig
     config: DPOConfig
     smallest_group = 2
-    needs_reference = True
     rows_per_example = 2
     joins_rewards = "a sample has one place in its group's ranking"
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.config.reference_every:
+            self.kept["reference"] = copies(self.trained)
 
     def _validate(self) -> None:
         super()._validate()
         self.require_positive("beta")
+        if self.config.reference_every < 0:
+            raise ValueError(f"reference_every must be at least 0, not {self.config.reference_every}")
+        self.needs_reference = not self.config.reference_every
         if self.config.loser_caption == "perturbed" and len(self.policy.mdp.drawn) < 2:
             raise ValueError(f"{self.name} needs at least two prompts for a loser's caption to differ")
 
@@ -76,7 +104,7 @@ class DPO(FinalSampleAgent):
             prompts = rollout.prompt_index[targets["loser"]]
             wrong = [self._perturb(i, n) for i, n in zip(prompts.tolist(), numbers.tolist(), strict=True)]
             targets["caption"] = torch.tensor(wrong)
-        draws = self.draws([rollout.seeds[i] for i in targets["episode"].tolist()])
+        draws = self.draws([rollout.seeds[i] for i in targets["episode"].tolist()], iteration)
         return draws.update({name: value[:, None].expand(draws.shape) for name, value in targets.items()})
 
     def _perturb(self, prompt: int, number: int) -> int:
@@ -86,6 +114,19 @@ class DPO(FinalSampleAgent):
         shared = torch.tensor([len(words & set(mdp.prompts[i].text.split())) for i in others])
         nearest = (shared == shared.max()).nonzero().flatten()
         return others[int(nearest[number % len(nearest)])]
+
+    def others(self) -> dict[str, Context]:
+        """As in `FinalSampleAgent.others`, with the kept weights as the reference where it is renewed."""
+        kept = self.kept.get("reference")
+        return {"reference": functools.partial(self.weights, kept)} if kept else super().others()
+
+    def update(self, rollout: Rollout, iteration: int) -> dict[str, float]:
+        """As in `Agent.update`; afterwards the trained weights may become the reference."""
+        figures = super().update(rollout, iteration)
+        every, steps = self.config.reference_every, self.config.updates_per_rollout * self.config.epochs
+        if every and iteration * steps // every > (iteration - 1) * steps // every:
+            follow(self.kept["reference"], self.trained, 0.0)
+        return figures
 
     def conditioning(self, rollout: Rollout, examples: TensorDict) -> TensorDict:
         """The conditioning of the pairs' winners and then of their losers, ``[2n]``."""

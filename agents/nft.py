@@ -11,29 +11,28 @@ ones, θ_old ← η θ_old + (1 − η) θ, where η grows with the iterations.
 """
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from agents.advantages import StdForm, StdOver
-from agents.final_samples import FinalSampleAgent, FinalSampleConfig, NoisedBatch, mean_square
+from agents.final_samples import FinalSampleConfig, NoisedBatch, mean_square
 from agents.normalisation import NormalisationConfig, Normalised
-from agents.policy import DenoisingPolicy
-from agents.ranks import Ranks
+from agents.old_weights import OldWeights, OldWeightsConfig
 from agents.rollout import Rollout
-from denoise_env.weights import copies, follow
 
 
 @dataclass
-class NFTConfig(NormalisationConfig, FinalSampleConfig):
+class NFTConfig(NormalisationConfig, OldWeightsConfig, FinalSampleConfig):
     """DiffusionNFT's settings."""
 
     group_size: int = 24
     """Neighbouring samples of one prompt, G. They form a group."""
     lr: float = 3e-4
     """AdamW's learning rate (published for LoRA)."""
+    draws_per_sample: int = 9
+    """How many (timestep, noise) pairs each sample is trained at, T, in every epoch anew; 9 of 10 as published. Each
+    takes one forward and one backward pass."""
     reference_coef: float = 1e-4
     """Weight λ of mean |output − base model's output|²; with 0 the reference is not computed."""
     strength: float = 1.0
@@ -51,12 +50,10 @@ class NFTConfig(NormalisationConfig, FinalSampleConfig):
     adaptive: bool = True
     """Divide the squared error of each sample's x̂0 by its mean absolute error, w±."""
     old_decay: float = 0.5
-    """Largest share of the sampling weights that an update keeps, η; the rest comes from the trained weights."""
-    old_decay_slope: float = 0.001
-    """Growth of the share η per iteration, from 0 until it reaches old_decay. With 0 the newest weights sample."""
+    """Largest share of the sampling weights that an iteration keeps, η; the rest comes from the trained weights."""
 
 
-class NFT(Normalised, FinalSampleAgent):
+class NFT(Normalised, OldWeights):
     """DiffusionNFT: contrast positive and negative policies."""
 
     name = "nft"
@@ -65,22 +62,9 @@ class NFT(Normalised, FinalSampleAgent):
     aggregations = ("advantages", "rewards")
     joins_rewards = "a sample has one probability q of being a good one"
 
-    def __init__(
-        self,
-        policy: DenoisingPolicy,
-        config: Any = None,
-        seed: int = 0,
-        microbatch: int | None = None,
-        ranks: Ranks | None = None,
-    ) -> None:
-        super().__init__(policy, config, seed, microbatch, ranks)
-        self.old = self.kept["old"] = copies(self.trained)
-
     def _validate(self) -> None:
         super()._validate()
         self.require_positive("strength", "advantage_clip")
-        if self.config.old_decay >= 1:
-            raise ValueError(f"old_decay must lie in [0, 1), not {self.config.old_decay}")
 
     def rollout_weights(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the policy has the sampling weights."""
@@ -89,10 +73,6 @@ class NFT(Normalised, FinalSampleAgent):
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
         """q ``[B]`` in [0, 1], ½ for samples that could not be scored."""
         return {"q": self.advantages(rollout)["advantage"] / (2 * self.config.advantage_clip) + 0.5}
-
-    def others(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:
-        """As in `FinalSampleAgent.others`, with the sampling weights as "old"."""
-        return {**super().others(), "old": self.rollout_weights}
 
     def loss(self, batch: NoisedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """As in `FinalSampleAgent.loss`."""
@@ -106,10 +86,3 @@ class NFT(Normalised, FinalSampleAgent):
         if not self.config.adaptive:
             return mean_square(gap)
         return mean_square(gap) / gap.detach().flatten(1).abs().mean(1).clamp(min=1e-5)
-
-    def update(self, rollout: Rollout, iteration: int) -> dict[str, float]:
-        """As in `Agent.update`; afterwards the sampling weights follow the trained ones."""
-        figures = super().update(rollout, iteration)
-        decay = min(self.config.old_decay_slope * iteration, self.config.old_decay)
-        follow(self.old, self.trained, decay)
-        return {**figures, "old_decay": decay}

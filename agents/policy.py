@@ -58,19 +58,26 @@ class DenoisingPolicy(TensorDictModuleBase):
         self.generator = torch.Generator(mdp.model.device).manual_seed(seed)
         self.network_calls = 0
 
-    def predict(self, latents: Tensor, step: int | Tensor, conditioning: TensorDict) -> Tensor:
+    def predict(
+        self, latents: Tensor, step: int | Tensor, conditioning: TensorDict, guidance: float | None = None
+    ) -> Tensor:
         """The network's output ``[B, *latent]``.
 
         Args:
             latents: ``[B, *latent]``, x_k.
             step: k, one for the batch or ``[B]``.
             conditioning: ``[B]``, of the latents' prompts.
+            guidance: the scale of classifier-free guidance, instead of the model's own.
         """
-        self.network_calls += len(latents) * self.model.rows_per_sample * (3 if torch.is_grad_enabled() else 1)
+        rows = self.model.rows_per_sample if guidance is None else 2
+        self.network_calls += len(latents) * rows * (3 if torch.is_grad_enabled() else 1)
         timestep = self.timesteps[step if isinstance(step, int) else step.to(self.timesteps.device)]
         if self.model.compiled:  # a stride is part of a shape: one compiled form serves every step
             latents, timestep = latents.contiguous(), timestep.expand(len(latents)).contiguous()
-        return self.model.predict(latents, timestep, conditioning)
+        if guidance is None:
+            return self.model.predict(latents, timestep, conditioning)
+        scale = torch.full((len(latents),), guidance, device=latents.device)
+        return self.model.predict(latents, timestep, conditioning, scale)
 
     def transition(
         self, latents: Tensor, step: int | Tensor, conditioning: TensorDict, kernel: Kernel | None = None

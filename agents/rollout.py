@@ -11,6 +11,7 @@ from denoise_env.conditioning import ConditioningStore
 from denoise_env.kernels import Kernel, Transition
 from denoise_env.mdp import DenoisingMDP, Scores
 from denoise_env.prompts import Prompt
+from denoise_env.solvers import DPMSolver
 
 Visitor = Callable[[slice, int, torch.Tensor, Transition], None]
 
@@ -21,8 +22,9 @@ class Rollout:
 
     Attributes:
         steps: TensorDict ``[B, K]`` with ``latents`` and ``action`` (two views of one ``[B, K+1, *latent]``
-            tensor), ``action_log_prob`` (NaN at deterministic steps), and ``step`` and ``prompt_index``
-            (expanded views); with ``keep_means`` also the Gaussians' ``mean``.
+            tensor), ``action_log_prob`` (NaN at deterministic steps), and ``step``; with ``keep_means`` also the
+            Gaussians' ``mean``. Where a solver made the end, only the steps before it.
+        prompt_index: each episode's place ``[B]`` in the MDP's prompts.
         store: holds the prompts' conditioning.
         final_latents: ``[B, *latent]``, a view.
         scores: the rewards of the episodes.
@@ -33,17 +35,13 @@ class Rollout:
     """
 
     steps: TensorDict
+    prompt_index: torch.Tensor
     store: ConditioningStore
     final_latents: torch.Tensor
     scores: Scores
     group_size: int
     kernel: Kernel
     seeds: Sequence[int]
-
-    @property
-    def prompt_index(self) -> torch.Tensor:
-        """Each episode's place ``[B]`` in the MDP's prompts."""
-        return self.steps["prompt_index"][:, 0]
 
     def conditioning(self, episodes: torch.Tensor | slice) -> TensorDict:
         """The conditioning ``[n]`` of some episodes."""
@@ -108,24 +106,30 @@ def denoise(
     kernel: Kernel | None = None,
     share: int = 1,
     visit: Visitor | None = None,
+    first: int = 0,
+    last: int | None = None,
 ) -> torch.Tensor:
     """Run every episode to its end, in place.
 
     Args:
         mdp: the environment, for K, the model and the prompts.
         policy: the policy that acts.
-        latents: ``[B, K+1, *latent]``; on entry x_0 and then the K standard normal draws, on return the states.
+        latents: ``[B, K+1, *latent]``; on entry x_0 and then the K standard normal draws, on return the states. What
+            lies before ``first`` or after ``last`` stays as it is.
         prompt_index: ``[B]``, each episode's place in the MDP's prompts.
         microbatch: episodes per network call; default: all.
         kernel: the kernel to use instead of the policy's.
         share: how many neighbouring episodes have prompt and x_0 in common. Their first `shared_steps` network calls
             are made once for all of them; the results differ only as the batch size changes the network's rounding.
         visit: called at every step with a slice of the episodes, k, their latents and their `Transition`.
+        first: the step to begin with, from the latents that are there.
+        last: the step to end before; default: K.
 
     Returns:
-        Log-probs ``[B, K]`` float32, NaN at deterministic steps.
+        Log-probs ``[B, K]`` float32, NaN at deterministic steps and at those not made.
     """
     kernel = kernel or policy.kernel
+    last = mdp.num_steps if last is None else last
     rows = len(latents)
     size = microbatch or rows
     stochastic = kernel.stochastic.tolist()
@@ -147,12 +151,90 @@ def denoise(
                 log_prob[chunk, k] = policy.log_prob(transition, x)
 
     with torch.no_grad():
-        branch = shared_steps(kernel) if share > 1 else 0
-        for start in range(0, rows if branch else 0, size * share):
-            run(slice(start, start + size * share), 0, branch, share)
-        for start in range(0, rows, size):
-            run(slice(start, start + size), branch, mdp.num_steps, 1)
+        branch = min(max(shared_steps(kernel), first), last) if share > 1 else first
+        for start in range(0, rows if branch > first else 0, size * share):
+            run(slice(start, start + size * share), first, branch, share)
+        for start in range(0, rows if last > branch else 0, size):
+            run(slice(start, start + size), branch, last, 1)
     return log_prob
+
+
+def denoise_branches(
+    mdp: DenoisingMDP,
+    policy: DenoisingPolicy,
+    latents: torch.Tensor,
+    prompt_index: torch.Tensor,
+    microbatch: int | None = None,
+    *,
+    kernel: Kernel,
+    siblings: int,
+    share: bool,
+) -> torch.Tensor:
+    """As `denoise`, where the episodes are branches of ODE trajectories.
+
+    The episodes of one trajectory are neighbours and begin with the first one's x_0. From each of the S stochastic
+    steps of ``kernel``, in order, ``siblings`` of them branch: they are stochastic at this step alone.
+
+    Args:
+        mdp: the environment, for K, the model and the prompts.
+        policy: the policy that acts.
+        latents: ``[B, K+1, *latent]`` as in `denoise`; B is a multiple of S · ``siblings``.
+        prompt_index: ``[B]``, each episode's place in the MDP's prompts.
+        microbatch: episodes per network call; default: all that branch from one step.
+        kernel: stochastic at the steps to branch from.
+        siblings: how many episodes branch from each step of a trajectory.
+        share: whether to compute what episodes have in common, the trajectory and the branching, once for all of them.
+
+    Returns:
+        Log-probs ``[B, K]`` float32, NaN but for each episode's own step.
+    """
+    steps = kernel.stochastic.nonzero().flatten().tolist()
+    tree = latents.view(-1, len(steps), siblings, *latents.shape[1:])
+    tree[:, :, :, 0] = tree[:, :1, :1, 0].clone()
+    index = prompt_index.view(tree.shape[:3])
+    log_prob = torch.empty(*tree.shape[:3], mdp.num_steps, device=latents.device)
+    if share:
+        trunk = tree[:, 0, 0].clone()
+        denoise(mdp, policy, trunk, index[:, 0, 0], microbatch, kernel=kernel.only([]), last=steps[-1])
+    for i, k in enumerate(steps):
+        own = tree[:, i].flatten(0, 1)
+        if share:
+            own[:, 1 : k + 1] = trunk[:, 1 : k + 1].repeat_interleave(siblings, 0)
+        options = {"first": k, "share": siblings} if share else {}
+        rows = index[:, i].flatten()
+        found = denoise(mdp, policy, own, rows, microbatch, kernel=kernel.only([k]), **options)
+        tree[:, i], log_prob[:, i] = own.view_as(tree[:, i]), found.view_as(log_prob[:, i])
+    return log_prob.flatten(0, 2)
+
+
+@torch.no_grad()
+def solve(
+    mdp: DenoisingMDP,
+    policy: DenoisingPolicy,
+    latents: torch.Tensor,
+    prompt_index: torch.Tensor,
+    microbatch: int | None,
+    steps: Sequence[int],
+) -> torch.Tensor:
+    """The final latents ``[B, *latent]`` that `DPMSolver` reaches with one network call at each of ``steps``.
+
+    Args:
+        mdp: the environment, for the schedule and the prompts.
+        policy: the policy that denoises.
+        latents: ``[B, *latent]``, those before the first of the steps.
+        prompt_index: ``[B]``, each episode's place in the MDP's prompts.
+        microbatch: episodes per network call; default: all.
+        steps: the steps at whose noise levels the network is called.
+    """
+    solver, final = DPMSolver(mdp.schedule, steps), torch.empty_like(latents)
+    for start in range(0, len(latents), microbatch or len(latents)):
+        chunk = slice(start, start + (microbatch or len(latents)))
+        x, before, conditioning = latents[chunk], None, mdp.conditioning.rows(prompt_index[chunk])
+        for place, k in enumerate(steps):
+            pred_x0 = policy.kernel.pred_x0(x, policy.predict(x, k, conditioning), k)
+            x, before = solver.step(place, x, pred_x0, before).to(latents.dtype), pred_x0
+        final[chunk] = x
+    return final
 
 
 def collect(
@@ -168,6 +250,8 @@ def collect(
     kernel: Kernel | None = None,
     share_prefix: bool = False,
     keep_means: bool = False,
+    siblings: int = 0,
+    solver_steps: Sequence[int] = (),
 ) -> Rollout:
     """Roll the policy out from a reset and score the results.
 
@@ -185,7 +269,10 @@ def collect(
         microbatch: episodes per network call; default: all.
         kernel: the kernel to use instead of the policy's.
         share_prefix: whether to make the network calls that a group with the same initial latents has in common once.
-        keep_means: whether to keep the Gaussians' means, which take as much memory as the latents.
+        keep_means: whether to keep the Gaussians' means, which take as much memory as the latents; not with siblings.
+        siblings: how many episodes branch from each stochastic step of a trajectory, as in `denoise_branches`, with
+            ``share_prefix`` for its share; 0 makes no branches.
+        solver_steps: from the first of these steps on, `solve` makes the episodes' end in place of the kernel.
 
     Raises:
         ValueError: numbers that do not divide, or bad prompts.
@@ -204,17 +291,27 @@ def collect(
             means["mean"] = transition.mean.new_empty(rows, steps, *mdp.model.latent_shape)
         means["mean"][chunk, k] = transition.mean
 
-    log_prob = denoise(
-        mdp,
-        policy,
-        latents,
-        prompt_index,
-        microbatch,
-        kernel=kernel,
-        share=group_size if share_prefix and (shared_noise or initial is not None) else 1,
-        visit=keep if keep_means else None,
-    )
-    final = latents[:, -1]
+    if siblings:
+        kernel = kernel or policy.kernel
+        log_prob = denoise_branches(
+            mdp, policy, latents, prompt_index, microbatch, kernel=kernel, siblings=siblings, share=share_prefix
+        )
+    else:
+        steps = solver_steps[0] if solver_steps else steps
+        log_prob = denoise(
+            mdp,
+            policy,
+            latents,
+            prompt_index,
+            microbatch,
+            kernel=kernel,
+            share=group_size if share_prefix and (shared_noise or initial is not None) else 1,
+            visit=keep if keep_means else None,
+            last=steps,
+        )
+    final = latents[:, steps]
+    if solver_steps:
+        final = solve(mdp, policy, final, prompt_index, microbatch, solver_steps)
     if not final.isfinite().all():
         raise FloatingPointError(
             "the policy's latents are no longer finite: lower the learning rate, clip the gradient (max_grad_norm), "
@@ -222,15 +319,14 @@ def collect(
         )
     td = TensorDict(
         {
-            "latents": latents[:, :-1],
-            "action": latents[:, 1:],
-            "action_log_prob": log_prob,
+            "latents": latents[:, :steps],
+            "action": latents[:, 1 : steps + 1],
+            "action_log_prob": log_prob[:, :steps],
             "step": torch.arange(steps, device=latents.device).expand(rows, steps),
-            "prompt_index": prompt_index[:, None].expand(rows, steps),
             **means,
         },
         batch_size=(rows, steps),
     )
     scores = mdp.score(final, prompt_index)
     seeds = [generator.initial_seed() for generator in generators]
-    return Rollout(td, mdp.conditioning, final, scores, group_size, kernel or policy.kernel, seeds)
+    return Rollout(td, prompt_index, mdp.conditioning, final, scores, group_size, kernel or policy.kernel, seeds)

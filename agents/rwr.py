@@ -20,7 +20,14 @@ class RWRConfig(FinalSampleConfig):
 
     group_size: int = 1
     """Neighbouring samples of one prompt, G. They form a group."""
-    temperature: float = 0.2
+    lr: float = 1e-5
+    """AdamW's learning rate (published for full fine-tuning)."""
+    epochs: int = 5
+    """Passes over every rollout."""
+    draws_per_sample: int = 1
+    """How many (timestep, noise) pairs each sample is trained at, T, in every epoch anew. Each takes one forward and
+    one backward pass."""
+    temperature: float = 5.0
     """Temperature τ of the weights exp(r/τ), in the unit of the reward r."""
     normalise: bool = True
     """Divide the weights by their mean, so that shifting the reward or changing τ does not scale the learning rate."""

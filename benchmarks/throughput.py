@@ -69,7 +69,7 @@ def denoiser_figures(options: argparse.Namespace) -> dict[str, float]:
     agent = GRPO(policy, config, microbatch=size)
     rollout = collect(mdp, policy, row_generators(range(rows)), group_size=agent.group_size, microbatch=size)
     noise = torch.randn(rows, options.num_steps + 1, *model.latent_shape).to(model.device, model.dtype)
-    prompt_index = rollout.steps["prompt_index"][:, 0]
+    prompt_index = rollout.prompt_index
     chunks = [slice(i, i + size) for i in range(0, rows, size)]
     inputs = [(noise[c, 0].contiguous(), mdp.conditioning.rows(prompt_index[c])) for c in chunks]
     timesteps = mdp.schedule.timesteps.to(model.device)

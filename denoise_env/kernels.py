@@ -29,7 +29,7 @@ to cos(aπ/4) times the data's. `tests/test_kernels.py` measures all this.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -332,16 +332,17 @@ class Kernel:
         """``noise [K]`` and ``std [K]`` in float64."""
         raise NotImplementedError
 
-    def windowed(self, start: int, stop: int) -> "Kernel":
-        """This kernel on steps ``start`` to ``stop`` (exclusive), the ODE on all others (MixGRPO, Flow-GRPO-Fast).
+    def only(self, steps: Iterable[int]) -> "Kernel":
+        """This kernel on the given steps, the ODE on all others (MixGRPO, Flow-GRPO-Fast).
 
         Raises:
-            ValueError: the window is empty or leaves the K steps.
+            ValueError: one of them is not among the K steps.
         """
-        if not 0 <= start < stop <= self.schedule.num_steps:
-            raise ValueError(f"the window [{start}, {stop}) must lie within the {self.schedule.num_steps} steps")
-        step = torch.arange(self.schedule.num_steps)
-        inside = (step >= start) & (step < stop)
+        inside = torch.zeros(self.schedule.num_steps, dtype=torch.bool)
+        for step in steps:
+            if not 0 <= step < len(inside):
+                raise ValueError(f"step {step} is not one of the {len(inside)} steps, which count from 0")
+            inside[step] = True
         other = copy.copy(self)
         other._tabulate(self._noise.where(inside, self.schedule.sigmas[1:]), self.stds.where(inside, 0.0))
         return other

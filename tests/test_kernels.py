@@ -782,7 +782,7 @@ def test_outside_its_window_a_kernel_is_the_ode(kernel) -> None:
     )
     kind = "flow_prediction" if kernel is not DDIM else "epsilon"
     whole, ode = kernel(schedule, kind), ODE(schedule, kind)
-    window = whole.windowed(2, 4)
+    window = whole.only([2, 3])
     assert window.stochastic.tolist() == [False, False, True, True, False, False]
     generator = torch.Generator().manual_seed(0)
     x, output = (torch.randn(5, 3, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -794,7 +794,12 @@ def test_outside_its_window_a_kernel_is_the_ode(kernel) -> None:
     assert whole.stochastic[:4].all()  # as it was
 
 
-@pytest.mark.parametrize("window", [(2, 2), (-1, 2), (3, 7)])
-def test_a_window_that_leaves_the_steps_is_refused(window) -> None:
-    with pytest.raises(ValueError, match="must lie within the 6 steps"):
-        FlowSDE(Schedule.flow(6), "flow_prediction").windowed(*window)
+@pytest.mark.parametrize("step", [-1, 6])
+def test_steps_that_there_are_not_are_refused(step) -> None:
+    with pytest.raises(ValueError, match=f"step {step} is not one of the 6 steps"):
+        FlowSDE(Schedule.flow(6), "flow_prediction").only([2, step])
+
+
+def test_a_kernel_on_no_step_is_the_ode() -> None:
+    kernel = FlowSDE(Schedule.flow(6), "flow_prediction").only([])
+    assert not kernel.stochastic.any()

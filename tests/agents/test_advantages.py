@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from agents.advantages import PromptTracker, add_losses, aggregate, group_advantages, leave_one_out, whiten
 from agents.algorithms import AGENTS
 from agents.policy import DenoisingPolicy
-from agents.rollout import collect
+from agents.rollout import begin, collect, solve
 from agents.surrogate import clipped
 from denoise_env.mdp import DenoisingMDP, Scores, row_generators
 
@@ -299,18 +299,134 @@ def test_nfts_sampling_weights_follow_and_roll_out(points):
 
 def test_draws_visit_every_noise_level_before_any_twice(points):
     for count in (1, 6, 10, 13, 20):
-        agent = make(points, "rwr", draws_per_sample=count)
-        draws = agent.draws(range(64))
+        agent = make(points, "rwr", draws_per_sample=count, epochs=1)
+        draws = agent.draws(range(64), 1)
         assert draws["step"].shape == (64, count)
         assert draws["noise"].shape == (64, count, 2)
         for row in draws["step"].tolist():
             times = [row.count(k) for k in range(10)]
             assert max(times) - min(times) <= 1
         for name, drawn in draws.items():
-            assert torch.equal(drawn[8:24], agent.draws(range(8, 24))[name])  # whatever the batch
+            assert torch.equal(drawn[8:24], agent.draws(range(8, 24), 1)[name])  # whatever the batch
         assert len(draws["noise"].flatten(1).unique(dim=0)) == 64
         moments = draws["noise"].mean().item(), draws["noise"].std().item()
         assert moments == pytest.approx((0, 1), abs=5 / (128 * count) ** 0.5)
+
+
+@pytest.mark.parametrize(("shares", "levels"), [((0.0, 1.0), (0, 10)), ((0.0, 0.5), (0, 5)), ((0.25, 0.45), (2, 5))])
+@pytest.mark.parametrize("how", ["even", "stratified", "logit_normal"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_steps_are_drawn_as_named(points, how, shares, levels, shared):
+    first, end = levels
+    options = {"step_draws": how, "step_range": shares, "shared_steps": shared, "draws_per_sample": 4, "epochs": 1}
+    agent = make(points, "rwr", **options)
+    drawn = torch.cat([agent.draws(range(20 * i, 20 * i + 20), i)["step"] for i in range(500)])
+    assert (drawn.view(500, 20, 4) == drawn[::20, None]).all() == shared
+    assert not (drawn == drawn[:1]).all()
+    assert drawn.unique().tolist() == list(range(first, end))
+    if how == "stratified":  # one from each quarter
+        quarter = (end - first) / 4
+        for j, column in enumerate(drawn.unbind(1)):
+            assert column.min() == first + math.floor(j * quarter)
+            assert column.max() == first + math.ceil((j + 1) * quarter) - 1
+    if not shared:  # the middle one of them
+        count, share = end - first, (drawn == first + (end - first) // 2).double().mean()
+        edges = torch.logit(torch.tensor([count // 2, count // 2 + 1]) / count)
+        normal = torch.distributions.Normal(0, 1).cdf(edges).diff() if how == "logit_normal" else 1 / count
+        assert float(share) == pytest.approx(float(normal), abs=0.01)
+
+
+def test_every_epoch_has_draws_of_its_own(points):
+    """Ten levels, in three epochs of four draws: none comes twice before all have come once."""
+    agent = make(points, "rwr", draws_per_sample=4, epochs=3, reference_coef=0.0)
+    rollout, seen, loss = scored(agent, [0.3, 0.9, 0.1, 0.5]), [], agent.example_loss
+
+    def recording(rollout, examples, conditioning):
+        seen.append(examples)
+        return loss(rollout, examples, conditioning)
+
+    agent.example_loss = recording
+    agent.update(rollout, 1)
+    steps, noise = (torch.stack([examples[name] for examples in seen], 1) for name in ("step", "noise"))
+    assert steps.shape == (4, 12)
+    assert all(sorted(row[:10]) == list(range(10)) for row in steps.tolist())
+    assert len(noise.flatten(0, 1).unique(dim=0)) == 48
+
+
+def test_a_solver_rolls_out(points):
+    """One call a step, and what the solver reaches by itself."""
+    agent = make(points, "nft", rollout_solver="dpm_solver")
+    rollout = collect(points, agent.policy, row_generators(range(8)), ["ring", "line"], **agent.rollout_options(1))
+    assert agent.policy.network_calls == 8 * 10
+    assert rollout.steps.batch_size == (8, 0)
+    latents, index = begin(points, row_generators(range(8)), ["ring", "line"], group_size=4)
+    alone = solve(points, agent.policy, latents[:, 0], index, 3, range(10))
+    torch.testing.assert_close(alone, rollout.final_latents, rtol=0, atol=1e-5)
+    assert agent.update(rollout, 1)["loss"] > 0
+
+
+def test_the_reference_has_a_guidance_of_its_own(make_shapes):
+    """CRD's reference is guided where the policy is not: twice the rows, and only there."""
+    mdp = make_shapes(num_steps=3, guidance_scale=1.0)
+    agent = make(mdp, "crd", draws_per_sample=1, reference_guidance=4.5, reference_coef=0.1)
+    rollout = collect(mdp, agent.policy, row_generators(range(4)), mdp.prompts[:1], group_size=4)
+    examples, before = agent.examples(rollout, 1), agent.policy.network_calls
+    conditioning = agent.conditioning(rollout, examples)
+    found = agent.complete(rollout, examples, conditioning)["reference"][:, 0]
+    assert agent.policy.network_calls - before == 2 * 4
+    noisy, _ = agent.noised(*agent.sample(rollout, examples[:, 0]))
+    with torch.no_grad():
+        timestep = mdp.schedule.timesteps[examples["step"][:, 0]]
+        expected = mdp.model.predict(noisy, timestep, conditioning, torch.full((4,), 4.5))
+        plain = mdp.model.predict(noisy, timestep, conditioning)
+    torch.testing.assert_close(found, expected)
+    assert (plain - expected).abs().mean() > 1e-2
+
+
+def test_dgpos_groups_share_a_noise(points):
+    agent = make(points, "dgpo", draws_per_sample=3)
+    noise = agent.draws(range(8), 1)["noise"].view(2, 4, 3, 2)
+    assert (noise == noise[:, :1, :1]).all()
+    assert not torch.equal(noise[0], noise[1])
+    apart = make(points, "dgpo", draws_per_sample=3, shared_draws=False).draws(range(8), 1)["noise"]
+    assert len(apart.flatten(0, 1).unique(dim=0)) == 24
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "old", "sampler"),
+    [
+        ("awm", 1, 0.001, None),
+        ("awm", 400, 0.3, None),
+        ("dgpo", 2, 0.002, None),
+        ("nft", 600, 0.5, None),
+        ("crd", 1, 0.255, 0.0),
+        ("crd", 75, 0.625, 0.0),
+        ("crd", 79, 0.645, 0.03),
+        ("crd", 300, 0.999, 0.999),
+    ],
+)
+def test_old_weights_follow_as_published(points, name, n, old, sampler):
+    agent = make(points, name, lr=1e-2)
+    kept = {key: [t.clone() for t in agent.kept[key].values()] for key in ("old", "sampler") if key in agent.kept}
+    assert set(kept) == {"old"} if sampler is None else {"old", "sampler"}
+    figures = agent.update(scored(agent, [0.25, 0.30, 0.28, 0.35, 1.0, 0.2, 0.7, 0.5]), n)
+    for key, decay in {"old": old, "sampler": sampler}.items():
+        if key in kept:
+            assert figures[f"{key}_decay"] == pytest.approx(decay)
+            now = [decay * a + (1 - decay) * p.detach() for a, p in zip(kept[key], agent.parameters, strict=True)]
+            torch.testing.assert_close(list(agent.kept[key].values()), now)
+    assert not torch.equal(agent.parameters[-1], kept["old"][-1])
+
+
+def test_dgpos_old_weights_roll_out_after_so_many_steps(points):
+    agent = make(points, "dgpo", lr=1e-2, old_rolls_out_after=4, updates_per_rollout=2, old_decay_slope=0.3)
+    for iteration in (1, 2, 3):
+        old, now = (torch.cat([t.detach().flatten() for t in ts]) for ts in (agent.old.values(), agent.parameters))
+        with agent.rollout_weights():
+            rolling = torch.cat([p.detach().flatten() for p in agent.parameters])
+        assert torch.equal(rolling, old if iteration == 3 else now)
+        assert torch.equal(old, now) == (iteration == 1)
+        agent.update(scored(agent, [0.25, 0.30, 0.28, 0.35, 1.0, 0.2, 0.7, 0.5]), iteration)
 
 
 # --- Two rewards ---
@@ -405,6 +521,10 @@ PUBLISHED = {
     "flow-dppo": ("rewards", "unbiased", 1e-8),
     "nft": ("rewards", "population", 1e-4),
     "awm": ("rewards", "population", 1e-4),
+    "crd": ("rewards", "population", 1e-4),
+    "dgpo": ("group", "population", 1e-4),
+    "tempflow": ("group", "population", 1e-4),
+    "flow-grpo-fast": ("rewards", "population", 1e-4),
 }
 
 

@@ -42,24 +42,24 @@ def pairs(agent, total):
 )
 def test_pairs(points, total, ranked, best_worst):
     policy = DenoisingPolicy(points)
-    assert pairs(DPO(policy, DPOConfig(group_size=4)), total) == ranked
+    assert pairs(DPO(policy, DPOConfig(group_size=4, pairing="ranked")), total) == ranked
     assert pairs(DPO(policy, DPOConfig(group_size=4, pairing="best_worst")), total) == best_worst
 
 
 def test_an_odd_group_leaves_its_middle_out(points):
-    agent = DPO(DenoisingPolicy(points), DPOConfig(group_size=5))
+    agent = DPO(DenoisingPolicy(points), DPOConfig(group_size=5, pairing="ranked"))
     assert pairs(agent, [0.3, 0.9, 0.1, 0.5, 0.4]) == [(1, 2), (3, 0)]
 
 
 def test_pairs_without_a_winner_leave_no_trace(points):
-    agent = DPO(DenoisingPolicy(points), DPOConfig(group_size=4, weight_decay=0.0))
+    agent = DPO(DenoisingPolicy(points), DPOConfig(group_size=4, pairing="ranked", weight_decay=0.0))
     before = [p.detach().clone() for p in agent.parameters]
     agent.update(scored(agent, [0.5, 0.5, 0.5, 0.5, NAN, NAN, NAN, 1.0]), 1)
     assert all(torch.equal(a, b) for a, b in zip(before, agent.parameters, strict=True))
 
 
 def test_both_sides_of_a_pair_share_timestep_and_noise(points):
-    agent = DPO(DenoisingPolicy(points), DPOConfig(group_size=4))
+    agent = DPO(DenoisingPolicy(points), DPOConfig(group_size=4, pairing="ranked"))
     rollout = scored(agent, [0.3, 0.9, 0.1, 0.5])
     examples = agent.examples(rollout, 1)
     seen, noised = [], agent.noised
@@ -95,7 +95,7 @@ def test_the_losers_caption_is_another_prompt(points):
         conditioning = agent.conditioning(rollout, examples)["prompt_id"]
         assert torch.equal(conditioning, torch.cat([rollout.prompt_index[examples["episode"][:, 0]], wrong]))
     assert len(seen) == 30
-    same = DPO(DenoisingPolicy(points), DPOConfig(group_size=4))
+    same = DPO(DenoisingPolicy(points), DPOConfig(group_size=4, pairing="ranked"))
     conditioning = same.conditioning(rollout, same.examples(rollout, 1))["prompt_id"]
     assert torch.equal(*conditioning.chunk(2))
 
@@ -110,3 +110,17 @@ def test_the_losers_caption_shares_most_words(make_shapes):
         most = max(len(words & set(t.split())) for j, t in enumerate(texts) if j != i)
         assert wrong != i
         assert len(words & set(texts[wrong].split())) == most
+
+
+@pytest.mark.parametrize(("every", "due"), [(0, []), (1, [1, 2, 3, 4, 5]), (4, [2, 4]), (5, [3, 5])])
+def test_the_reference_is_renewed_every_so_many_steps(points, every, due):
+    """Two optimizer steps per rollout."""
+    config = DPOConfig(group_size=4, lr=1e-2, draws_per_sample=2, reference_every=every, updates_per_rollout=2)
+    agent = DPO(DenoisingPolicy(points), config)
+    expected = [p.detach().clone() for p in agent.parameters]
+    for iteration in range(1, 6):
+        agent.update(scored(agent, [0.3, 0.9, 0.1, 0.5, 0.2, 0.8, 0.9, 0.0]), iteration)
+        if iteration in due:
+            expected = [p.detach().clone() for p in agent.parameters]
+        with agent.others()["reference"]():
+            assert all(torch.equal(a, b) for a, b in zip(expected, agent.parameters, strict=True))

@@ -47,7 +47,7 @@ def tiny(name, changes=None, **options):
     small = {"group_size": 4, "lr": 3e-3, "ema_decay": 0.5, "window_size": 2, "window_every": 1, "kl_coef": 0.01}
     small |= {"kl_reward": 0.01, "critic_width": 8, "tracker_size": 6, "tracker_min_count": 6, "draws_per_sample": 3}
     small = {key: value for key, value in small.items() if key not in AGENTS[name].own_settings}
-    chosen = settings(name, **{**small, "old_decay_slope": 0.2, **several, **(changes or {})})
+    chosen = settings(name, **{**small, "old_decay_slope": 0.2, "reference_every": 3, **several, **(changes or {})})
     base = TrainConfig(
         model="points",
         agent=name,
@@ -85,7 +85,7 @@ def first_ratios(agent, rollout):
 
 @pytest.mark.parametrize("model", ["points", "points-flow"])
 @pytest.mark.parametrize("share_prefix", [False, True])
-@pytest.mark.parametrize("name", [*RATIO, "awm"])
+@pytest.mark.parametrize("name", [*RATIO, "awm", "dgpo"])
 def test_the_first_ratio_is_one(name, share_prefix, model):
     """Exactly; but for rounding, where network calls are shared."""
     changes = {"share_prefix": share_prefix, "shared_noise": "group", "timestep_fraction": 1.0}
@@ -94,14 +94,14 @@ def test_the_first_ratio_is_one(name, share_prefix, model):
     options = agent.rollout_options(1)
     rollout = collect(experiment.mdp, policy, row_generators(range(8)), ["ring", "line"], **options)
     ratio = first_ratios(agent, rollout)
-    if share_prefix and name != "awm":
+    if share_prefix and name in RATIO:
         assert (ratio - 1).abs().max() < 1e-5
     else:
         assert (ratio == 1).all()
     assert len(ratio) >= 4
 
 
-@pytest.mark.parametrize("name", ["grpo-guard", "ppo", "awm", "flow-dppo", "mix-grpo"])
+@pytest.mark.parametrize("name", ["grpo-guard", "ppo", "awm", "dgpo", "flow-dppo", "mix-grpo"])
 @pytest.mark.parametrize("microbatch", [None, 2])
 def test_the_first_ratio_is_one_in_bf16(make_shapes, name, microbatch):
     mdp = make_shapes(dtype="bf16")
@@ -114,7 +114,7 @@ def test_the_first_ratio_is_one_in_bf16(make_shapes, name, microbatch):
 
 @pytest.mark.parametrize("name", ["rwr", "nft", "awm", "dpo"])
 def test_final_samples_losses_are_float32_in_bf16(make_shapes, name):
-    """Those of the same outputs in float64. Near 1 bf16's steps are 1/128, and DPO's β of 2000 makes them 8."""
+    """Those of the same outputs in float64. Near 1 bf16's steps are 1/128, and DPO's β of 100 makes them 0.4."""
     mdp = make_shapes(dtype="bf16")
     config = settings(name, group_size=4, draws_per_sample=1, updates_per_rollout=2)
     agent = AGENTS[name](DenoisingPolicy(mdp), config)
@@ -139,13 +139,13 @@ def test_final_samples_losses_are_float32_in_bf16(make_shapes, name):
 
 def test_awms_old_likelihoods_come_from_the_batches_of_the_first_update():
     """A network's rounding may depend on the size of its batch."""
-    experiment = build(tiny("awm", {"reference_coef": 0.0}))
+    experiment = build(tiny("awm", {"reference_coef": 0.0, "slow_coef": 0.0}))
     agent, sizes = experiment.agent, []
     agent.microbatch = None
     rollout = collect(experiment.mdp, agent.policy, row_generators(range(8)), ["ring", "line"], group_size=4)
     experiment.mdp.model.network.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     agent.update(rollout, 1)
-    assert sizes == [4] * (2 * 3 + 2 * 2 * 3)  # two halves, three draws; the old ones once, then two epochs
+    assert sizes == [4] * 2 * (2 * 2 * 3)  # two halves, two epochs of three draws each; the old ones, then the new
 
 
 @pytest.mark.parametrize("name", LEARNING)
@@ -220,7 +220,8 @@ def stop_and_resume(config, directory, monkeypatch, stop):
 
 
 REMEMBERED = {
-    "nft": "old.residual.0.weight",
+    **dict.fromkeys(("nft", "awm", "dgpo", "crd"), "old.residual.0.weight"),
+    "dpo": "reference.residual.0.weight",
     "ppo": "modules.critic.",
     "dpok": "modules.critic.",
     "ddpo-is": "modules.tracker 0.values",
@@ -267,7 +268,7 @@ def test_a_budgeted_run_resumes_exactly(name, stop, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", EVERY)
 def test_every_agent_trains_from_the_command_line(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "write_report", lambda directory: None)
-    flags = ["--iterations", "1", "--num-steps", "5", "--eval-images-per-prompt", "2", "--prompts-per-iteration", "2"]
+    flags = ["--iterations", "1", "--num-steps", "8", "--eval-images-per-prompt", "2", "--prompts-per-iteration", "2"]
     flags += ["--agent.group-size", "4", "--output-dir", str(tmp_path / "run")]
     assert cli.main(["train", "--preset", "points", "--agent", name, *flags]) == 0
     assert "evaluation prompts, mean reward 'points'" in capsys.readouterr().out
@@ -346,12 +347,14 @@ def test_the_others_learn_from_the_ode(name, tmp_path):
 
 
 GROUPS = ["grpo", "flow-grpo", "flow-grpo-fast", "mix-grpo", "tempflow", "grpo-guard", "flow-dppo", "rloo"]
-GROUPS += ["nft", "awm", "dpo", "dcpo", "zero-lr", "shuffled-reward"]
+GROUPS += ["nft", "awm", "dgpo", "crd", "dpo", "dcpo", "zero-lr", "shuffled-reward"]
 JOINS = {
     **dict.fromkeys(("ppo", "dpok"), "it has one critic, for their weighted sum"),
     **dict.fromkeys(("dpo", "dcpo"), "a sample has one place in its group's ranking"),
     "rwr": r"a sample has one weight, exp\(r/τ\)",
     "nft": "a sample has one probability q of being a good one",
+    "dgpo": r"a group has one weight, σ\(S\)",
+    "crd": "a sample has one implied reward",
 }
 POSITIVE = {
     "grpo": ["clip_range", "advantage_clip", "max_grad_norm", "updates_per_rollout", "epochs"],
@@ -360,6 +363,8 @@ POSITIVE = {
     "nft": ["strength", "advantage_clip", "draws_per_sample"],
     "awm": ["clip_range", "advantage_clip"],
     "dpok": ["clip_range"],
+    "dgpo": ["beta", "clip_range", "advantage_clip"],
+    "crd": ["beta", "advantage_clip"],
     "rwr": ["temperature"],
     "dpo": ["beta"],
     "best-of-n": ["n"],
@@ -392,10 +397,32 @@ POSITIVE = {
         ("nft", {"reward_aggregation": "losses"}, 'set reward_aggregation to "advantages" or "rewards"'),
         ("zero-lr", {"lr": 1e-3}, "zero-lr has a learning rate of 0, not 0.001"),
         *(
-            (name, {"window_size": size}, f"between 1 and the 4 trainable steps.*not {size}: use a smaller window")
-            for name in ("mix-grpo", "flow-grpo-fast", "tempflow")
-            for size in (0, 5, 6)
+            (
+                name,
+                {"window_size": size, "window_reach": reach, "group_size": 12},
+                f'between 1 and the {steps} trainable steps.*"{reach}" allows, not {size}: use a smaller window',
+            )
+            for name in ("mix-grpo", "flow-grpo-fast", "flow-dppo", "tempflow")
+            for reach, steps in (("all", 4), ("first_half", 2), ("all_but_two", 3))
+            for size in (0, steps + 1)
         ),
+        ("tempflow", {"shared_noise": "none"}, 'branches of one trajectory: shared_noise must be "group" or "rollout"'),
+        ("tempflow", {"window_end": "shrink"}, 'window_end must be "whole"'),
+        (
+            "tempflow",
+            {"group_size": 6, "branches": 2},
+            "group_size=6 cannot be .*branches=2 at each .*=2 steps",
+        ),
+        ("tempflow", {"group_size": 2}, "at least 2 from each"),
+        ("mix-grpo", {"after_window_share": 0.0}, r"after_window_share must lie in \(0, 1\], not 0.0"),
+        *(
+            ("nft", {"step_range": shares}, "step_range must be two shares between 0 and 1, the first smaller")
+            for shares in ((0.5, 0.5), (0.6, 0.4), (-0.1, 1.0), (0.0, 1.1))
+        ),
+        ("crd", {"reference_guidance": 4.5}, "Points has no guidance: set reference_guidance to 0"),
+        ("crd", {"sampler_decay": 1.0}, r"sampler_decay must lie in \[0, 1\)"),
+        ("awm", {"old_decay_after": -1}, "old_decay_after must be at least 0"),
+        ("dpo", {"reference_every": -1}, "reference_every must be at least 0"),
         ("ddpo-is", {"tracker_min_count": 7}, "tracker_min_count=7 is never reached.*tracker_size=6"),
         ("ddpo-sf", {"tracker_min_count": 7}, "tracker_min_count=7 is never reached"),
         ("nft", {"old_decay": 1.0}, r"old_decay must lie in \[0, 1\)"),
@@ -491,8 +518,16 @@ def test_best_of_n_is_better_than_the_base():
     assert low > 2 * BASE
 
 
-EASIER = {"dpo": {"beta": 5.0}, "dcpo": {"beta": 5.0}}
-"""β multiplies an average over latent dimensions: 2000 is for images' thousands, and Points has two."""
+PAIRS = {"beta": 5.0, "draws_per_sample": 6, "pairing": "ranked", "reference_every": 0}
+EASIER = {
+    "dpo": PAIRS,
+    "dcpo": PAIRS,
+    "dgpo": {"beta": 5.0},
+    "rwr": {"temperature": 0.2, "epochs": 1, "draws_per_sample": 6},
+    "crd": {"draws_per_sample": 6},
+}
+"""β multiplies an average over latent dimensions: the published values are for images' thousands, and Points has two.
+The published temperature is for rewards of a range of about 10, and Points' is 1."""
 
 
 @pytest.mark.slow

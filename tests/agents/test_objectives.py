@@ -62,6 +62,7 @@ class Bench:
             range(STEPS if last == "sde" and not getattr(self.config, "drop_last", True) else STEPS - 1)
         )
         self.perturb(off)
+        self.epoch = 0
 
     # --- Weights ---
 
@@ -165,7 +166,7 @@ class Bench:
         parts = self.config.updates_per_rollout
         assert len(steps) == parts * self.config.epochs
         for i, (weights, gradients, _) in enumerate(steps):
-            size = ROWS // parts
+            size, self.epoch = ROWS // parts, i // parts
             rows = torch.arange(ROWS)[(i % parts) * size : (i % parts + 1) * size]
             torch.manual_seed(7 + i)
             for _ in range(2):
@@ -361,7 +362,7 @@ def test_windowed_agents(name, world, iteration):
     """SDE and loss inside the window, the ODE outside."""
     size = 1 if name == "tempflow" else 2
     options = {"window_size": size, "window_every": 1, "share_prefix": False, "kl_coef": 0.2, "clip_range": 0.02}
-    bench = Bench(name, *world, off=0.03, **options)
+    bench = Bench(name, *world, off=0.03, window_reach="all", **options)
     generators = row_generators(range(50, 50 + ROWS))
     now = bench.weights()
     bench.load(bench.old)
@@ -369,12 +370,12 @@ def test_windowed_agents(name, world, iteration):
     bench.rollout = collect(bench.mdp, bench.policy, generators, PROMPTS, **options)
     bench.load(now)
     bench.x = torch.cat([bench.rollout.steps["latents"], bench.rollout.final_latents[:, None]], 1)
-    start, stop = bench.agent.window(iteration)
-    assert stop - start == size
+    steps = bench.agent.window(iteration)
+    assert len(steps) == size
     recorded = bench.rollout.steps["action_log_prob"]
-    assert recorded.isfinite().nonzero()[:, 1].unique().tolist() == list(range(start, stop))
+    assert recorded.isfinite().nonzero()[:, 1].unique().tolist() == steps
     sigmas, alphas = bench.mdp.schedule.sigmas, bench.mdp.schedule.alphas
-    for k in set(range(STEPS)) - set(range(start, stop)):
+    for k in set(range(STEPS)) - set(steps):
         x = bench.x[:, k]
         out = bench.at(bench.old, lambda x=x, k=k: bench.predict(x, k))
         if bench.flow:
@@ -384,14 +385,14 @@ def test_windowed_agents(name, world, iteration):
         torch.testing.assert_close(bench.x[:, k + 1], ode)
     scores = bench.rollout.scores.total.double()
     published = name == "flow-grpo-fast"
-    advantage = normalised(scores, *(("rewards", 1e-4) if published else ("group", 1e-8)))
+    std = {"flow-grpo-fast": ("rewards", 1e-4), "mix-grpo": ("group", 1e-8), "tempflow": ("group", 1e-4, GROUP)}
+    advantage = normalised(scores, *std[name])
     stds = [bench.std(k) for k in range(STEPS - 1)]
     weights = [std / (sum(stds) / len(stds)) for std in stds] if name == "tempflow" else None
 
     def kl(k):  # Flow-GRPO's code divides by s² alone, the others by std² = s²Δ
         return 0.2 * (bench.size(k) if published else 1) * bench.kl(k, bench.base)
 
-    steps = range(start, stop)
     bench.check(lambda rows: grpo_loss(bench, advantage, rows, steps, weights, kl), iteration)
 
 
@@ -422,6 +423,7 @@ def test_grpo_guard(world, balance, form):
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
 def test_flow_dppo(world, reduce):
     options = {"clip_range": 2e-3, "updates_per_rollout": 2, "lr": 0.01, "reduction": reduce}
+    options |= {"window_strategy": "frozen", "window_reach": "all", "window_size": STEPS - 1}
     bench = Bench("flow-dppo", *world, off=0.02, advantage_std="group", **options)
     advantage = normalised(bench.total)
     seen = set()
@@ -593,12 +595,12 @@ def pred_x0(bench, x, out, step):
 
 def matching_loss(bench, per_draw, iteration=1):
     """Mean of ``per_draw(x0, noisy, target, step, rows)`` over rows and their draws of (step, noise)."""
-    draws = bench.agent.draws(bench.rollout.seeds)
+    draws, times = bench.agent.draws(bench.rollout.seeds, iteration), bench.config.draws_per_sample
     x0 = bench.rollout.final_latents
 
     def objective(rows):
         losses = []
-        for j in range(draws.shape[1]):
+        for j in range(bench.epoch * times, (bench.epoch + 1) * times):
             step, noise = draws["step"][rows, j], draws["noise"][rows, j].double()
             noisy, target = noised(bench, x0[rows], step, noise)
             losses.append(per_draw(x0[rows], noisy, target, step, rows, j))
@@ -675,19 +677,35 @@ def compare(bench, weights, gradients, objective, rel=1e-4):
 
 
 @pytest.mark.parametrize("world", FINAL)
-@pytest.mark.parametrize(("std", "form"), [("batch", "unbiased"), ("group", "unbiased"), ("group", "population")])
-def test_awm(world, std, form):
+@pytest.mark.parametrize(
+    ("std", "form", "likelihood", "slow"),
+    [("batch", "unbiased", "uniform", 0.0), ("group", "unbiased", "ghuber", 0.7), ("group", "population", "ghuber", 0)],
+)
+def test_awm(world, std, form, likelihood, slow):
     options = {"advantage_std": std, "std_form": form, "clip_range": 0.02, "reference_coef": 0.3, "advantage_clip": 1.2}
+    options |= {"likelihood": likelihood, "slow_coef": slow, "unit_advantages": slow > 0}
     bench = Bench("awm", *world, off=0.1, updates_per_rollout=2, epochs=2, lr=0.02, **options)
-    start = bench.weights()
+    assert bool(bench.agent.old) == (slow > 0)
+    for old in bench.agent.old.values():
+        old.add_(0.05 * torch.randn_like(old))
+    start, followed = bench.weights(), [old.clone() for old in bench.agent.old.values()]
     advantage = normalised(bench.total, std, 1e-4, GROUP - 1 if form == "unbiased" else GROUP).clamp(-1.2, 1.2)
+    advantage = advantage / 1.2 if slow else advantage
+
+    def log_likelihood(error, step):
+        if likelihood == "uniform":
+            return -error
+        return -bench.mdp.schedule.sigmas[step] * 4 * ((error + 1e-10) ** 0.25 - 1e-10**0.25)
 
     def per_draw(x0, noisy, target, step, rows, j):
         out = bench.predict(noisy, step, rows)
         old, base = (bench.at(w, lambda: bench.predict(noisy, step, rows)) for w in (start, bench.base))
-        likelihood, before = (-((o - target) ** 2).mean(1) for o in (out, old))
-        ratio = (likelihood - before).exp()
-        return clipped(advantage[rows], ratio, 0.02) + 0.3 * ((out - base) ** 2).mean(1)
+        now, before = (log_likelihood(((o - target) ** 2).mean(1), step) for o in (out, old))
+        ratio = (now - before).exp()
+        loss = clipped(advantage[rows], ratio, 0.02) + 0.3 * ((out - base) ** 2).mean(1)
+        if slow:
+            loss = loss + slow * ((out - bench.at(followed, lambda: bench.predict(noisy, step, rows))) ** 2).mean(1)
+        return loss
 
     bench.check(matching_loss(bench, per_draw), rel=1e-3)
     some_are_clipped(bench)
@@ -695,7 +713,8 @@ def test_awm(world, std, form):
 
 @pytest.mark.parametrize("how", AGGREGATIONS)
 def test_awm_of_two_rewards(how):
-    options = {"clip_range": 0.02, "reference_coef": 0.0, "advantage_clip": 1.1, "reward_aggregation": how}
+    options = {"clip_range": 0.02, "reference_coef": 0.2, "advantage_clip": 1.1, "reward_aggregation": how}
+    options |= {"likelihood": "uniform", "slow_coef": 0.3, "unit_advantages": False}
     bench = Bench("awm", off=0.1, updates_per_rollout=2, lr=0.02, rewards=TWO, **options)
     start = bench.weights()
 
@@ -707,23 +726,164 @@ def test_awm_of_two_rewards(how):
 
         return matching_loss(bench, per_draw)(rows)
 
-    bench.check(of_two_rewards(bench, how, lambda r: normalised(r, "rewards", 1e-4), loss, 1.1), rel=1e-3)
+    def pull(x0, noisy, target, step, rows, j):  # to the reference and to the slow weights, which still agree: once
+        gap = bench.predict(noisy, step, rows) - bench.at(bench.base, lambda: bench.predict(noisy, step, rows))
+        return 0.5 * (gap**2).mean(1)
+
+    rewarded = of_two_rewards(bench, how, lambda r: normalised(r, "rewards", 1e-4), loss, 1.1)
+    bench.check(lambda rows: rewarded(rows) + matching_loss(bench, pull)(rows), rel=1e-3)
+
+
+def far_apart(bench):
+    """Weights that the old ones now are, other than the base, the sampling and the present ones."""
+    for old, p in zip(bench.agent.old.values(), bench.weights(), strict=True):
+        old.copy_(p + 0.05 * torch.randn_like(p))
+    return [old.clone() for old in bench.agent.old.values()]
+
+
+def check_parts(bench, objective_at):
+    """Every optimizer step's gradient is that of ``objective_at(its weights)(rows)``."""
+    for i, (weights, gradients, _) in enumerate(bench.update()):
+        rows = torch.arange(ROWS)[i * ROWS // 2 : (i + 1) * ROWS // 2]
+        compare(bench, weights, gradients, lambda rows=rows, weights=weights: objective_at(weights)(rows))
+
+
+@pytest.mark.parametrize("world", FINAL)
+@pytest.mark.parametrize("clip", [1e9, 5e-3])
+def test_dgpo(world, clip):
+    """Without a clip it is −log σ(−S)/β of every group, differentiated as it stands."""
+    options = {"beta": 30.0, "reference_coef": 0.2, "clip_range": clip, "updates_per_rollout": 2, "lr": 0.01}
+    bench = Bench("dgpo", *world, off=0.1, **options)
+    old = far_apart(bench)
+    advantage = normalised(bench.total, "group", 1e-4, GROUP)
+    frozen = []
+
+    def objective_at(weights):
+        def per_draw(x0, noisy, target, step, rows, j):
+            def error():
+                return ((bench.predict(noisy, step, rows) - target) ** 2).mean(1)
+
+            def preference(d):
+                gain = advantage[rows] * (d - bench.at(bench.base, error))
+                return 30.0 * gain.view(-1, GROUP).mean(1)
+
+            pull = bench.predict(noisy, step, rows) - bench.at(bench.base, lambda: bench.predict(noisy, step, rows))
+            pull = 0.2 * (pull**2).mean(1).view(-1, GROUP).mean(1)
+            if clip > 1e6:
+                return torch.nn.functional.softplus(preference(error())) / 30.0 + pull
+            now = bench.at(weights, error)
+            ratio = (bench.at(old, error) - now).exp()
+            a = advantage[rows]
+            far = ((a > 0) & (ratio > 1 + clip)) | ((a < 0) & (ratio < 1 - clip))
+            frozen.append(far.double().mean())
+            share = torch.sigmoid(preference(now)).repeat_interleave(GROUP)
+            return (share * a * torch.where(far, now, error())).view(-1, GROUP).mean(1) + pull
+
+        return matching_loss(bench, per_draw)
+
+    check_parts(bench, objective_at)
+    if frozen:
+        assert 0 < sum(frozen) / len(frozen) < 1
+        some_are_clipped(bench)
+
+
+def test_dgpos_first_loss_is_half_the_weighted_error():
+    """At the start S is 0 and σ(S) a half."""
+    bench = Bench("dgpo", away=0.0, reference_coef=0.3)
+    advantage = normalised(bench.total, "group", 1e-4, GROUP)
+
+    def per_draw(x0, noisy, target, step, rows, j):
+        return 0.5 * advantage[rows] * ((bench.predict(noisy, step, rows) - target) ** 2).mean(1)
+
+    expected = bench.at(bench.base, lambda: matching_loss(bench, per_draw)(torch.arange(ROWS)))
+    bench.update()
+    assert bench.figures["loss"] == pytest.approx(float(expected), rel=1e-4, abs=1e-7)
+    assert bench.figures["ratio_deviation"] == 0
+
+
+@pytest.mark.parametrize("world", FINAL)
+@pytest.mark.parametrize("centring", ["update", "group"])
+def test_crd(world, centring):
+    options = {"beta": 0.7, "reference_coef": 0.2, "reference_floor": 0.05, "centring": centring}
+    bench = Bench("crd", *world, off=0.1, advantage_clip=1.1, updates_per_rollout=2, lr=0.01, **options)
+    old = far_apart(bench)
+    a = normalised(bench.total, "rewards", 1e-4).clamp(-1.1, 1.1) / 2.2 + 0.5
+
+    def centred(values):
+        groups = values.view(-1, GROUP) if centring == "group" else values[None]
+        return (groups - groups.mean(1, keepdim=True)).flatten()
+
+    def objective_at(weights):
+        def per_draw(x0, noisy, target, step, rows, j):
+            def gap():
+                return bench.predict(noisy, step, rows) - target
+
+            def relative(error, at):
+                return (error**2).mean(1) / bench.at(at, gap).abs().mean(1).clamp(min=1e-5)
+
+            before = relative(bench.at(old, gap), old)
+            implied, fixed = before - relative(gap(), weights), before - relative(bench.at(weights, gap), weights)
+            miss = 0.7 * (implied - (fixed - centred(fixed))) - centred(a[rows])
+            base = bench.at(bench.base, lambda: bench.predict(noisy, step, rows))
+            m = 0.05 / 0.2
+            pull = 0.2 * (m + a[rows] * (1 - m)) * ((bench.predict(noisy, step, rows) - base) ** 2).mean(1)
+            return 1.1 / 0.7 * miss**2 + pull
+
+        return matching_loss(bench, per_draw)
+
+    check_parts(bench, objective_at)
+
+
+def test_crds_first_implied_reward_is_zero():
+    bench = Bench("crd", away=0.0)
+    a = normalised(bench.total, "rewards", 1e-4).clamp(-5, 5) / 10 + 0.5
+    bench.update()
+    assert bench.figures["implied_reward"] == 0
+    assert bench.figures["loss"] == pytest.approx(5 * float(((a - a.mean()) ** 2).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dgpo", "crd"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_comparisons_do_not_depend_on_the_microbatch(name, size):
+    """Also where it divides groups."""
+    found = []
+    for microbatch in (None, size):
+        bench = Bench(name, off=0.1, updates_per_rollout=2, lr=0.01, draws_per_sample=2)
+        bench.agent.microbatch = microbatch
+        found.append([torch.cat([g.flatten() for g in gradients]) for _, gradients, _ in bench.update()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_samples_without_a_score_take_no_part_in_comparisons():
+    """Whatever they are: the gradient is that without them."""
+    found = []
+    for shift in (0.0, 3.0):
+        bench = Bench("crd", off=0.1, reference_coef=0.0, draws_per_sample=2)
+        scores = bench.rollout.scores
+        scores.total[3] = torch.nan
+        scores.valid[3] = False
+        bench.rollout.final_latents[3] += shift
+        found.append([torch.cat([g.flatten() for g in gradients]) for _, gradients, _ in bench.update()])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("how", ["advantages", "rewards"])
-def test_nfts_q_of_two_rewards(how):
-    bench = Bench("nft", advantage_clip=1.1, rewards=TWO, reward_aggregation=how)
+@pytest.mark.parametrize(("name", "target"), [("nft", "q"), ("crd", "a")])
+def test_the_place_of_two_rewards(name, target, how):
+    bench = Bench(name, advantage_clip=1.1, rewards=TWO, reward_aggregation=how)
     seen = []
     advantage = functools.partial(normalised, std="rewards", epsilon=1e-4)
     of_two_rewards(bench, how, advantage, lambda a, rows: seen.append(a), 1.1)(None)
-    torch.testing.assert_close(bench.agent.targets(bench.rollout)["q"].double(), seen[0] / 2.2 + 0.5)
+    torch.testing.assert_close(bench.agent.targets(bench.rollout)[target].double(), seen[0] / 2.2 + 0.5)
 
 
 @pytest.mark.parametrize("world", FINAL)
 @pytest.mark.parametrize("pairing", ["ranked", "best_worst"])
 @pytest.mark.parametrize("name", ["dpo", "dcpo"])
 def test_dpo(world, pairing, name):
-    options = {"pairing": pairing, "reference_coef": 0.3 if pairing == "ranked" else 0.0}
+    options = {"draws_per_sample": 5, "reference_every": 40 * (pairing == "ranked")}
+    options |= {"pairing": pairing, "reference_coef": 0.3 if pairing == "ranked" else 0.0}
     bench = Bench(name, *world, off=0.05, beta=7.0, updates_per_rollout=2, lr=0.01, **options)
     ranking = bench.total.view(-1, GROUP).argsort(1, descending=True)
     pairs = [
@@ -731,7 +891,7 @@ def test_dpo(world, pairing, name):
         for g in range(len(PROMPTS))
         for i in range(1 if pairing == "best_worst" else GROUP // 2)
     ]
-    draws = bench.agent.draws([bench.rollout.seeds[winner] for winner, _ in pairs])
+    draws = bench.agent.draws([bench.rollout.seeds[winner] for winner, _ in pairs], 1)
     examples = bench.agent.examples(bench.rollout, 1)
     captions = examples["caption"][:, 0] if name == "dcpo" else None
     x0, prompts = bench.rollout.final_latents, bench.rollout.prompt_index

@@ -137,6 +137,8 @@ def points_run(name, changes=None, **options):
     small = {"group_size": 2, "lr": 1e-3, "ema_decay": 0.5, "window_size": 2, "window_every": 1, "kl_coef": 0.01}
     small |= {"kl_reward": 0.01, "critic_width": 8, "tracker_size": 6, "tracker_min_count": 6, "draws_per_sample": 3}
     small |= {"updates_per_rollout": 1 if AGENTS[name].on_policy else 2, "reference_coef": 0.1, "old_decay_slope": 0.2}
+    if name == "tempflow":  # two steps to branch from, and two samples at each
+        small["group_size"] = 4
     base = TrainConfig(
         model="points",
         agent=name,
@@ -209,6 +211,8 @@ VARIANTS = [(name, {}) for name in TRAINING] + [
     ("grpo", {"advantage_std": "batch", "timestep_selection": "per_group"}),
     ("ddpo-is", {"normalisation": "batch"}),
     ("nft", {"advantage_std": "group"}),
+    ("crd", {"centring": "group"}),
+    ("dgpo", {"shared_draws": False, "shared_steps": False, "rollout_solver": "dpm_solver"}),
     ("grpo", {"shared_noise": "rollout", "share_prefix": True, "timestep_rounding": "int"}),
     ("flow-grpo", {"ema_warmup": True, "ema_every": 2}),
 ]
@@ -332,7 +336,9 @@ CASES = {
     "ppo, FSDP": (points_run("ppo"), shard),
     "nft, DDP": (points_run("nft"), copy_to_all),
     "nft, FSDP": (points_run("nft"), shard),
-    "dcpo, FSDP": (points_run("dcpo", {"beta": 5.0}), shard),
+    "dgpo, FSDP": (points_run("dgpo", {"old_rolls_out_after": 2}), shard),
+    "crd, FSDP": (points_run("crd"), shard),
+    "dcpo, FSDP": (points_run("dcpo", {"beta": 5.0, "reference_every": 0}), shard),
     "nft on Stable Diffusion, FSDP": (shapes_run("nft", {"draws_per_sample": 1}, num_steps=2), shard_twice),
     "grpo on Stable Diffusion, LoRA, FSDP": (
         shapes_run("grpo", model_options=model_options("shapes", lora_rank=2)),
