@@ -16,7 +16,8 @@ from agents.training.config import TrainConfig
 from agents.training.progress import progress
 from denoise_env.mdp import DenoisingMDP
 from denoise_env.models import DenoisingModel
-from denoise_env.prompts import Prompt, load_prompts
+from denoise_env.prompt_files import load_prompts
+from denoise_env.prompts import Prompt
 from denoise_env.rewards import load_reward
 from denoise_env.worlds import PROMPT_SETS, WORLDS
 

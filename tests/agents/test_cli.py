@@ -3,6 +3,7 @@ import json
 import pytest
 
 from agents import cli
+from agents.commands import settings
 from agents.training.config import TrainConfig, as_dict
 from agents.training.presets import PRESETS
 
@@ -48,13 +49,13 @@ def test_a_configuration_survives_its_file(tmp_path, preset):
 
     config = dataclasses.replace(PRESETS[preset](), rewards={"shapes": 0.7, "shapes-correct": 1.4}, wandb=True)
     (tmp_path / "config.json").write_text(json.dumps(as_dict(config)))
-    assert cli.run_config(tmp_path) == config
+    assert settings.run_config(tmp_path) == config
 
 
 def test_a_toml_file_and_flags_override_the_preset(tmp_path):
     file = tmp_path / "settings.toml"
     file.write_text('model = "points"\niterations = 7\n[agent]\nlr = 0.5\nshared_noise = false\n')
-    config = cli.parse_config([*cli.read_config(str(file)), "--agent.lr", "0.25"], TrainConfig())
+    config = settings.parse_config([*settings.read_config(str(file)), "--agent.lr", "0.25"], TrainConfig())
     assert (config.model, config.iterations, config.agent_options.lr, config.agent_options.shared_noise) == (
         "points",
         7,
