@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         ),
         (
             "presets (--preset)",
-            {name: (make.__doc__ or "").splitlines()[0] for name, make in PRESETS.items()},
+            {name: preset.description for name, preset in PRESETS.items()},
         ),
         (
             "environments (gymnasium.make)",

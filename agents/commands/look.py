@@ -23,7 +23,7 @@ def run_eval(options: argparse.Namespace) -> int:
         with progress(total=total, desc=target, leave=False) as bar, found.agent.evaluation_weights():
             result = evaluate(
                 found.eval_mdp,
-                found.policy,
+                found.eval_policy,
                 found.eval_prompts,
                 options.images_per_prompt,
                 options.seed,
@@ -53,7 +53,7 @@ def run_sample(options: argparse.Namespace) -> int:
     with found.agent.evaluation_weights():
         latents, _ = sample(
             found.eval_mdp,
-            found.policy,
+            found.eval_policy,
             found.eval_prompts,
             options.images_per_prompt,
             options.seed,
@@ -73,7 +73,7 @@ def _experiment(target: str, options: argparse.Namespace) -> Experiment:
     config.model_options = with_flags(config.model_options, options.model_flags, options.command)
     config.conditioning_cache = options.conditioning_cache or config.conditioning_cache
     if options.num_steps is not None:
-        config.num_steps = options.num_steps
+        config.eval_num_steps = options.num_steps
     named = tuple(getattr(options, "rewards", None) or ())
     if options.prompts:
         config.eval_prompts = options.prompts

@@ -51,7 +51,7 @@ def read_config(path: str) -> list[str]:
 
 def parse_config(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
     """A configuration from flags; an unknown flag ends the program with the nearest name."""
-    presets = "\n".join(f"  {name}: {(make.__doc__ or '').strip().splitlines()[0]}" for name, make in PRESETS.items())
+    presets = "\n".join(f"  {name}: {preset.description}" for name, preset in PRESETS.items())
     return tyro.cli(
         TrainConfig,
         prog="denoise-env train",

@@ -68,7 +68,7 @@ class Looks:
         with progress(total=total, desc=f"evaluate at {iteration}", leave=False, disable=disable) as bar:
             found = evaluate(
                 experiment.eval_mdp,
-                experiment.policy,
+                experiment.eval_policy,
                 experiment.eval_prompts,
                 config.eval_images_per_prompt,
                 config.eval_seed,
@@ -85,7 +85,7 @@ class Looks:
         experiment, config = self._experiment, self._experiment.config
         prompts = experiment.eval_prompts[:GRID_PROMPTS]
         latents, _ = sample(
-            experiment.eval_mdp, experiment.policy, prompts, GRID_COLUMNS, config.eval_seed, config.microbatch
+            experiment.eval_mdp, experiment.eval_policy, prompts, GRID_COLUMNS, config.eval_seed, config.microbatch
         )
         if not self._first_rank:
             return

@@ -5,7 +5,7 @@ import pytest
 from agents import cli
 from agents.commands import settings
 from agents.training.config import TrainConfig, as_dict
-from agents.training.presets import PRESETS
+from agents.training.presets import PRESETS, make_config
 
 FAST = ["--preset", "points", "--iterations", "2", "--agent.group-size", "4", "--eval-images-per-prompt", "2"]
 
@@ -47,7 +47,9 @@ def test_list_names_everything(capsys):
 def test_a_configuration_survives_its_file(tmp_path, preset):
     import dataclasses
 
-    config = dataclasses.replace(PRESETS[preset](), rewards={"shapes": 0.7, "shapes-correct": 1.4}, wandb=True)
+    config = dataclasses.replace(
+        make_config(preset, model="shapes"), rewards={"shapes": 0.7, "shapes-correct": 1.4}, wandb=True
+    )
     (tmp_path / "config.json").write_text(json.dumps(as_dict(config)))
     assert settings.run_config(tmp_path) == config
 
@@ -110,7 +112,7 @@ def test_help_teaches(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "--preset NAME" in printed
     assert "Neighbouring samples of one prompt, G." in printed
-    assert "dancegrpo: DanceGRPO's Stable Diffusion 1.4 setting" in printed
+    assert "dancegrpo: DanceGRPO on Stable Diffusion 1.4" in printed
 
 
 def test_the_preset_goes_with_the_model(tmp_path):

@@ -471,7 +471,12 @@ def final(name, seed=0, iterations=30, **changes):
 
 def measure(experiment):
     found = evaluate(
-        experiment.eval_mdp, experiment.policy, experiment.eval_prompts, 128, 1234, best_of=experiment.agent.best_of
+        experiment.eval_mdp,
+        experiment.eval_policy,
+        experiment.eval_prompts,
+        128,
+        1234,
+        best_of=experiment.agent.best_of,
     )
     return found.means["points"], *found.intervals["points"]
 
