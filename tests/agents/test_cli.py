@@ -36,6 +36,14 @@ def test_train_eval_sample_and_resume(tmp_path, capsys):
     assert "no prompt file 'nowhere.txt'" in capsys.readouterr().err
 
 
+def test_a_trained_critic_is_evaluated_at_another_number_of_steps(tmp_path, capsys):
+    """The critic has a value for every step of its training."""
+    directory = tmp_path / "run"
+    assert cli.main(["train", *FAST, "--agent", "ppo", "--output-dir", str(directory)]) == 0
+    assert cli.main(["eval", str(directory), "--num-steps", "20", "--images-per-prompt", "2"]) == 0
+    assert "over 12 images" in capsys.readouterr().out
+
+
 def test_list_names_everything(capsys):
     assert cli.main(["list"]) == 0
     printed = capsys.readouterr().out

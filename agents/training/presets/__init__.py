@@ -85,8 +85,9 @@ def _agent_options(agent: str, old: AgentConfig, rows: int) -> AgentConfig:
     """Another agent's options, with what depends on the model as it is in ``old``."""
     kind = find_agent(agent)
     options: Any = kind.config_type()
+    known = {field.name for field in dataclasses.fields(options)} - set(kind.own_settings)
     for name in OF_THE_MODEL:
-        if name not in kind.own_settings and hasattr(old, name) and hasattr(options, name):
+        if name in known and hasattr(old, name):
             setattr(options, name, getattr(old, name))
     options.group_size = max(n for n in range(1, options.group_size + 1) if rows % n == 0)
     return options

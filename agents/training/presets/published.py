@@ -20,13 +20,8 @@ _LORA: dict[str, Any] = {"lora_rank": 32, "lora_alpha": 64.0}
 _RUN: dict[str, Any] = {"microbatch": 8, "eval_images_per_prompt": 4}
 _DDIM: dict[str, Any] = {"num_steps": 50, "kernel": "ddim", "eta": 1.0, **_RUN}
 _ODE_40: dict[str, Any] = {"num_steps": 10, "eval_num_steps": 40, "eval_kernel": "ode", "iterations": 100_000, **_RUN}
-_FLOW_SDE: dict[str, Any] = {
-    "kernel": "flow_sde",
-    "eta": 0.7,
-    "last_step": "sde",
-    "prompts_per_iteration": 48,
-    **_ODE_40,
-}
+_FLOW_SDE: dict[str, Any] = {"kernel": "flow_sde", "eta": 0.7, "prompts_per_iteration": 48, **_ODE_40}
+_NOISY_END: dict[str, Any] = {**_FLOW_SDE, "last_step": "sde"}
 
 
 def _sd1(description: str, model: str, agent: str, agent_options: dict, settings: dict, **changes: Any) -> Preset:
@@ -83,14 +78,14 @@ PUBLISHED: dict[str, Preset] = {
         "Flow-GRPO on Stable Diffusion 3.5 medium (GenEval): 10 noisy steps, a KL to the base model, LoRA.",
         "flow-grpo",
         _FLOW_GRPO,
-        _FLOW_SDE,
+        _NOISY_END,
     ),
     "flow-grpo-flux": Preset(
         "Flow-GRPO on FLUX.1-dev (PickScore): 6 noisy steps, no KL, LoRA.",
         FLUX,
         "flow-grpo",
         {**_FLOW_GRPO, "kl_coef": 0.0},
-        {**_FLOW_SDE, "num_steps": 6, "eval_num_steps": 28, "eta": 0.9},
+        {**_NOISY_END, "num_steps": 6, "eval_num_steps": 28, "eta": 0.9},
         {"guidance_scale": 3.5, "lora_rank": 64, "lora_alpha": 128.0, **_AT_512},
         "flux",
     ),
@@ -104,7 +99,7 @@ PUBLISHED: dict[str, Preset] = {
         "Flow-GRPO with coefficients-preserving sampling on Stable Diffusion 3.5 medium.",
         "flow-grpo",
         _FLOW_GRPO,
-        {**_FLOW_SDE, "kernel": "cps", "last_step": None, "reduction": "squared_error"},
+        {**_FLOW_SDE, "kernel": "cps", "reduction": "squared_error"},
     ),
     "mix-grpo": _flux(
         "MixGRPO on FLUX.1-dev: 25 steps, noise and training in a sliding window of 4, every weight.",
@@ -146,7 +141,7 @@ PUBLISHED: dict[str, Preset] = {
             "timestep_fraction": 1.0,
             "ema_decay": 0.9,
         },
-        _FLOW_SDE,
+        _NOISY_END,
     ),
     "flow-dppo": _sd35(
         "Flow-DPPO on Stable Diffusion 3.5 medium: a trust region of divergence instead of a clipped ratio.",

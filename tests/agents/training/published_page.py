@@ -77,7 +77,7 @@ def told(value):
 
 def table(head, rows):
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
 def differences():
@@ -86,15 +86,16 @@ def differences():
         ours, theirs = effective(name), published(name)
         rows = [[f"`{key}`", told(theirs[key]), told(ours[key]), why] for key, why in record["why"].items()]
         rows += [["–", rest["published"], rest["ours"], rest["why"]] for rest in record.get("rest", [])]
-        rows += [[f"`{key}`", "not stated", told(ours[key]), "–"] for key in record["unstated"]]
         body = table(["setting", "published", "here", "why"], rows) if rows else "Nothing differs.\n"
-        yield f"### {name}\n\n{record['of']}. From {record['source']}.\n\n{body}"
+        chosen = ", ".join(f"`{key}` {told(ours[key])}" for key in record["unstated"])
+        more = f"\nNot stated there, and chosen here: {chosen}.\n" if chosen else ""
+        yield f"### {name}\n\n{record['of']}. Source: {record['source']}.\n\n{body}{more}"
 
 
 def defaults():
     """Agent, setting, preset and default, where an agent's own default is not its preset's value."""
     for name, preset in PUBLISHED.items():
-        if name != preset.agent and preset.agent in PUBLISHED:
+        if name not in (preset.agent, "dancegrpo"):
             continue
         kind = find_agent(preset.agent).config_type
         for key, value in vars(kind(**preset.agent_options)).items():
@@ -106,12 +107,13 @@ def demo():
     """Setting, DanceGRPO's published preset, and the demo's two."""
     names = ("dancegrpo", "shapes", "points")
     values = [effective(name) for name in names]
-    values[2] = {key: value for key, value in values[2].items() if not key.startswith("model.")}
     values[1]["model.guidance_scale"] = 1.0  # the world's own
     for key in values[0]:
-        row = [own.get(key) for own in values]
-        if len({told(value) for value in row}) > 1:
-            yield [f"`{key}`", *map(told, row)]
+        row = [told(own.get(key)) for own in values]
+        if key.startswith("model."):
+            row[2] = "–"  # Points has none of these
+        if len(set(row[:2] if key.startswith("model.") else row)) > 1:
+            yield [f"`{key}`", *row]
 
 
 def page():

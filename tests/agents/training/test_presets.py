@@ -3,7 +3,7 @@ import torch
 
 from agents.algorithms import AGENTS
 from agents.training.experiment import build
-from agents.training.presets import make_config
+from agents.training.presets import PRESETS, make_config
 from agents.training.seeding import row_seeds
 
 
@@ -57,3 +57,20 @@ def test_another_agent_keeps_the_episodes_of_a_preset():
         learns = name not in ("base", "best-of-n", "zero-lr")
         assert config.agent_options.lr == (make_config("points").agent_options.lr if learns else 0)
     assert make_config("shapes", "ppo", rows=64).prompts_per_iteration == 64
+
+
+def test_a_run_measures_what_its_own_world_has():
+    """Shapes' attributes mean nothing on Points."""
+    assert make_config("shapes").eval_rewards == ("shapes-correct",)
+    assert make_config("shapes", model="points").eval_rewards == ()
+    assert make_config("points", model="shapes").eval_rewards == ("shapes-correct",)
+
+
+def test_another_models_microbatch_divides_its_update():
+    for name in PRESETS:
+        config = make_config(name, model="points-flow" if name == "points" else "points")
+        update = (
+            config.prompts_per_iteration * config.agent_options.group_size // config.agent_options.updates_per_rollout
+        )
+        assert update % config.microbatch == 0
+        assert config.microbatch * 2 > min(update, 128)
