@@ -60,7 +60,7 @@ def effective(name):
 
 def published(name):
     """Setting → published value of a preset."""
-    known = effective(name)
+    known = set(effective(name)) - set(DATA[name]["unstated"])
     common = {key: value for key, value in COMMON.items() if key in known}
     return {
         key: tuple(value) if isinstance(value, list) else value
