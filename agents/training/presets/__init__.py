@@ -18,6 +18,8 @@ PRESETS: dict[str, Preset] = {**DEMO, **PUBLISHED}
 """Name → preset."""
 OF_THE_CHECKPOINT = ("height", "width")
 """Settings of a model that another model does not take over: its checkpoint was trained for a size of its own."""
+OF_LARGE_MODELS = ("dtype", "gradient_checkpointing")
+"""Settings that save memory. The embedded worlds, which are small, do not take them over."""
 OF_THE_MODEL = ("lr", "step_weighting", "ema_decay", "ema_warmup", "ema_every")
 """Settings of a preset's agent that another agent takes over, since they depend on the model at least as much."""
 MICROBATCH = 128
@@ -34,7 +36,7 @@ def make_config(
     own that divides the episodes.
 
     Another model takes the preset's settings that its family has, except for the image's size, which is the
-    checkpoint's own. A kernel that the model's path lacks (such as "flow_sde" on a diffusion) is left out, and with it
+    checkpoint's own; an embedded world, which is small, keeps its precision too. A kernel that the model's path lacks (such as "flow_sde" on a diffusion) is left out, and with it
     its ``eta``, ``last_step`` and ``reduction``: the run has the default kernel of that path. The microbatch is the
     largest up to `MICROBATCH` that divides the episodes of an update. What a run measures beside its rewards is always
     the model's world's.
@@ -77,8 +79,10 @@ def _model_options(preset: Preset, model: str) -> ModelOptions:
     if model == preset.model:
         return model_options(model, **preset.model_options)
     plain = model_options(model)
-    carried = {n: v for n, v in preset.model_options.items() if hasattr(plain, n) and n not in OF_THE_CHECKPOINT}
-    return dataclasses.replace(plain, **carried)
+    left = OF_THE_CHECKPOINT + (OF_LARGE_MODELS if model in WORLDS else ())
+    return dataclasses.replace(
+        plain, **{n: v for n, v in preset.model_options.items() if hasattr(plain, n) and n not in left}
+    )
 
 
 def _agent_options(agent: str, old: AgentConfig, rows: int) -> AgentConfig:
