@@ -36,10 +36,10 @@ def make_config(
     own that divides the episodes.
 
     Another model takes the preset's settings that its family has, except for the image's size, which is the
-    checkpoint's own; an embedded world, which is small, keeps its precision too. A kernel that the model's path lacks (such as "flow_sde" on a diffusion) is left out, and with it
-    its ``eta``, ``last_step`` and ``reduction``: the run has the default kernel of that path. The microbatch is the
-    largest up to `MICROBATCH` that divides the episodes of an update. What a run measures beside its rewards is always
-    the model's world's.
+    checkpoint's own; an embedded world, which is small, keeps its precision too. A kernel that the model's path lacks
+    (such as "flow_sde" on a diffusion) is left out, and with it its ``eta``, ``last_step`` and ``reduction``: the run
+    has the default kernel of that path. The microbatch is the largest up to `MICROBATCH` that divides the episodes of
+    an update. What a run measures beside its rewards is always the model's world's.
 
     Args:
         preset: a name in `PRESETS`.
