@@ -33,7 +33,7 @@ from agents.generic.torchrl import TorchRLPPO, TorchRLPPOConfig
 from agents.training.evaluation import bootstrap
 from denoise_env import DenoiseTorchRLEnv, DenoiseVectorEnv, DenoisingMDP
 from denoise_env.conventions import ActionConvention, Control, Flat, Noise
-from denoise_env.prompts import load_prompts
+from denoise_env.prompt_files import load_prompts
 from denoise_env.sb3 import SB3VecEnv
 from denoise_env.torchrl_transforms import ActionTransform, FlatTransform
 from denoise_env.worlds import PROMPT_SETS, SHAPES

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from denoise_env.kernels import CPS, DDIM, KERNELS, ODE, DanceSDE, FlowSDE, Kernel, Schedule, Transition
     from denoise_env.mdp import DenoisingMDP, Scores, State
     from denoise_env.models import DenoisingModel, Family, ModelOptions, load_model
-    from denoise_env.prompts import Prompt, load_prompts
+    from denoise_env.prompt_files import load_prompts
+    from denoise_env.prompts import Prompt
     from denoise_env.rewards import Reward, load_reward
     from denoise_env.torchrl_env import DenoiseTorchRLEnv
     from denoise_env.wrappers import ControlAction, FlatObservation, NoiseAction
@@ -62,7 +63,8 @@ _HOMES = {
     "kernels": ("CPS", "DDIM", "KERNELS", "ODE", "DanceSDE", "FlowSDE", "Kernel", "Schedule", "Transition"),
     "mdp": ("DenoisingMDP", "Scores", "State"),
     "models": ("DenoisingModel", "Family", "ModelOptions", "load_model"),
-    "prompts": ("Prompt", "load_prompts"),
+    "prompt_files": ("load_prompts",),
+    "prompts": ("Prompt",),
     "rewards": ("Reward", "load_reward"),
     "torchrl_env": ("DenoiseTorchRLEnv",),
     "wrappers": ("ControlAction", "FlatObservation", "NoiseAction"),

@@ -23,7 +23,8 @@ from denoise_env.conditioning import GIB, ConditioningStore
 from denoise_env.kernels import KERNELS, Kernel
 from denoise_env.models import DenoisingModel, ModelOptions, find_family, load_model
 from denoise_env.naming import suggest
-from denoise_env.prompts import Prompt, check_prompts, load_prompts
+from denoise_env.prompt_files import load_prompts
+from denoise_env.prompts import Prompt, check_prompts
 from denoise_env.rewards import Reward, load_reward
 from denoise_env.worlds import DEFAULT, PROMPT_SETS, WORLDS
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from denoise_env.prompts import Prompt, PromptImage, check_prompts, load_prompts
+from denoise_env.prompt_files import load_prompts
+from denoise_env.prompts import Prompt, PromptImage, check_prompts
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
 NESTED = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "score": 0.5, "hard": True, "note": None}
@@ -564,6 +565,6 @@ def test_what_is_neither_a_set_nor_a_file_is_refused(source, named, message):
 
 
 def test_importing_is_light():
-    code = "import sys, denoise_env.prompts; print([m for m in ('torch', 'PIL', 'diffusers') if m in sys.modules])"
+    code = "import sys, denoise_env.prompt_files; print([m for m in ('torch', 'PIL', 'diffusers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -45,6 +45,9 @@ class TrainConfig:
     Default: ddim for a diffusion model, dance_sde for a flow model."""
     eta: float | None = None
     """How much noise the kernel adds; 0 adds none. Default: the kernel's own (ddim 1.0, dance_sde 0.3)."""
+    last_step: Literal["sde", "ode"] | None = None
+    """Whether the kernel's last step is noisy too ("sde") or deterministic ("ode"). Default: the kernel's own (ddim
+    "sde", the others "ode")."""
     reduction: Literal["mean", "sum", "squared_error"] = "mean"
     """How a step's log-prob is reduced over latent dimensions: averaged, as is common ("mean"), or summed, which is the
     true log-density ("sum"). "squared_error" is minus the mean squared error; it is no density, and only there for
@@ -73,6 +76,11 @@ class TrainConfig:
     eval_points: int = 0
     """Divide the network_budget into this many equal parts and evaluate after each, instead of every eval_every
     iterations; 0 turns this off."""
+    eval_num_steps: int | None = None
+    """Denoising steps of an image in evaluations and pictures. Default: num_steps."""
+    eval_kernel: str | None = None
+    """Transition kernel of evaluations and pictures, with its own noise level; "ode" samples without noise. Default:
+    the training's kernel and noise level."""
     eval_kl: bool = False
     """Measure in every evaluation the KL of the policy's trajectories to the base model. It doubles the evaluation's
     network calls."""

@@ -16,7 +16,8 @@ from agents.training.config import TrainConfig
 from agents.training.progress import progress
 from denoise_env.mdp import DenoisingMDP
 from denoise_env.models import DenoisingModel
-from denoise_env.prompts import Prompt, load_prompts
+from denoise_env.prompt_files import load_prompts
+from denoise_env.prompts import Prompt
 from denoise_env.rewards import load_reward
 from denoise_env.worlds import PROMPT_SETS, WORLDS
 
@@ -25,12 +26,22 @@ EVAL_PROMPTS = 32  # of the training prompts, where no others were named
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything a configuration stands for, built and checked."""
+    """Everything a configuration stands for, built and checked.
+
+    Attributes:
+        config: the configuration.
+        mdp: the environment that the agent trains in.
+        eval_mdp: the environment of evaluations, with the same model: their prompts, rewards and number of steps.
+        policy: the policy that acts in ``mdp`` and is trained.
+        eval_policy: the policy that acts in ``eval_mdp``: the same network, with the evaluations' kernel.
+        agent: the algorithm.
+    """
 
     config: TrainConfig
     mdp: DenoisingMDP
     eval_mdp: DenoisingMDP
     policy: DenoisingPolicy
+    eval_policy: DenoisingPolicy
     agent: Agent
 
     @property
@@ -97,17 +108,25 @@ def build(
         mdp.model,
         {**mdp.rewards, **extra},
         load_prompts(held_out, PROMPT_SETS) if held_out else mdp.drawn_prompts[:EVAL_PROMPTS],
-        config.num_steps,
+        config.num_steps if config.eval_num_steps is None else config.eval_num_steps,
         reward_weights={**mdp.reward_weights, **dict.fromkeys(extra, 0.0)},
         microbatch=config.microbatch,
         conditioning=mdp.conditioning,
     )
-    policy = DenoisingPolicy(mdp, config.kernel, config.eta, reduction=config.reduction)
+    kernel = (config.kernel, config.eta, config.last_step)
+    policy = DenoisingPolicy(mdp, *kernel, reduction=config.reduction)
+    eval_kernel = (config.eval_kernel, None, None) if config.eval_kernel else kernel
+    eval_policy = DenoisingPolicy(eval_mdp, *eval_kernel, reduction=config.reduction)
     agent = find_agent(config.agent)(policy, config.agent_options, config.seed, microbatch, ranks)
     agent.check_rows(rows)
+    if config.eval_kl and config.eval_kernel and not eval_policy.kernel.stochastic.any():
+        raise ValueError(
+            f"eval_kl is the KL of noisy steps, and the evaluations' kernel {config.eval_kernel!r} has none: leave "
+            "eval_kl or eval_kernel out"
+        )
     if config.eval_kl:
         mdp.model.keep_reference()
-    return Experiment(config, mdp, eval_mdp, policy, agent)
+    return Experiment(config, mdp, eval_mdp, policy, eval_policy, agent)
 
 
 def warm_up(experiment: Experiment) -> None:

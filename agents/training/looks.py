@@ -70,7 +70,7 @@ class Looks:
         with progress(total=total, desc=f"evaluate at {iteration}", leave=False, disable=disable) as bar:
             found = evaluate(
                 experiment.eval_mdp,
-                experiment.policy,
+                experiment.eval_policy,
                 experiment.eval_prompts,
                 config.eval_images_per_prompt,
                 config.eval_seed,
@@ -87,7 +87,9 @@ class Looks:
         experiment, config = self._experiment, self._experiment.config
         prompts, model = experiment.eval_prompts[:GRID_PROMPTS], experiment.mdp.model
         count = model.portrait_size or GRID_COLUMNS
-        latents, _ = sample(experiment.eval_mdp, experiment.policy, prompts, count, config.eval_seed, config.microbatch)
+        latents, _ = sample(
+            experiment.eval_mdp, experiment.eval_policy, prompts, count, config.eval_seed, config.microbatch
+        )
         if not self._first_rank:
             return
         path = pictures / f"{iteration:06d}.png"

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -117,6 +117,26 @@ def load_model(
     return family.load(checkpoint, options or model_options(model, **changes), device)
 
 
+def outline(model: str, options: ModelOptions | None = None) -> DenoisingModel:
+    """A model without its weights, where its family can do that, and else the model itself on the CPU.
+
+    Args:
+        model: as in `find_family`.
+        options: the options of the model's family; default: the model's own.
+
+    Raises:
+        ValueError: no such model, or a configuration that cannot be read.
+    """
+    family, checkpoint, _ = find_family(model)
+    options = options or model_options(model)
+    return family.outline(checkpoint, options) if family.outline else family.load(checkpoint, options, "cpu")
+
+
+def model_path(model: str, options: ModelOptions | None = None) -> Literal["diffusion", "flow"]:
+    """The path of a model's noise schedule; arguments and errors as in `outline`."""
+    return find_family(model)[0].path or outline(model, options).schedule(1).path
+
+
 __all__ = [
     "FAMILIES",
     "DenoisingModel",
@@ -127,4 +147,6 @@ __all__ = [
     "find_family",
     "load_model",
     "model_options",
+    "model_path",
+    "outline",
 ]

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from tensordict import TensorDict
@@ -35,6 +35,8 @@ class Family:
         outline: a function (checkpoint, options) → the model without weights, on the meta device; default: ``load`` on
             the CPU.
         classes: the values of ``_class_name`` in a checkpoint's ``model_index.json`` that are this family's.
+        path: "diffusion" or "flow", the path of the noise schedule where all models of the family have the same;
+            default: an outline of the model is asked.
         preset: the name of the preset in `agents.training.presets` that a run's defaults come from, unless the run
             names another.
     """
@@ -44,6 +46,7 @@ class Family:
     load: Callable[[str | None, Any, str | torch.device], "DenoisingModel"]
     outline: Callable[[str | None, Any], "DenoisingModel"] | None = None
     classes: tuple[str, ...] = ()
+    path: Literal["diffusion", "flow"] | None = None
     preset: str = "dancegrpo"
 
     @property

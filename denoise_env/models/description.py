@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from denoise_env.models import ModelOptions, find_family, model_options
+from denoise_env.models import ModelOptions, find_family, outline
 from denoise_env.models.base import DenoisingModel
 from denoise_env.prompts import Prompt
 
@@ -56,21 +56,19 @@ def describe(model: str, options: ModelOptions | None = None) -> Description:
     Raises:
         ValueError: no such model, or a configuration that cannot be read.
     """
-    family, checkpoint, _ = find_family(model)
-    options = options or model_options(model)
-    outline = family.outline(checkpoint, options) if family.outline else family.load(checkpoint, options, "cpu")
-    parameters = list(outline.network.parameters())
-    trainable = list(outline.trainable().values())
-    conditioning = outline.encode([_prompt(outline)])
-    frozen = outline.frozen()
+    found = outline(model, options)
+    parameters = list(found.network.parameters())
+    trainable = list(found.trainable().values())
+    conditioning = found.encode([_prompt(found)])
+    frozen = found.frozen()
     return Description(
-        family=family.name,
-        latents=tuple(outline.latent_shape),
-        rows_per_sample=outline.rows_per_sample,
+        family=find_family(model)[0].name,
+        latents=tuple(found.latent_shape),
+        rows_per_sample=found.rows_per_sample,
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in trainable),
         conditioning={name: tuple(tensor.shape[1:]) for name, tensor in conditioning.items()},
-        latent_bytes=prod(outline.latent_shape) * outline.dtype.itemsize,
+        latent_bytes=prod(found.latent_shape) * found.dtype.itemsize,
         conditioning_bytes=sum(tensor.nbytes for tensor in conditioning.values()),
         weight_bytes=sum(p.nbytes for p in parameters),
         frozen_bytes=sum(p.nbytes for module in frozen.values() for p in module.parameters()),

@@ -143,4 +143,5 @@ FAMILY = Family(
     load=StableDiffusion.load,
     outline=StableDiffusion.outline,
     classes=("StableDiffusionPipeline",),
+    path="diffusion",
 )

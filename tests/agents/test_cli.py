@@ -3,8 +3,9 @@ import json
 import pytest
 
 from agents import cli
+from agents.commands import settings
 from agents.training.config import TrainConfig, as_dict
-from agents.training.presets import PRESETS
+from agents.training.presets import PRESETS, make_config
 
 FAST = ["--preset", "points", "--iterations", "2", "--agent.group-size", "4", "--eval-images-per-prompt", "2"]
 
@@ -35,6 +36,14 @@ def test_train_eval_sample_and_resume(tmp_path, capsys):
     assert "no prompt file 'nowhere.txt'" in capsys.readouterr().err
 
 
+def test_a_trained_critic_is_evaluated_at_another_number_of_steps(tmp_path, capsys):
+    """The critic has a value for every step of its training."""
+    directory = tmp_path / "run"
+    assert cli.main(["train", *FAST, "--agent", "ppo", "--output-dir", str(directory)]) == 0
+    assert cli.main(["eval", str(directory), "--num-steps", "20", "--images-per-prompt", "2"]) == 0
+    assert "over 12 images" in capsys.readouterr().out
+
+
 def test_list_names_everything(capsys):
     assert cli.main(["list"]) == 0
     printed = capsys.readouterr().out
@@ -46,15 +55,17 @@ def test_list_names_everything(capsys):
 def test_a_configuration_survives_its_file(tmp_path, preset):
     import dataclasses
 
-    config = dataclasses.replace(PRESETS[preset](), rewards={"shapes": 0.7, "shapes-correct": 1.4}, wandb=True)
+    config = dataclasses.replace(
+        make_config(preset, model="shapes"), rewards={"shapes": 0.7, "shapes-correct": 1.4}, wandb=True
+    )
     (tmp_path / "config.json").write_text(json.dumps(as_dict(config)))
-    assert cli.run_config(tmp_path) == config
+    assert settings.run_config(tmp_path) == config
 
 
 def test_a_toml_file_and_flags_override_the_preset(tmp_path):
     file = tmp_path / "settings.toml"
     file.write_text('model = "points"\niterations = 7\n[agent]\nlr = 0.5\nshared_noise = "none"\n')
-    config = cli.parse_config([*cli.read_config(str(file)), "--agent.lr", "0.25"], TrainConfig())
+    config = settings.parse_config([*settings.read_config(str(file)), "--agent.lr", "0.25"], TrainConfig())
     assert (config.model, config.iterations, config.agent_options.lr, config.agent_options.shared_noise) == (
         "points",
         7,
@@ -109,7 +120,7 @@ def test_help_teaches(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "--preset NAME" in printed
     assert "Neighbouring samples of one prompt, G." in printed
-    assert "dancegrpo: DanceGRPO's Stable Diffusion 1.4 setting" in printed
+    assert "dancegrpo: DanceGRPO on Stable Diffusion 1.4" in printed
 
 
 def test_the_preset_goes_with_the_model(tmp_path):

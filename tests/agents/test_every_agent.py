@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from agents import cli
 from agents.algorithms import AGENTS
+from agents.commands.settings import run_config
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
 from agents.training import loop
@@ -272,7 +273,7 @@ def test_every_agent_trains_from_the_command_line(name, tmp_path, monkeypatch, c
     flags += ["--agent.group-size", "4", "--output-dir", str(tmp_path / "run")]
     assert cli.main(["train", "--preset", "points", "--agent", name, *flags]) == 0
     assert "evaluation prompts, mean reward 'points'" in capsys.readouterr().out
-    assert cli.run_config(tmp_path / "run").agent == name
+    assert run_config(tmp_path / "run").agent == name
 
 
 def changed(config):
@@ -300,7 +301,7 @@ def test_every_agents_configuration_survives_its_file(name, tmp_path):
         for agent in (config.agent_options, changed(config.agent_options)):
             full = dataclasses.replace(config, agent_options=agent)
             (tmp_path / "config.json").write_text(json.dumps(as_dict(full)))
-            assert cli.run_config(tmp_path) == full
+            assert run_config(tmp_path) == full
 
 
 @pytest.mark.parametrize("preset", ["shapes", "points"])
@@ -498,7 +499,12 @@ def final(name, seed=0, iterations=30, **changes):
 
 def measure(experiment):
     found = evaluate(
-        experiment.eval_mdp, experiment.policy, experiment.eval_prompts, 128, 1234, best_of=experiment.agent.best_of
+        experiment.eval_mdp,
+        experiment.eval_policy,
+        experiment.eval_prompts,
+        128,
+        1234,
+        best_of=experiment.agent.best_of,
     )
     return found.means["points"], *found.intervals["points"]
 

@@ -1,16 +1,14 @@
-import dataclasses
-
 import pytest
 import torch
 
 from agents.algorithms import AGENTS
 from agents.training.experiment import build
-from agents.training.presets import dancegrpo, make_config, points
+from agents.training.presets import PRESETS, make_config
 from agents.training.seeding import row_seeds
 
 
 def test_the_dancegrpo_preset_is_danceGRPOs_setting():
-    config = dancegrpo()
+    config = make_config("dancegrpo")
     assert config.prompts_per_iteration * config.agent_options.group_size == 512
     assert (config.num_steps, config.eta, config.model_options.guidance_scale, config.kernel) == (50, 1.0, 5.0, "ddim")
     agent = config.agent_options
@@ -23,12 +21,7 @@ def test_the_dancegrpo_preset_is_danceGRPOs_setting():
         "mean",
         0,
     )
-    tiny = dataclasses.replace(
-        config,
-        model="shapes",
-        model_options=dataclasses.replace(config.model_options, height=32, width=32, dtype="fp32"),
-    )
-    experiment = build(tiny)
+    experiment = build(make_config("dancegrpo", model="shapes"))
     steps = experiment.agent.select_steps(row_seeds(0, "rollout", 1, 512))
     assert steps.shape == (512, 49)
     assert steps.max() == 48
@@ -37,7 +30,7 @@ def test_the_dancegrpo_preset_is_danceGRPOs_setting():
 
 
 def test_points_preset_builds():
-    assert build(points()).agent.group_size == 16
+    assert build(make_config("points")).agent.group_size == 16
 
 
 def test_an_agent_of_ones_own_is_found_by_module_and_class(tmp_path, monkeypatch):
@@ -64,3 +57,20 @@ def test_another_agent_keeps_the_episodes_of_a_preset():
         learns = name not in ("base", "best-of-n", "zero-lr")
         assert config.agent_options.lr == (make_config("points").agent_options.lr if learns else 0)
     assert make_config("shapes", "ppo", rows=64).prompts_per_iteration == 64
+
+
+def test_a_run_measures_what_its_own_world_has():
+    """Shapes' attributes mean nothing on Points."""
+    assert make_config("shapes").eval_rewards == ("shapes-correct",)
+    assert make_config("shapes", model="points").eval_rewards == ()
+    assert make_config("points", model="shapes").eval_rewards == ("shapes-correct",)
+
+
+def test_another_models_microbatch_divides_its_update():
+    for name in PRESETS:
+        config = make_config(name, model="points-flow" if name == "points" else "points")
+        update = (
+            config.prompts_per_iteration * config.agent_options.group_size // config.agent_options.updates_per_rollout
+        )
+        assert update % config.microbatch == 0
+        assert config.microbatch * 2 > min(update, 128)

@@ -1,0 +1,129 @@
+"""A configuration from what is typed and from files, and back: flags, TOML and JSON all say the same."""
+
+import argparse
+import dataclasses
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from agents.training.config import TrainConfig
+from agents.training.presets import PRESETS
+from denoise_env.models import ModelOptions, check_options, families
+from denoise_env.worlds import DEFAULT
+
+
+def flags(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """A nested mapping as command-line flags, so that a file says exactly what flags can say."""
+    found: list[str] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}".replace("_", "-")
+        if isinstance(value, dict) and key == "rewards":
+            found += [f"--{name}", *(str(part) for pair in value.items() for part in pair)]
+        elif isinstance(value, dict):
+            found += flags(value, f"{name}.")
+        elif isinstance(value, bool):
+            head, _, last = name.rpartition(".")
+            dot = f"{head}." if head else ""
+            found.append(f"--{name}" if value else f"--{dot}no-{last}")
+        elif isinstance(value, (list, tuple)):
+            found += [f"--{name}", *map(str, value)]
+        else:
+            found += [f"--{name}", str(value)]
+    return found
+
+
+def read_config(path: str) -> list[str]:
+    """The flags that a TOML or JSON file stands for.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    try:
+        text = Path(path).read_text()
+        return flags(json.loads(text) if path.endswith(".json") else tomllib.loads(text))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the configuration {path!r}: {error}") from error
+
+
+def parse_config(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
+    """A configuration from flags; an unknown flag ends the program with the nearest name."""
+    presets = "\n".join(f"  {name}: {preset.description}" for name, preset in PRESETS.items())
+    return tyro.cli(
+        TrainConfig,
+        prog="denoise-env train",
+        args=list(arguments),
+        default=default,
+        description=(
+            "Train an agent. Without flags: the five-minute demo on the tiny Stable Diffusion.\n\n"
+            "First the preset, then the file, then the flags:\n"
+            "  --preset NAME   where the defaults below come from; by default what goes with --model\n"
+            "  --agent NAME    the algorithm, with its published settings (denoise-env list); by default grpo\n"
+            "  --config FILE   TOML or JSON with any of the settings below\n"
+            "  --resume DIR    continue the run in DIR from its newest checkpoint\n\n"
+            f"Presets:\n{presets}"
+        ),
+    )
+
+
+def model_and_agent(arguments: Sequence[str]) -> tuple[str | None, str | None, list[str]]:
+    """The model's and the agent's name, as flags or a file give them, and the other arguments."""
+    find = argparse.ArgumentParser(prog="denoise-env train", add_help=False, allow_abbrev=False)
+    find.add_argument("--model", "--model.name")
+    find.add_argument("--model.family")  # a saved configuration has it; what counts is the model
+    find.add_argument("--agent", "--agent.name")
+    found, rest = find.parse_known_args(arguments)
+    return found.model, found.agent, rest
+
+
+def run_config(directory: Path) -> TrainConfig:
+    """The configuration of a run's directory.
+
+    Raises:
+        ValueError: the directory holds no run.
+    """
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"there is no run in {directory} (no config.json)")
+    typed = read_config(str(directory / "config.json"))
+    model, agent, rest = model_and_agent(typed)
+    known = {family.name: family.options for family in families()}
+    named = typed[typed.index("--model.family") + 1] if "--model.family" in typed else None
+    options: Any = known[named]() if named in known else None  # so that no hub is asked what the model is
+    return parse_config(rest, TrainConfig(model=model or DEFAULT, model_options=options, agent=agent or "grpo"))
+
+
+def split_model_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments in two lists: all but the ``--model.`` flags; and these, each as "--model.name=value"."""
+    switches = {f.name for family in families() for f in dataclasses.fields(family.options) if f.type in (bool, "bool")}
+    plain: list[str] = []
+    model: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name = argument.removeprefix("--model.").removeprefix("no-").replace("-", "_")
+        if not argument.startswith("--model."):
+            plain.append(argument)
+        elif "=" in argument or name in switches:
+            model.append(argument)
+        else:
+            model.append(f"{argument}={next(rest, '')}")
+    return plain, model
+
+
+def check_model_flags(options: ModelOptions, flags: Sequence[str]) -> None:
+    """Raise a ``ValueError`` for ``--model.`` flags that a family lacks."""
+    names = [flag.removeprefix("--model.").partition("=")[0] for flag in flags if flag.startswith("--model.")]
+    check_options(type(options), [name.removeprefix("no-").replace("-", "_") for name in names])
+
+
+def with_flags(options: ModelOptions, flags: Sequence[str], command: str) -> ModelOptions:
+    """A model's options, changed as ``--model.`` flags say.
+
+    Raises:
+        ValueError: the family lacks an option.
+    """
+    check_model_flags(options, flags)
+    arguments = [f"--{flag.removeprefix('--model.')}" for flag in flags]
+    return tyro.cli(type(options), prog=f"denoise-env {command} MODEL --model.", args=arguments, default=options)

@@ -1,0 +1,33 @@
+"""The presets of the embedded worlds: GRPO at sizes for a laptop.
+
+They are no published settings. What they change of DanceGRPO's, `agents.training.presets.published` has under
+"dancegrpo", is: the model; 10 steps instead of 50, and no guidance; 128 or 96 images a rollout instead of 512, trained
+once instead of twice; 6 of the 9 trainable steps instead of all; a higher learning rate; the steps weighed by their std
+(``step_weighting``) instead of alike; and an average of the weights. ``docs/published-settings.md`` lists every value.
+"""
+
+from agents.training.presets.record import Preset
+
+DEMO: dict[str, Preset] = {
+    "shapes": Preset(
+        "GRPO on the shipped tiny Stable Diffusion: minutes on a laptop. The default.",
+        model="shapes",
+        agent="grpo",
+        agent_options={"lr": 1e-4, "step_weighting": "std", "ema_decay": 0.97},
+        settings={"iterations": 130, "eval_images_per_prompt": 64},
+    ),
+    "points": Preset(
+        "GRPO on 2-D Gaussian mixtures: seconds.",
+        model="points",
+        agent="grpo",
+        agent_options={"lr": 3e-3, "step_weighting": "std", "ema_decay": 0.9},
+        settings={
+            "prompts_per_iteration": 6,
+            "microbatch": None,
+            "iterations": 100,
+            "eval_images_per_prompt": 128,
+            "checkpoint_every": 50,
+        },
+    ),
+}
+"""Name → preset."""

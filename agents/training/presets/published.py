@@ -1,0 +1,239 @@
+"""Every algorithm's published settings, for the model family that they were published for.
+
+Where a value comes from, and where and why one differs from what was published, is in ``docs/published-settings.md``.
+What an entry leaves out is the algorithm's own default. Prompts and rewards are not part of a preset.
+"""
+
+from typing import Any
+
+from agents.training.presets.record import Preset
+
+SD14 = "CompVis/stable-diffusion-v1-4"
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SD35 = "stabilityai/stable-diffusion-3.5-medium"
+FLUX = "black-forest-labs/FLUX.1-dev"
+
+_MEMORY: dict[str, Any] = {"dtype": "bf16", "gradient_checkpointing": True}
+_AT_512: dict[str, Any] = {"height": 512, "width": 512, **_MEMORY}
+_AT_720: dict[str, Any] = {"height": 720, "width": 720, "guidance_scale": 3.5, "shift": 3.0, **_MEMORY}
+_LORA: dict[str, Any] = {"lora_rank": 32, "lora_alpha": 64.0}
+_RUN: dict[str, Any] = {"microbatch": 8, "eval_images_per_prompt": 4}
+_DDIM: dict[str, Any] = {"num_steps": 50, "kernel": "ddim", "eta": 1.0, **_RUN}
+_ODE_40: dict[str, Any] = {"num_steps": 10, "eval_num_steps": 40, "eval_kernel": "ode", "iterations": 100_000, **_RUN}
+_FLOW_SDE: dict[str, Any] = {"kernel": "flow_sde", "eta": 0.7, "prompts_per_iteration": 48, **_ODE_40}
+_NOISY_END: dict[str, Any] = {**_FLOW_SDE, "last_step": "sde"}
+
+
+def _sd1(description: str, model: str, agent: str, agent_options: dict, settings: dict, **changes: Any) -> Preset:
+    options = {"guidance_scale": 5.0, **_AT_512, **changes}
+    return Preset(description, model, agent, agent_options, {**_DDIM, **settings}, options, "stable-diffusion")
+
+
+def _sd35(description: str, agent: str, agent_options: dict, settings: dict, **changes: Any) -> Preset:
+    options = {"guidance_scale": 4.5, **_AT_512, **_LORA, **changes}
+    return Preset(description, SD35, agent, agent_options, settings, options, "stable-diffusion-3")
+
+
+def _flux(description: str, agent: str, agent_options: dict, settings: dict, **changes: Any) -> Preset:
+    return Preset(description, FLUX, agent, agent_options, {**_RUN, **settings}, {**_AT_720, **changes}, "flux")
+
+
+_FLOW_GRPO: dict[str, Any] = {
+    "group_size": 24,
+    "updates_per_rollout": 2,
+    "lr": 3e-4,
+    "clip_range": 1e-4,
+    "shared_noise": False,
+    "timestep_fraction": 1.0,
+    "advantage_std": "rewards",
+    "kl_coef": 0.04,
+    "kl_scaling": "code",
+    "ema_decay": 0.9,
+}
+_FAST: dict[str, Any] = {
+    **_FLOW_GRPO,
+    "clip_range": 1e-5,
+    "kl_coef": 0.0,
+    "shared_noise": True,
+    "window_size": 2,
+    "window_strategy": "random",
+}
+_FLUX_GRPO: dict[str, Any] = {"group_size": 12, "lr": 1e-5, "clip_range": 1e-4}
+
+PUBLISHED: dict[str, Preset] = {
+    "dancegrpo": _sd1(
+        "DanceGRPO on Stable Diffusion 1.4: 50 DDIM steps, groups of 16 from shared noise, every weight.",
+        SD14,
+        "grpo",
+        {"group_size": 16, "lr": 1e-5, "clip_range": 1e-4, "updates_per_rollout": 2, "timestep_fraction": 1.0},
+        {"iterations": 300, "prompts_per_iteration": 32},
+    ),
+    "dancegrpo-flux": _flux(
+        "DanceGRPO on FLUX.1-dev: 16 steps of its SDE, groups of 12 from shared noise, every weight.",
+        "grpo",
+        {**_FLUX_GRPO, "updates_per_rollout": 2, "timestep_fraction": 0.6},
+        {"num_steps": 16, "kernel": "dance_sde", "eta": 0.3, "iterations": 300, "prompts_per_iteration": 16},
+    ),
+    "flow-grpo": _sd35(
+        "Flow-GRPO on Stable Diffusion 3.5 medium (GenEval): 10 noisy steps, a KL to the base model, LoRA.",
+        "flow-grpo",
+        _FLOW_GRPO,
+        _NOISY_END,
+    ),
+    "flow-grpo-flux": Preset(
+        "Flow-GRPO on FLUX.1-dev (PickScore): 6 noisy steps, no KL, LoRA.",
+        FLUX,
+        "flow-grpo",
+        {**_FLOW_GRPO, "kl_coef": 0.0},
+        {**_NOISY_END, "num_steps": 6, "eval_num_steps": 28, "eta": 0.9},
+        {"guidance_scale": 3.5, "lora_rank": 64, "lora_alpha": 128.0, **_AT_512},
+        "flux",
+    ),
+    "flow-grpo-fast": _sd35(
+        "Flow-GRPO-Fast on Stable Diffusion 3.5 medium (PickScore): noise and training in a window of 2 steps.",
+        "flow-grpo-fast",
+        _FAST,
+        {**_FLOW_SDE, "eta": 0.8},
+    ),
+    "flow-cps": _sd35(
+        "Flow-GRPO with coefficients-preserving sampling on Stable Diffusion 3.5 medium.",
+        "flow-grpo",
+        _FLOW_GRPO,
+        {**_FLOW_SDE, "kernel": "cps", "reduction": "squared_error"},
+    ),
+    "mix-grpo": _flux(
+        "MixGRPO on FLUX.1-dev: 25 steps, noise and training in a sliding window of 4, every weight.",
+        "mix-grpo",
+        {
+            **_FLUX_GRPO,
+            "updates_per_rollout": 4,
+            "window_size": 4,
+            "window_strategy": "progressive",
+            "window_stride": 1,
+            "window_every": 25,
+        },
+        {"num_steps": 25, "kernel": "flow_sde", "eta": 0.7, "iterations": 300, "prompts_per_iteration": 32},
+    ),
+    "tempflow": _sd35(
+        "TempFlow-GRPO on Stable Diffusion 3.5 medium (GenEval): groups branch at one step, weighed by its noise.",
+        "tempflow",
+        {
+            "group_size": 6,
+            "updates_per_rollout": 2,
+            "lr": 3e-4,
+            "clip_range": 1e-4,
+            "kl_coef": 0.004,
+            "window_size": 1,
+            "window_strategy": "random",
+            "ema_decay": 0.9,
+        },
+        {**_FLOW_SDE, "iterations": 3000},
+    ),
+    "grpo-guard": _sd35(
+        "GRPO-Guard on Stable Diffusion 3.5 medium (GenEval): normalised ratios, balanced steps.",
+        "grpo-guard",
+        {
+            "group_size": 24,
+            "updates_per_rollout": 2,
+            "lr": 1e-4,
+            "clip_range": 2e-6,
+            "shared_noise": False,
+            "timestep_fraction": 1.0,
+            "ema_decay": 0.9,
+        },
+        _NOISY_END,
+    ),
+    "flow-dppo": _sd35(
+        "Flow-DPPO on Stable Diffusion 3.5 medium: a trust region of divergence instead of a clipped ratio.",
+        "flow-dppo",
+        {
+            "group_size": 16,
+            "updates_per_rollout": 2,
+            "lr": 3e-4,
+            "weight_decay": 0.0,
+            "clip_range": 1e-5,
+            "shared_noise": False,
+            "advantage_std": "rewards",
+        },
+        {"num_steps": 10, "kernel": "flow_sde", "eta": 0.7, "prompts_per_iteration": 48, "iterations": 100_000, **_RUN},
+        guidance_scale=1.0,
+    ),
+    "ddpo-is": _sd1(
+        "DDPO with importance sampling on Stable Diffusion 1.4 (aesthetic quality): 50 DDIM steps, LoRA.",
+        SD14,
+        "ddpo-is",
+        {"updates_per_rollout": 2, "lr": 3e-4, "clip_range": 1e-4, "tracker_size": 32, "tracker_min_count": 16},
+        {"iterations": 200, "prompts_per_iteration": 256},
+        lora_rank=4,
+    ),
+    "ddpo-sf": _sd1(
+        "DDPO with the score function on Stable Diffusion 1.4: as ddpo-is, one update a rollout.",
+        SD14,
+        "ddpo-sf",
+        {"lr": 3e-4, "tracker_size": 32, "tracker_min_count": 16},
+        {"iterations": 200, "prompts_per_iteration": 256},
+        lora_rank=4,
+    ),
+    "dpok": _sd1(
+        "DPOK on Stable Diffusion 1.5, for one prompt: 50 DDIM steps, a KL to the base model, LoRA.",
+        SD15,
+        "dpok",
+        {
+            "lr": 1e-5,
+            "weight_decay": 0.0,
+            "max_grad_norm": 0.1,
+            "critic_lr": 1e-4,
+            "reward_weight": 10.0,
+            "kl_coef": 0.01,
+        },
+        {"iterations": 2000, "prompts_per_iteration": 10, "microbatch": 10},
+        guidance_scale=7.5,
+        lora_rank=4,
+    ),
+    "rwr": _sd1(
+        "Reward-weighted regression on Stable Diffusion 1.4, as DDPO's authors ran it: 5 passes over 10,240 samples.",
+        SD14,
+        "rwr",
+        {"lr": 1e-5, "temperature": 5.0, "epochs": 5, "updates_per_rollout": 80, "draws_per_sample": 1},
+        {"prompts_per_iteration": 10_240, "iterations": 20},
+        dtype="fp32",
+    ),
+    "nft": _sd35(
+        "DiffusionNFT on Stable Diffusion 3.5 medium (GenEval): no guidance, deterministic samples, LoRA.",
+        "nft",
+        {
+            "group_size": 24,
+            "lr": 3e-4,
+            "advantage_std": "rewards",
+            "draws_per_sample": 9,
+            "strength": 1.0,
+            "reference_coef": 1e-4,
+            "old_decay": 0.5,
+            "old_decay_slope": 0.001,
+            "ema_decay": 0.9,
+        },
+        {**_ODE_40, "kernel": "ode", "prompts_per_iteration": 48},
+        guidance_scale=1.0,
+    ),
+    "awm": _sd35(
+        "Advantage weighted matching on Stable Diffusion 3.5 medium (GenEval): no guidance, LoRA.",
+        "awm",
+        {
+            "group_size": 24,
+            "lr": 3e-4,
+            "advantage_std": "rewards",
+            "clip_range": 1.0,
+            "reference_coef": 0.001,
+            "ema_decay": 0.99,
+        },
+        {**_ODE_40, "num_steps": 14, "kernel": "ode", "prompts_per_iteration": 72},
+        guidance_scale=1.0,
+    ),
+    "dpo": _sd35(
+        "Online Diffusion-DPO on Stable Diffusion 3.5 medium, as Flow-GRPO's code has it: best against worst.",
+        "dpo",
+        {"group_size": 24, "lr": 3e-4, "beta": 100.0, "pairing": "best_worst", "draws_per_sample": 39},
+        {**_ODE_40, "num_steps": 40, "kernel": "ode", "prompts_per_iteration": 48},
+    ),
+}
+"""Name → preset."""
