@@ -38,8 +38,9 @@ def make_config(
     Another model takes the preset's settings that its family has, except for the image's size, which is the
     checkpoint's own; an embedded world, which is small, keeps its precision too. A kernel that the model's path lacks
     (such as "flow_sde" on a diffusion) is left out, and with it its ``eta``, ``last_step`` and ``reduction``: the run
-    has the default kernel of that path. The microbatch is the largest up to `MICROBATCH` that divides the episodes of
-    an update. What a run measures beside its rewards is always the model's world's.
+    has the default kernel of that path. A reference is not guided (``reference_guidance``) where the model has no
+    guidance. The microbatch is the largest up to `MICROBATCH` that divides the episodes of an update. What a run
+    measures beside its rewards is always the model's world's.
 
     Args:
         preset: a name in `PRESETS`.
@@ -63,6 +64,8 @@ def make_config(
     rows = rows or settings.pop("prompts_per_iteration", TrainConfig.prompts_per_iteration) * own.group_size
     chosen = own if agent in (None, found.agent) else _agent_options(agent, own, rows)
     settings["prompts_per_iteration"] = rows // chosen.group_size
+    if other and not hasattr(options, "guidance_scale") and hasattr(chosen, "reference_guidance"):
+        chosen.reference_guidance = 0.0
     settings["eval_rewards"] = tuple(WORLDS[name].eval_rewards) if name in WORLDS else ()
     if other:
         update = rows // getattr(chosen, "updates_per_rollout", 1)

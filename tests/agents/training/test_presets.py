@@ -17,7 +17,7 @@ def test_the_dancegrpo_preset_is_danceGRPOs_setting():
     assert (agent.betas, agent.weight_decay, agent.max_grad_norm) == ((0.9, 0.999), 1e-4, 1.0)
     assert (agent.advantage_clip, agent.shared_noise, config.reduction, agent.kl_coef) == (
         5.0,
-        "group",
+        "rollout",
         "mean",
         0,
     )
