@@ -5,8 +5,8 @@
 | | std of | form | ε |
 |---|---|---|---|
 | DanceGRPO, MixGRPO | group | unbiased | 1e-8 |
-| Flow-GRPO (GenEval), DiffusionNFT, AWM | rewards | population | 1e-4 |
-| GRPO-Guard, TempFlow-GRPO | group | population | 1e-4 |
+| Flow-GRPO (GenEval), DiffusionNFT, AWM, CRD | rewards | population | 1e-4 |
+| GRPO-Guard, TempFlow-GRPO, DGPO | group | population | 1e-4 |
 | Flow-DPPO | rewards | unbiased | 1e-8 |
 """
 

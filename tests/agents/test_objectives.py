@@ -397,6 +397,30 @@ def test_windowed_agents(name, world, iteration):
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_tempflow_with_several_branches(world):
+    """Two siblings at each of two steps of a trajectory: each is trained at its own step, against its sibling."""
+    options = {"window_size": 2, "window_strategy": "scattered", "branches": 2, "kl_coef": 0.2, "clip_range": 0.02}
+    bench = Bench("tempflow", *world, off=0.03, updates_per_rollout=2, lr=0.01, **options)
+    steps = bench.agent.window(1)
+    pairs = bench.total.view(-1, 2)
+    deviation = pairs - pairs.mean(1, keepdim=True)
+    advantage = (deviation / ((deviation**2).mean(1, keepdim=True).sqrt() + 1e-4)).flatten()
+    own = torch.tensor([steps[i // 2 % 2] for i in range(ROWS)])
+    stds = [bench.std(k) for k in range(STEPS - 1)]
+
+    def objective(rows):
+        loss = torch.zeros(ROWS).double()
+        for k in steps:
+            ratio = (bench.log_prob(k) - bench.old_log_prob(k)).exp()
+            weighed = clipped(advantage, ratio, 0.02) * stds[k] / (sum(stds) / len(stds))
+            loss = torch.where(own == k, weighed + 0.2 * bench.kl(k, bench.base), loss)
+        return loss[rows].mean()
+
+    bench.check(objective)
+    some_are_clipped(bench)
+
+
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("balance", [True, False])
 @pytest.mark.parametrize("form", ["log-probs", "means"])
 def test_grpo_guard(world, balance, form):
