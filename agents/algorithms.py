@@ -52,7 +52,7 @@ def find_agent(name: str) -> type[Agent]:
     """The agent of a name in `AGENTS`, or of ``module:attribute`` for one of your own.
 
     Raises:
-        ValueError: there is no such agent, or what was found is no subclass of `Agent`.
+        ValueError: there is no such agent, or what was found is no subclass of `Agent` or an abstract one.
     """
     if name in AGENTS:
         return AGENTS[name]
@@ -61,4 +61,6 @@ def find_agent(name: str) -> type[Agent]:
     found = load_attribute(name, "agent")
     if not (isinstance(found, type) and issubclass(found, Agent)):
         raise ValueError(f"the agent {name!r} must be a subclass of agents.base.Agent")
+    if missing := ", ".join(sorted(found.__abstractmethods__)):
+        raise ValueError(f"the agent {name!r} is abstract: it lacks {missing}")
     return found
