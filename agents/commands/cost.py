@@ -41,7 +41,7 @@ def evaluation_calls(experiment: Experiment) -> int:
     """Network calls of an evaluation."""
     config = experiment.config
     images = len(experiment.eval_prompts) * config.eval_images_per_prompt * experiment.agent.best_of
-    return images * config.num_steps * experiment.mdp.model.rows_per_sample * (2 if config.eval_kl else 1)
+    return images * experiment.eval_mdp.num_steps * experiment.mdp.model.rows_per_sample * (2 if config.eval_kl else 1)
 
 
 class Forecast:

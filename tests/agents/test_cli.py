@@ -67,8 +67,10 @@ def test_a_toml_file_and_flags_override_the_preset(tmp_path):
 def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path, capsys):
     file = tmp_path / "settings.toml"
     file.write_text("iteratoins = 7\n")
+    assert cli.main(["train", "--config", str(file)]) == 2
+    assert "no setting 'iteratoins'; did you mean 'iterations'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cli.main(["train", "--config", str(file)])
+        cli.main(["train", "--iteratoins", "7"])
     printed = capsys.readouterr()
     assert "iteratoins" in printed.out + printed.err
     assert "--iterations" in printed.out + printed.err
