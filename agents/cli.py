@@ -11,6 +11,8 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
+from agents.commands import TRAINING
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -83,6 +85,9 @@ def _run(typed: Sequence[str]) -> int:
     parser = _parser()
     with contextlib.suppress(FileNotFoundError):  # the directory may be gone
         sys.path.append(os.getcwd())  # where models, rewards and agents of one's own ("module:name") usually are
+    if list(typed) in (["train", "-h"], ["train", "--help"]):
+        print(f"{TRAINING}\n{_EVERY_SETTING}")
+        return 0
     plain, model_flags = list(typed), []
     if typed[:1] != ["train"] and any(argument.startswith("--model.") for argument in typed):
         from agents.commands.settings import split_model_flags
@@ -105,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-v", action="store_true", help="show the traceback of an error; anywhere on the line")
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval | sample | describe | list")
-    train = commands.add_parser("train", help="train an agent; --help lists every setting", add_help=False)
+    train = commands.add_parser("train", help="train an agent", add_help=False)
     train.set_defaults(run="train:run")
     for name, run, text in (
         ("eval", "look:run_eval", "measure rewards on fixed prompts and seeds"),
@@ -150,6 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_EVERY_SETTING = (
+    "Every setting is a flag: denoise-env train --agent NAME --help lists them all, with what they mean and their\n"
+    "defaults; --preset NAME or --model NAME before --help shows theirs."
+)
 _MODEL_OPTIONS = (
     "The model's own settings go with it as they do in denoise-env train: --model.guidance-scale 3, --model.lora DIR."
 )

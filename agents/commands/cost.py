@@ -25,7 +25,7 @@ def start(experiment: Experiment) -> list[str]:
         f"model {config.model}: latents {size}, {dtype}, on {model.device}; {trained:,} parameters are trained",
         f"agent {config.agent}: {config.iterations:,} iterations; each draws {images:,} images in {config.num_steps} "
         f"steps, {calls:,} network calls, and learns from them",
-        f"{times} of {shown:,} images, {evaluation_calls(experiment):,} network calls each; the first one begins now",
+        f"{times} of {shown:,} images, {evaluation_calls(experiment):,} network calls each",
     ]
 
 

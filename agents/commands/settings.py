@@ -10,6 +10,7 @@ from typing import Any
 
 import tyro
 
+from agents.commands import TRAINING
 from agents.training.config import TrainConfig
 from agents.training.presets import PRESETS
 from denoise_env.models import ModelOptions, check_options, families
@@ -81,16 +82,7 @@ def parse_config(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
         prog="denoise-env train",
         args=list(arguments),
         default=default,
-        description=(
-            "Train an agent. Without flags: the five-minute demo on the tiny Stable Diffusion.\n\n"
-            "First the preset, then the file, then the flags:\n"
-            "  --preset NAME   where the defaults below come from; by default what goes with --model\n"
-            "  --agent NAME    the algorithm, with its published settings (denoise-env list); by default grpo\n"
-            "  --config FILE   TOML or JSON with any of the settings below, and preset\n"
-            "  --resume DIR    continue the run in DIR from its newest checkpoint\n"
-            "  -v              show the traceback of an error\n\n"
-            f"Presets:\n{presets}"
-        ),
+        description=f"{TRAINING}\nPresets:\n{presets}",
     )
 
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from agents.base import Agent
 from agents.rollout import Rollout, collect
 from agents.training import checkpoints
@@ -18,9 +20,10 @@ from agents.training.looks import Looks
 from agents.training.progress import progress
 from agents.training.report import write_report
 from agents.training.seeding import epoch_order, row_seeds
-from agents.training.tables import Table
+from agents.training.tables import Table, check_table
 from agents.training.versions import check_prompts, prompt_digests, write_versions
 from denoise_env.mdp import row_generators
+from denoise_env.models import DenoisingModel
 from denoise_env.weights import is_sharded
 
 MAY_CHANGE = (
@@ -94,6 +97,8 @@ def train(
     prompts = prompt_digests(experiment.mdp.drawn_prompts, experiment.eval_prompts)
     if resume:
         check_prompts(directory / "versions.json", prompts)
+        check_table(directory / "metrics.csv", ["network_calls", "seconds"])
+        check_table(directory / "eval.csv", ["images"])
     saved = directory / "checkpoints"
     newest = checkpoints.latest(saved) if resume else None
     done, spent = restore(experiment, newest) if newest else (0, 0)
@@ -140,9 +145,17 @@ def train(
                 break
     if report and writes:
         with experiment.agent.evaluation_weights():
-            experiment.mdp.model.export(directory / "export")
+            _export(experiment.mdp.model, directory / "export")
         write_report(directory)
     return directory
+
+
+def _export(model: DenoisingModel, path: Path) -> None:
+    """Export the model; raise a ``RuntimeError`` where that cannot be written."""
+    try:
+        model.export(path)
+    except (OSError, SafetensorError) as error:
+        raise RuntimeError(f"the run has trained, but its model cannot be written to {path}: {error}") from error
 
 
 def _refuse_changes(saved: dict[str, Any], config: TrainConfig) -> None:

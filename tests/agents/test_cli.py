@@ -107,8 +107,12 @@ def test_a_resumed_run_refuses_another_learning_rate(tmp_path, capsys):
 
 
 def test_help_teaches(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--preset NAME" in printed
+    assert "denoise-env train --agent NAME --help" in printed
     with pytest.raises(SystemExit):
-        cli.main(["train", "--help"])
+        cli.main(["train", "--agent", "grpo", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "--preset NAME" in printed
     assert "Neighbouring samples of one prompt, G." in printed

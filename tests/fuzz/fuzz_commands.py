@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -222,7 +223,7 @@ def tamper(chance: Chance, directory: Path) -> str:
     path = chance.choice(files)
     how = chance.choice(["delete", "empty", "cut", "noise", "directory", "link", "more", "values", "values", "values"])
     data = path.read_bytes()
-    if how == "values" and path.suffix not in (".json", ".csv"):
+    if how == "values" and not ((path.suffix == ".csv" and data.isascii() and data) or _is_json(data)):
         how = "cut"
     if how == "values" and path.suffix == ".json":
         path.write_text(json.dumps(_spoil(chance, json.loads(data))))
@@ -248,6 +249,14 @@ def tamper(chance: Chance, directory: Path) -> str:
         elif how == "link":
             path.symlink_to("nowhere")
     return f"{how} {path.relative_to(directory.parent)}"
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except ValueError:
+        return False
+    return True
 
 
 def _spoil(chance: Chance, values: Any) -> Any:
@@ -362,7 +371,7 @@ def run(line: list[str], here: Path, tampered: bool = False) -> int:
                 del sys.modules[name]
     told = err.getvalue() + out.getvalue()
     if status not in (0, 1, 2) or ("Traceback" in told and "-v" not in line):
-        raise Failure(f"status {status}: {told[-1500:]}")
+        raise Failure(f"status {status}: {told[-1500:]}{_traceback(told)}")
     if status and not told.strip():
         raise Failure(f"status {status} and not a word")
     if status == 2 and _files(here) != before:
@@ -372,6 +381,16 @@ def run(line: list[str], here: Path, tampered: bool = False) -> int:
         for directory in here.glob("*run*"):
             _check_whole(directory, status)
     return status
+
+
+def _traceback(told: str) -> str:
+    """The end of the traceback that a message says is in a file."""
+    found = re.search(r"the traceback is in (.+), and -v", told)
+    if found is None:
+        return ""
+    text = Path(found[1]).read_text(encoding="utf-8")
+    Path(found[1]).unlink()
+    return text[-800:]
 
 
 def _files(here: Path) -> dict[str, bytes | str]:

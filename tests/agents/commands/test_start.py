@@ -78,7 +78,7 @@ def _one(tmp_path):
 
 def test_help_comes_at_once():
     """In a process of its own, and less than two seconds of work by this process's clock."""
-    for line in (["--help"], ["eval", "--help"], ["sample", "--help"], ["describe", "--help"]):
+    for line in (["--help"], ["train", "--help"], ["eval", "--help"], ["sample", "--help"], ["describe", "--help"]):
         script = "import sys, time; from agents.cli import main\ntry: main(sys.argv[1:])\n"
         script += "finally: print('torch' in sys.modules, time.process_time())"
         done = subprocess.run([sys.executable, "-c", script, *line], capture_output=True, text=True, check=False)
