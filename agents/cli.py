@@ -88,8 +88,9 @@ def _run(typed: Sequence[str]) -> int:
     if list(typed) in (["train", "-h"], ["train", "--help"]):
         print(f"{TRAINING}\n{_EVERY_SETTING}")
         return 0
-    plain, model_flags = list(typed), []
-    if typed[:1] != ["train"] and any(argument.startswith("--model.") for argument in typed):
+    plain: Sequence[str] = typed
+    model_flags: list[str] = []
+    if plain[:1] != ["train"] and any(argument.startswith("--model.") for argument in typed):
         from agents.commands.settings import split_model_flags
 
         plain, model_flags = split_model_flags(typed)

@@ -293,7 +293,8 @@ def command(chance: Chance, here: Path) -> tuple[list[str], list[str]]:
     ]
     look = ["--prompts", "--num-steps", "--seed", "--conditioning-cache", "--model.seed"]
     if kind == "words":
-        return chance.some(["train", "eval", "list", "-v", "describe", "points", *STRANGE], 3), notes
+        line = chance.some(["train", "eval", "list", "-v", "describe", "points", *STRANGE], 3)
+        return line + ["--preset=none"] * ("train" in line), notes  # which alone would be the whole demo
     if kind == "train":
         line = ["train", *TINY, *pairs(chance, [flag for flag in FLAGS if flag != "--resume"], 3)]
         if chance.often(0.3):

@@ -1,10 +1,13 @@
 """What the command line tells of a run."""
 
+import io
 import json
 import math
 import re
 import subprocess
 import sys
+
+import pytest
 
 from agents import cli
 from agents.commands import output, settings
@@ -74,6 +77,25 @@ def test_tables_are_strict_json(tmp_path):
 def _one(tmp_path):
     (tmp_path / "one.txt").write_text("ring\n")
     return str(tmp_path / "one.txt")
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_terminal_that_lacks_characters(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ünï.txt").write_text("ring\n")
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, name, stream)
+    line = ["eval", "points", "--images-per-prompt", "1", "--prompts"]
+    assert cli.main([*line, "ünï.txt"]) == 0
+    assert cli.main([*line, "nö.txt"]) == 2
+    stream.flush()
+    assert stream.buffer.getvalue().isascii()
+
+
+def test_a_closed_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(["eval", "points", "--images-per-prompt", "1"]) == 0
 
 
 def test_help_comes_at_once():
