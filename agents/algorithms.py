@@ -1,7 +1,7 @@
 """The agents by name."""
 
 from agents.awm import AWM
-from agents.base import Agent
+from agents.base import Agent, AgentConfig
 from agents.controls import Base, BestOfN, ShuffledReward, ZeroLR
 from agents.ddpo import DDPO, DDPOSF
 from agents.dpo import DCPO, DPO
@@ -52,7 +52,8 @@ def find_agent(name: str) -> type[Agent]:
     """The agent of a name in `AGENTS`, or of ``module:attribute`` for one of your own.
 
     Raises:
-        ValueError: there is no such agent, or what was found is no subclass of `Agent` or an abstract one.
+        ValueError: there is no such agent, or what was found is no subclass of `Agent` an abstract one,
+            or one without settings.
     """
     if name in AGENTS:
         return AGENTS[name]
@@ -63,4 +64,7 @@ def find_agent(name: str) -> type[Agent]:
         raise ValueError(f"the agent {name!r} must be a subclass of agents.base.Agent")
     if missing := ", ".join(sorted(found.__abstractmethods__)):
         raise ValueError(f"the agent {name!r} is abstract: it lacks {missing}")
+    settings: object = found.config_type
+    if not (isinstance(settings, type) and issubclass(settings, AgentConfig)):
+        raise ValueError(f"the config_type of the agent {name!r} must be a subclass of agents.base.AgentConfig")
     return found

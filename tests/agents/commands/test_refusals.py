@@ -80,6 +80,21 @@ def test_an_abstract_agent(here, capsys):
     assert "is abstract: it lacks example_loss, examples" in told
 
 
+def test_an_agent_without_settings(here, capsys):
+    (here / "bare.py").write_text("from agents.grpo import GRPO\nclass Bare(GRPO):\n    config_type = int\n")
+    assert "must be a subclass of agents.base.AgentConfig" in refused(
+        capsys, here, "train", *TINY, "--agent", "bare:Bare"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["no,such\ntable,1\n", "iteration\n1.5\n", '"\n', "iteration,images\n0,x\n", "\x00\n\x00\n"]
+)
+def test_a_damaged_table(run, here, capsys, text):
+    (run / "eval.csv").write_text(text)
+    assert "eval.csv is damaged" in refused(capsys, here, "train", "--resume", "run", "--iterations", "2")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
