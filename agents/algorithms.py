@@ -1,7 +1,7 @@
 """The agents by name."""
 
 from agents.awm import AWM
-from agents.base import Agent
+from agents.base import Agent, AgentConfig
 from agents.controls import Base, BestOfN, ShuffledReward, ZeroLR
 from agents.crd import CRD
 from agents.ddpo import DDPO, DDPOSF
@@ -56,7 +56,8 @@ def find_agent(name: str) -> type[Agent]:
     """The agent of a name in `AGENTS`, or of ``module:attribute`` for one of your own.
 
     Raises:
-        ValueError: there is no such agent, or what was found is no subclass of `Agent`.
+        ValueError: there is no such agent, or what was found is no subclass of `Agent` an abstract one,
+            or one without settings.
     """
     if name in AGENTS:
         return AGENTS[name]
@@ -65,4 +66,9 @@ def find_agent(name: str) -> type[Agent]:
     found = load_attribute(name, "agent")
     if not (isinstance(found, type) and issubclass(found, Agent)):
         raise ValueError(f"the agent {name!r} must be a subclass of agents.base.Agent")
+    if missing := ", ".join(sorted(found.__abstractmethods__)):
+        raise ValueError(f"the agent {name!r} is abstract: it lacks {missing}")
+    settings: object = found.config_type
+    if not (isinstance(settings, type) and issubclass(settings, AgentConfig)):
+        raise ValueError(f"the config_type of the agent {name!r} must be a subclass of agents.base.AgentConfig")
     return found

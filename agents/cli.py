@@ -1,20 +1,96 @@
 """The command line: ``denoise-env train | eval | sample | describe | list``."""
 
 import argparse
+import contextlib
 import importlib
+import logging
 import os
 import sys
+import tempfile
+import traceback
 import warnings
 from collections.abc import Sequence
 
+from agents.commands import TRAINING
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status (0 done, 1 the run failed, 2 bad input)."""
+    """Run a command.
+
+    Args:
+        arguments: what is typed behind ``denoise-env``; default: the process's own arguments.
+
+    Returns:
+        The exit status: 0 done, 1 the run failed, 2 bad input, 3 a bug, 130 interrupted.
+    """
     typed = list(sys.argv[1:] if arguments is None else arguments)
+    verbose = "-v" in typed
+    typed = [argument for argument in typed if argument != "-v"]
+    _set_up(verbose)
+    try:
+        status = _run(typed)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who reads the pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except KeyboardInterrupt as error:
+        return _tell("stopped; continue with denoise-env train --resume DIRECTORY", 130, error, verbose)
+    except (ValueError, FileExistsError) as error:
+        return _tell(str(error), 2, error, verbose)
+    except MemoryError as error:
+        return _tell(f"out of memory: {error}", 1, error, verbose)
+    except (RuntimeError, FloatingPointError, OSError) as error:
+        return _tell(str(error), 1, error, verbose)
+    except Exception as error:  # nothing that is foreseen ends here
+        where = "above" if verbose else f"in {_write_traceback(error)}, and -v shows it"
+        what = f"a bug, here or in code of your own: {type(error).__name__}: {error}"
+        return _tell(f"{what}; the traceback is {where}", 3, error, verbose)
+
+
+def _tell(sentence: str, status: int, error: BaseException, verbose: bool) -> int:
+    """Print what went wrong, and with ``-v`` where; returns the status."""
+    if verbose:
+        traceback.print_exception(error)
+    print(f"denoise-env: {sentence}", file=sys.stderr)
+    return status
+
+
+def _write_traceback(error: BaseException) -> str:
+    """Write an error's traceback into a new file, and return the file's path."""
+    handle, path = tempfile.mkstemp(".txt", "denoise-env-")
+    with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+        traceback.print_exception(error, file=file)
+    return path
+
+
+def _set_up(verbose: bool) -> None:
+    """What holds for every command: streams that take every character, and quiet libraries."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("TRANSFORMERS_VERBOSITY", "error")):
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if verbose:
+        logging.basicConfig(format="%(message)s")
+        for package in ("denoise_env", "agents"):
+            logging.getLogger(package).setLevel(logging.INFO)
+
+
+def _run(typed: Sequence[str]) -> int:
     parser = _parser()
-    sys.path.append(os.getcwd())  # where models, rewards and agents of one's own ("module:name") usually are
-    plain, model_flags = typed, []
-    if typed[:1] != ["train"] and any(argument.startswith("--model.") for argument in typed):
+    with contextlib.suppress(FileNotFoundError):  # the directory may be gone
+        sys.path.append(os.getcwd())  # where models, rewards and agents of one's own ("module:name") usually are
+    if list(typed) in (["train", "-h"], ["train", "--help"]):
+        print(f"{TRAINING}\n{_EVERY_SETTING}")
+        return 0
+    plain: Sequence[str] = typed
+    model_flags: list[str] = []
+    if plain[:1] != ["train"] and any(argument.startswith("--model.") for argument in typed):
         from agents.commands.settings import split_model_flags
 
         plain, model_flags = split_model_flags(typed)
@@ -22,25 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.model_flags = model_flags
-    for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("TRANSFORMERS_VERBOSITY", "error")):
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    try:
-        module, name = options.run.split(":")
-        run = getattr(importlib.import_module(f"agents.commands.{module}"), name)  # what is heavy is imported here
-        return run(rest if options.command == "train" else options)
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
-    except (ValueError, FileExistsError) as error:
-        print(f"denoise-env: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, FloatingPointError, OSError) as error:
-        print(f"denoise-env: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("denoise-env: stopped; continue with denoise-env train --resume DIRECTORY", file=sys.stderr)
-        return 130
+    module, name = options.run.split(":")
+    run = getattr(importlib.import_module(f"agents.commands.{module}"), name)  # what is heavy is imported here
+    return run(rest if options.command == "train" else options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,8 +109,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Reinforcement learning in the denoising process of diffusion models.",
         epilog="Try: denoise-env train (the five-minute demo), denoise-env list, denoise-env train --help",
     )
+    parser.add_argument("-v", action="store_true", help="show the traceback of an error; anywhere on the line")
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval | sample | describe | list")
-    train = commands.add_parser("train", help="train an agent; --help lists every setting", add_help=False)
+    train = commands.add_parser("train", help="train an agent", add_help=False)
     train.set_defaults(run="train:run")
     for name, run, text in (
         ("eval", "look:run_eval", "measure rewards on fixed prompts and seeds"),
@@ -95,6 +156,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_EVERY_SETTING = (
+    "Every setting is a flag: denoise-env train --agent NAME --help lists them all, with what they mean and their\n"
+    "defaults; --preset NAME or --model NAME before --help shows theirs."
+)
 _MODEL_OPTIONS = (
     "The model's own settings go with it as they do in denoise-env train: --model.guidance-scale 3, --model.lora DIR."
 )

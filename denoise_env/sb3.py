@@ -1,6 +1,6 @@
 """The Stable-Baselines3 environment: `SB3VecEnv`, a `VecEnv` over a wrapped `DenoiseVectorEnv`.
 
-Needs the extra: ``pip install 'denoise-env[sb3]'``.
+Needs Stable-Baselines3: ``pip install stable-baselines3``.
 """
 
 from collections.abc import Sequence

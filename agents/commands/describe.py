@@ -1,9 +1,8 @@
 """``denoise-env describe``: what a model needs."""
 
 import argparse
-import json
-from pathlib import Path
 
+from agents.commands.output import check_output, write_json
 from agents.commands.settings import with_flags
 from denoise_env.models import model_options
 from denoise_env.models.description import describe
@@ -11,6 +10,9 @@ from denoise_env.models.description import describe
 
 def run(options: argparse.Namespace) -> int:
     """Print latents, parameters and memory of a model; returns the exit status."""
+    check_output(options.json)
+    if options.num_steps < 1:
+        raise ValueError(f"--num-steps must be at least 1, not {options.num_steps}")
     chosen = with_flags(model_options(options.model), options.model_flags, options.command)
     found = describe(options.model, chosen)
     steps, per_row = options.num_steps, found.rows_per_sample
@@ -28,8 +30,7 @@ def run(options: argparse.Namespace) -> int:
     }
     for name, text in lines.items():
         print(f"{name:<24} {text}")
-    if options.json:
-        Path(options.json).write_text(json.dumps(found.as_dict(), indent=1))
+    write_json(options.json, found.as_dict())
     return 0
 
 

@@ -1,9 +1,11 @@
 """``denoise-env eval`` and ``denoise-env sample``: what a model or a run's model draws."""
 
 import argparse
-import json
 from pathlib import Path
 
+from PIL import Image
+
+from agents.commands.output import check_output, write_json
 from agents.commands.settings import run_config, with_flags
 from agents.training.config import TrainConfig
 from agents.training.evaluation import evaluate, sample
@@ -16,9 +18,11 @@ from denoise_env.worlds import DEFAULT, WORLDS
 
 def run_eval(options: argparse.Namespace) -> int:
     """Measure rewards on fixed prompts and seeds; returns the exit status."""
+    check_output(options.json)
     table = {}
     for target in options.targets:
         found = _experiment(target, options)
+        _check_count(found, options, 10_000_000)
         total = len(found.eval_prompts) * options.images_per_prompt
         with progress(total=total, desc=target, leave=False) as bar, found.agent.evaluation_weights():
             result = evaluate(
@@ -37,8 +41,7 @@ def run_eval(options: argparse.Namespace) -> int:
             print(f"{target:<24} {name:<16} {figure(name, row)} over {result.images} images{more}")
     print("In brackets are 95 % bootstrap intervals of the mean.")
     print("Over images: for other noise on these prompts. Over prompts: for other prompts of their kind as well.")
-    if options.json:
-        Path(options.json).write_text(json.dumps(table, indent=1))
+    write_json(options.json, table)
     return 0
 
 
@@ -49,7 +52,10 @@ def figure(name: str, row: dict[str, float]) -> str:
 
 def run_sample(options: argparse.Namespace) -> int:
     """Draw a grid of samples; returns the exit status."""
+    Image.init()
+    check_output(options.output, {end: name for end, name in Image.EXTENSION.items() if name in Image.SAVE})
     found = _experiment(options.targets[0], options)
+    _check_count(found, options, 10_000)
     with found.agent.evaluation_weights():
         latents, _ = sample(
             found.eval_mdp,
@@ -64,6 +70,14 @@ def run_sample(options: argparse.Namespace) -> int:
         print(f"row {i + 1}: {prompt}")
     print(options.output)
     return 0
+
+
+def _check_count(found: Experiment, options: argparse.Namespace, most: int) -> None:
+    """Raise a ``ValueError`` for more images than ``most``, which nobody can mean, or fewer than one a prompt."""
+    count, prompts = options.images_per_prompt, len(found.eval_prompts)
+    most = max(1, most // prompts)
+    if not 1 <= count <= most:
+        raise ValueError(f"--images-per-prompt must lie in [1, {most:,}] for {prompts:,} prompts, not {count:,}")
 
 
 def _experiment(target: str, options: argparse.Namespace) -> Experiment:

@@ -4,48 +4,73 @@ import argparse
 import dataclasses
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from agents.commands import TRAINING
 from agents.training.config import TrainConfig
 from agents.training.presets import PRESETS
 from denoise_env.models import ModelOptions, check_options, families
+from denoise_env.naming import suggest
 from denoise_env.worlds import DEFAULT
 
+_TABLES = ("model", "agent", "rewards")  # settings that a file gives as tables
+_KEYS = list(dict.fromkeys(["preset", *(f.name.removesuffix("_options") for f in dataclasses.fields(TrainConfig))]))
 
-def flags(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """A nested mapping as command-line flags, so that a file says exactly what flags can say."""
+
+def flags(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """A nested mapping as command-line flags, so that a file says exactly what flags can say.
+
+    Raises:
+        ValueError: a value that no flag can say.
+    """
     found: list[str] = []
     for key, value in values.items():
         name = f"{prefix}{key}".replace("_", "-")
-        if isinstance(value, dict) and key == "rewards":
-            found += [f"--{name}", *(str(part) for pair in value.items() for part in pair)]
-        elif isinstance(value, dict):
-            found += flags(value, f"{name}.")
+        if isinstance(value, Mapping):
+            if prefix or key not in _TABLES:
+                raise ValueError(f"{prefix}{key} must be a value, not a table; tables are {', '.join(_TABLES)}")
+            pairs = [part for pair in value.items() for part in pair]
+            found += _several(name, pairs) if key == "rewards" else flags(value, f"{name}.")
         elif isinstance(value, bool):
             head, _, last = name.rpartition(".")
             dot = f"{head}." if head else ""
             found.append(f"--{name}" if value else f"--{dot}no-{last}")
         elif isinstance(value, (list, tuple)):
-            found += [f"--{name}", *map(str, value)]
+            found += _several(name, value)
         else:
-            found += [f"--{name}", str(value)]
+            found.append(f"--{name}={value}")  # in one piece: the value may begin with a dash
     return found
 
 
+def _several(name: str, values: Iterable[Any]) -> list[str]:
+    texts = [str(value) for value in values]
+    for text in texts:
+        if (text[:1] == "-" and text[1:2].isalpha()) or text[:2] == "--":
+            raise ValueError(f"{name} cannot hold {text!r}, which begins with a dash")
+    return [f"--{name}", *texts]
+
+
 def read_config(path: str) -> list[str]:
-    """The flags that a TOML or JSON file stands for.
+    """The flags that a TOML or JSON file stands for; ``preset`` may be among them.
 
     Raises:
-        ValueError: the file cannot be read.
+        ValueError: the file cannot be read, holds no table, or one of its keys is no setting.
     """
     try:
-        text = Path(path).read_text()
-        return flags(json.loads(text) if path.endswith(".json") else tomllib.loads(text))
-    except (OSError, ValueError) as error:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        values = json.loads(text) if path.endswith(".json") else tomllib.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"it must hold an object with the settings, not {text.strip()[:40]!r}")
+        for key in values:
+            name = key.replace("-", "_")
+            if name not in _KEYS and not name.startswith(("model.", "agent.")):
+                raise ValueError(f"there is no setting {key!r}; {suggest(name, _KEYS)}")
+        return flags(values)
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read the configuration {path!r}: {error}") from error
 
 
@@ -57,15 +82,7 @@ def parse_config(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
         prog="denoise-env train",
         args=list(arguments),
         default=default,
-        description=(
-            "Train an agent. Without flags: the five-minute demo on the tiny Stable Diffusion.\n\n"
-            "First the preset, then the file, then the flags:\n"
-            "  --preset NAME   where the defaults below come from; by default what goes with --model\n"
-            "  --agent NAME    the algorithm, with its published settings (denoise-env list); by default grpo\n"
-            "  --config FILE   TOML or JSON with any of the settings below\n"
-            "  --resume DIR    continue the run in DIR from its newest checkpoint\n\n"
-            f"Presets:\n{presets}"
-        ),
+        description=f"{TRAINING}\nPresets:\n{presets}",
     )
 
 
@@ -90,7 +107,7 @@ def run_config(directory: Path) -> TrainConfig:
     typed = read_config(str(directory / "config.json"))
     model, agent, rest = model_and_agent(typed)
     known = {family.name: family.options for family in families()}
-    named = typed[typed.index("--model.family") + 1] if "--model.family" in typed else None
+    named = next((flag.partition("=")[2] for flag in typed if flag.startswith("--model.family=")), None)
     options: Any = known[named]() if named in known else None  # so that no hub is asked what the model is
     return parse_config(rest, TrainConfig(model=model or DEFAULT, model_options=options, agent=agent or "grpo"))
 

@@ -1,11 +1,14 @@
 """``denoise-env train``."""
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+from agents.commands.cost import Forecast, start
 from agents.commands.look import figure
 from agents.commands.settings import check_model_flags, model_and_agent, parse_config, read_config, run_config
+from agents.training.config import TrainConfig
 from agents.training.experiment import build
 from agents.training.loop import check_directory, train
 from agents.training.presets import make_config
@@ -18,25 +21,19 @@ from denoise_env.worlds import DEFAULT, WORLDS
 
 def run(arguments: Sequence[str]) -> int:
     """Train as the arguments behind ``train`` say; returns the exit status."""
-    first = argparse.ArgumentParser(prog="denoise-env train", add_help=False, allow_abbrev=False)
-    first.add_argument("--preset")
-    first.add_argument("--config")
-    first.add_argument("--resume", metavar="DIR")
-    chosen, rest = first.parse_known_args(arguments)
-    if chosen.resume:
-        directory = Path(chosen.resume)
-        config = parse_config(rest, run_config(directory))
+    typed, rest = _first(arguments)
+    resume = typed.resume is not None
+    if resume:
+        directory, config = _continued(typed, rest)
+        preset = f"the configuration of {directory}"
     else:
-        rest = [*(read_config(chosen.config) if chosen.config else []), *rest]
-        model, agent, rest = model_and_agent(rest)
-        chosen.preset = chosen.preset or _preset_of(model or DEFAULT)
-        default = make_config(chosen.preset, agent, model=model)
-        check_model_flags(default.model_options, rest)
-        config = parse_config(rest, default)
-        name = f"{chosen.preset}-{agent}".replace(":", "-") if agent else chosen.preset
-        directory = Path(config.output_dir) if config.output_dir else _free(Path(f"runs/{name}-seed{config.seed}"))
-    check_directory(directory, config, bool(chosen.resume))
-    train(build(config), directory, resume=bool(chosen.resume), command=["denoise-env", "train", *arguments])
+        directory, config, preset = _begun(typed, rest)
+    check_directory(directory, config, resume)
+    experiment = build(config)
+    print("\n".join([preset, *start(experiment)]), flush=True)
+    forecast = Forecast(experiment)
+    command = ["denoise-env", "train", *arguments]
+    train(experiment, directory, resume=resume, command=command, after_first=forecast)
     for what, name in (("report", "report.html"), ("picture", "before_after.png"), ("model", "export")):
         print(f"{what:<8} {directory / name}")
     held_out = config.model in WORLDS and WORLDS[config.model].held_out and not config.eval_prompts
@@ -48,6 +45,45 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _first(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options that say where a configuration comes from, and the other arguments."""
+    parser = argparse.ArgumentParser(prog="denoise-env train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--config")
+    parser.add_argument("--resume", metavar="DIR")
+    return parser.parse_known_args(arguments)
+
+
+def _continued(typed: argparse.Namespace, rest: Sequence[str]) -> tuple[Path, TrainConfig]:
+    """The directory and the configuration of a run that is resumed."""
+    if not typed.resume:
+        raise ValueError("--resume needs the directory of a run")
+    for name in ("preset", "config"):
+        if getattr(typed, name) is not None:
+            raise ValueError(
+                f"--{name} does not go with --resume: a resumed run has the configuration of its directory; change "
+                "single settings by their own flags"
+            )
+    directory = Path(typed.resume)
+    return directory, parse_config(rest, run_config(directory))
+
+
+def _begun(typed: argparse.Namespace, rest: Sequence[str]) -> tuple[Path, TrainConfig, str]:
+    """The directory and the configuration of a new run, and which preset it is made from, in words."""
+    if typed.config is not None:
+        named = [] if typed.preset is None else [f"--preset={typed.preset}"]
+        typed, rest = _first([*read_config(typed.config), *named, *rest])
+    model, agent, rest = model_and_agent(rest)
+    preset = typed.preset if typed.preset is not None else _preset_of(DEFAULT if model is None else model)
+    default = make_config(preset, agent, model=model)
+    check_model_flags(default.model_options, rest)
+    config = parse_config(rest, default)
+    name = f"{preset}-{agent}".replace(":", "-") if agent else preset
+    directory = Path(config.output_dir) if config.output_dir else _free(Path(f"runs/{name}-seed{config.seed}"))
+    why = "" if typed.preset is not None else f", which goes with {config.model}; --preset chooses another"
+    return directory, config, f"preset {preset}{why}"
+
+
 def _preset_of(model: str) -> str:
     """The preset that goes with a model, where none was named."""
     return WORLDS[model].preset if model in WORLDS else find_family(model)[0].preset
@@ -55,5 +91,5 @@ def _preset_of(model: str) -> str:
 
 def _free(path: Path) -> Path:
     """The path, or the first of path-2, path-3, … that holds no run yet."""
-    candidates = [path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 1000))]
-    return next(candidate for candidate in candidates if not (candidate / "config.json").exists())
+    others = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    return next(candidate for candidate in itertools.chain([path], others) if not (candidate / "config.json").exists())

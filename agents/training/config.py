@@ -105,9 +105,10 @@ class TrainConfig:
     """The run's directory. Default: runs/<preset>-seed<seed>, followed by -2, -3 and so on where that already holds a
     run."""
     wandb: bool = False
-    """Log to Weights & Biases too; needs the extra denoise-env[wandb]."""
+    """Log to Weights & Biases too, to the project that WANDB_PROJECT names or else "denoise-env"; needs the package
+    wandb."""
     tensorboard: bool = False
-    """Log to TensorBoard too; needs the extra denoise-env[tensorboard]."""
+    """Log to TensorBoard too; needs the package tensorboard."""
 
     def __post_init__(self) -> None:
         if self.model_options is None:

@@ -4,10 +4,12 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from agents.base import Agent
 from agents.rollout import Rollout, collect
@@ -19,9 +21,10 @@ from agents.training.looks import Looks
 from agents.training.progress import progress
 from agents.training.report import write_report
 from agents.training.seeding import epoch_order, row_seeds
-from agents.training.tables import Table
-from agents.training.versions import write_versions
+from agents.training.tables import Table, check_table
+from agents.training.versions import check_prompts, prompt_digests, write_versions
 from denoise_env.mdp import row_generators
+from denoise_env.models import DenoisingModel
 from denoise_env.weights import is_sharded
 
 MAY_CHANGE = (
@@ -62,6 +65,7 @@ def train(
     resume: bool = False,
     report: bool = True,
     command: Sequence[str] = (),
+    after_first: Callable[[int, int, float], object] = lambda iteration, calls, seconds: None,
 ) -> Path:
     """Train, writing everything into ``directory``.
 
@@ -72,13 +76,15 @@ def train(
         resume: continue from the newest checkpoint there (or from the start, where there is none yet).
         report: whether to draw samples and, at the end, export the model and write the report.
         command: what the user typed, for the report.
+        after_first: called by the first rank after the first iteration that is trained here, with its number, its
+            network calls and its seconds.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: the directory holds a run of another configuration, see `check_directory`; or sharded weights are
-            to be exported. Nothing has changed then.
+        ValueError: the directory holds a run of another configuration, see `check_directory`, or of other prompts; or
+            sharded weights are to be exported. Nothing has changed then.
         FileExistsError: the directory already holds a run.
         agents.training.checkpoints.CheckpointError: a checkpoint cannot be read or written.
         RuntimeError: too many images could not be scored.
@@ -89,6 +95,11 @@ def train(
         check_directory(directory, config, resume)
     if report and any(is_sharded(p) for p in experiment.agent.parameters):
         raise ValueError("sharded weights are not exported: train with report=False, and export the run afterwards")
+    prompts = prompt_digests(experiment.mdp.drawn_prompts, experiment.eval_prompts)
+    if resume:
+        check_prompts(directory / "versions.json", prompts)
+        check_table(directory / "metrics.csv", ["network_calls", "seconds"])
+        check_table(directory / "eval.csv", ["images"])
     saved = directory / "checkpoints"
     newest = checkpoints.latest(saved) if resume else None
     done, spent = restore(experiment, newest) if newest else (0, 0)
@@ -96,7 +107,7 @@ def train(
         if writes:
             directory.mkdir(parents=True, exist_ok=True)
             checkpoints.prune(saved, config.keep_checkpoints)
-            write_versions(directory / "versions.json", command)
+            write_versions(directory / "versions.json", command, prompts, resumed=resume)
             for name, why in experiment.agent.idle_settings().items():
                 print(f"{name} has no effect in this run: {why}", file=sys.stderr)
             checkpoints.write_atomically(directory / "config.json", json.dumps(as_dict(config), indent=1))
@@ -117,6 +128,8 @@ def train(
         )
         for iteration in bar:
             row = _iterate(experiment, iteration)
+            if iteration == done + 1 and writes:
+                after_first(iteration, int(row["network_calls"]), row["seconds"])
             before, spent = spent, spent + int(row["network_calls"])
             row["network_calls"] = spent
             metrics.append(row)
@@ -135,9 +148,17 @@ def train(
                 break
     if report and writes:
         with experiment.agent.evaluation_weights():
-            experiment.mdp.model.export(directory / "export")
+            _export(experiment.mdp.model, directory / "export")
         write_report(directory)
     return directory
+
+
+def _export(model: DenoisingModel, path: Path) -> None:
+    """Export the model; raise a ``RuntimeError`` where that cannot be written."""
+    try:
+        model.export(path)
+    except (OSError, SafetensorError) as error:
+        raise RuntimeError(f"the run has trained, but its model cannot be written to {path}: {error}") from error
 
 
 def _refuse_changes(saved: dict[str, Any], config: TrainConfig) -> None:

@@ -1,6 +1,7 @@
 """Tables of figures as CSV files."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,36 @@ class Table:
 
 
 def read_table(path: Path) -> list[dict[str, float]]:
-    """A table as numbers, one mapping per row; empty where there is no file."""
+    """A table as numbers, one mapping per row; empty where there is no file. A row that is not complete is left out.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader((line for line in file if line.endswith("\n")), strict=True)
+            return [{name: float(value) for name, value in row.items()} for row in rows]
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise ValueError(f"the table {path} is damaged: {error}") from error
+
+
+def check_table(path: Path, columns: Sequence[str]) -> None:
+    """Raise a ``ValueError`` for a run's table that rows cannot be added to or that cannot be told of.
+
+    Args:
+        path: the table; there may be none.
+        columns: what it must have. Its first column is ``iteration``, in integers; a column of means has its interval.
+    """
+    for row in read_table(path):
+        needed = ["iteration", *columns]
+        for name in row:
+            if name.endswith("_low"):
+                kind = name.removesuffix("_low")
+                needed += [kind.removesuffix("_prompts"), f"{kind}_high"]
+        missing = [name for name in needed if name not in row]
+        if missing or next(iter(row)) != "iteration":
+            raise ValueError(f"the table {path} is damaged: it lacks {missing or 'iteration as its first column'}")
+        if not row["iteration"].is_integer():
+            raise ValueError(f"the table {path} is damaged: there is no iteration {row['iteration']}")
