@@ -19,7 +19,7 @@ class Table:
         if path is not None and path.exists():
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= keep_to]
-            if keep_to and kept:
+            if kept:
                 self.columns = lines[0].strip().split(",")
                 write_atomically(path, "".join([lines[0], *kept]))
             else:
