@@ -52,10 +52,14 @@ def claim(directory: Path, resume: bool = False, numbered: bool = False) -> Iter
         refuse_links(directory)
         yield directory
     finally:
-        if made and not (directory / "config.json").exists():
-            shutil.rmtree(directory, ignore_errors=True)
+        empty = made and not (directory / "config.json").exists()
+        if empty:
+            _clear(directory)
         (directory / LOCK).unlink(missing_ok=True)
         os.close(lock)
+        if empty:
+            with contextlib.suppress(OSError):  # another process has it by now
+                directory.rmdir()
 
 
 def _new(path: Path) -> Path:
@@ -66,6 +70,15 @@ def _new(path: Path) -> Path:
             candidate.mkdir()
             return candidate
     raise AssertionError
+
+
+def _clear(directory: Path) -> None:
+    """Remove what a start that failed has left, such as a logger's folder, but not the lock."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def _lock(directory: Path) -> int:
