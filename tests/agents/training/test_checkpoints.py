@@ -307,9 +307,8 @@ def test_the_command_line_says_it_in_one_sentence(finished, tmp_path, capsys, wh
 def test_a_checkpoint_of_another_configuration_is_refused(finished, tmp_path):
     copied = tmp_path / "run"
     shutil.copytree(finished, copied)
-    setting("config", {**json.loads((copied / "config.json").read_text()), "seed": 7})(
-        copied / "checkpoints" / "000002"
-    )
+    other = {**json.loads((copied / "config.json").read_text()), "seed": 7}
+    setting("config", other)(copied / "checkpoints" / "000002")
     with pytest.raises(ValueError, match=r"changes seed \(now 0, was 7\)"):
         run(CONFIG, copied, resume=True)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kills import assert_same_files, campaign
+from kills import assert_same_files, campaign, heeds
 from safetensors.torch import load_file
 from small_runs import run, small
 
@@ -96,7 +96,7 @@ def test_there_is_no_traceback_while_the_program_is_being_imported(delay, tmp_pa
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not _caught(process.pid) & 1 << (signal.SIGTERM - 1):
+    while not heeds(process.pid):
         time.sleep(0.002)
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
@@ -106,12 +106,6 @@ def test_there_is_no_traceback_while_the_program_is_being_imported(delay, tmp_pa
     if not delay:
         assert error.strip() == "denoise-env: stopped"
         assert not (tmp_path / "run").exists()
-
-
-def _caught(pid):
-    """The signals that a process catches, as bits."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("SigCgt:")[2].split()[0], 16)
 
 
 class After(Stopping):
@@ -219,7 +213,7 @@ def test_weights_that_are_no_longer_finite_say_how_to_go_on_with_a_smaller_learn
 
 @pytest.mark.slow
 def test_runs_that_are_killed_and_interrupted_at_random_moments_lose_nothing(tmp_path):
-    """The long form is ``python tests/agents/training/kills.py DIRECTORY --kills 50 --interrupts 10 --terminations 10``."""
+    """For long: ``python tests/agents/training/kills.py DIRECTORY --kills 50 --interrupts 10 --terminations 10``."""
     told = campaign(tmp_path, kills=6, interrupts=3, terminations=3, iterations=100)
     assert told["signals"] == {"SIGKILL": 6, "SIGINT": 3, "SIGTERM": 3}
     assert len(set(told["reached"])) >= 4  # they came at different places on the way
