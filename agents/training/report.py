@@ -52,8 +52,9 @@ def write_report(directory: Path) -> Path:
 <meta name="viewport" content="width=device-width"><title>{html.escape(directory.name)}</title>
 <style>{_STYLE}</style>
 <h1>{html.escape(directory.name)}</h1>
-<p>{html.escape(config["agent"]["name"])} on <b>{html.escape(config["model"]["name"])}</b>, seed {config["seed"]}:
-{len(metrics)} of {config["iterations"]} iterations, {_images(config)} images each, {seconds:.0f} s of training.</p>
+<p>{html.escape(config["agent"]["name"])} on <b>{html.escape(config["model"]["name"])}</b>,
+seed {html.escape(str(config["seed"]))}: {len(metrics)} of {html.escape(str(config["iterations"]))} iterations,
+{html.escape(str(_images(config)))} images each, {seconds:.0f} s of training.</p>
 <p>The command: <code>{html.escape(about["command"] or "(started from Python)")}</code></p>
 <h2>Evaluation on fixed prompts and seeds</h2><div class="cards">{cards}</div>
 <p><small>The mean before and after, and its 95 % bootstrap intervals. Over images: for other noise on these prompts.
