@@ -58,7 +58,7 @@ def test_pickled_weights_are_refused(checkpoint, tmp_path, part, file):
     names = {"diffusion_pytorch_model": "diffusion_pytorch_model.bin", "model": "pytorch_model.bin"}
     torch.save(load_file(weights), checkpoint / part / names[file])  # honest weights, in a form that can hold code
     weights.unlink()
-    refused(checkpoint, "safetensors")
+    refused(checkpoint, rf"its {part} has weights as {names[file]}, which can hold code: only safetensors are read")
     with (checkpoint / part / names[file]).open("wb") as pickled:
         pickle.dump(Evil(tmp_path / "marker"), pickled)
     shutil.copy(checkpoint / part / names[file], weights)

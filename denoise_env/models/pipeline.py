@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from denoise_env.models.base import DenoisingModel, ModelOptions
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -233,10 +234,11 @@ def check_parts(checkpoint: str, index: Mapping[str, Any]) -> dict[str, tuple[st
     """The parts of a checkpoint, name → library and class, as its ``model_index.json`` has them.
 
     diffusers imports what is named there. Its older releases also run a file ``<part>/<library>.py`` of the checkpoint
-    without being asked. So this is to be called before anything is loaded.
+    and unpickle weights without being asked. So this is to be called before anything is loaded.
 
     Raises:
-        ValueError: a part is of another library than diffusers and transformers, or brings code of its own.
+        ValueError: a part is of another library than diffusers and transformers, brings code of its own, or has weights
+            only as a pickle.
     """
     from diffusers import pipelines
 
@@ -248,14 +250,18 @@ def check_parts(checkpoint: str, index: Mapping[str, Any]) -> dict[str, tuple[st
         if not (isinstance(library, str) and isinstance(kind, str)):
             raise ValueError(f"its {name} must be a library and a class, not {entry!r}")
         automatic = library == "transformers" and kind.startswith("Auto")  # which asks the checkpoint for code
-        folder = Path(str(pipelines.__file__)).parent / library  # of one kind of pipeline, such as its safety checker
-        known = library in ("diffusers", "transformers") or (library.isidentifier() and folder.is_dir())
+        own = Path(str(pipelines.__file__)).parent / library  # of one kind of pipeline, such as its safety checker
+        known = library in ("diffusers", "transformers") or (library.isidentifier() and own.is_dir())
         if automatic or not known or not kind.isidentifier() or kind.startswith("_"):
             raise ValueError(
                 f"its {name} is {library}.{kind}: only diffusers' and transformers' own classes are loaded"
             )
-        if (Path(checkpoint) / name / f"{library}.py").exists():
+        folder = Path(checkpoint) / name
+        if (folder / f"{library}.py").exists():
             raise ValueError(f"its {name} brings code of its own, {name}/{library}.py, which is not run")
+        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+        if pickles and not any("." not in path.stem for path in folder.glob("*.safetensors")):  # a dot: of a variant
+            raise ValueError(f"its {name} has weights as {pickles[0]}, which can hold code: only safetensors are read")
         parts[name] = (library, kind)
     return parts
 
