@@ -42,8 +42,15 @@ def run(arguments: Sequence[str], stopping: Stopping) -> int:
     experiment = build(config)
     print("\n".join([preset, *start(experiment)]), flush=True)
     forecast = Forecast(experiment)
-    options = {"resume": resume, "command": command, "numbered": numbered, "stopping": stopping}
-    directory = train(experiment, directory, after_first=forecast, **options)
+    directory = train(
+        experiment,
+        directory,
+        resume=resume,
+        command=command,
+        after_first=forecast,
+        numbered=numbered,
+        stopping=stopping,
+    )
     for what, name in (("report", "report.html"), ("picture", "before_after.png"), ("model", "export")):
         if (directory / name).exists():
             print(f"{what:<8} {directory / name}")

@@ -117,19 +117,16 @@ def check_numbers(config: TrainConfig) -> None:
             _check_integer(name, value, least, most)
     for field in dataclasses.fields(config.agent_options):
         value = getattr(config.agent_options, field.name)
-        if isinstance(value, Integral) and not isinstance(value, bool) and value > 10**6:
-            raise ValueError(f"{field.name} must be at most 1,000,000, not {value:,}")
+        if isinstance(value, Integral) and int(value) > 10**6:
+            raise ValueError(f"{field.name} must be at most 1,000,000, not {int(value):,}")
     if (seed := getattr(config.model_options, "seed", None)) is not None:
         _check_integer("the model's seed", seed, 0, _SEED)
     if config.eval_points and not config.network_budget:
         raise ValueError("eval_points divides the network_budget: give one")
-    for name, most in (
-        ("max_unscored", 1.0),
-        ("conditioning_host_gib", math.inf),
-        ("conditioning_device_gib", math.inf),
-    ):
-        if isinstance(value := getattr(config, name), bool | str) or not 0 <= value <= most:
-            raise ValueError(f"{name} must lie in [0, {most:g}], not {value}")
+    shares = {"max_unscored": 1.0, "conditioning_host_gib": math.inf, "conditioning_device_gib": math.inf}
+    for name, largest in shares.items():
+        if isinstance(share := getattr(config, name), bool | str) or not 0 <= share <= largest:
+            raise ValueError(f"{name} must lie in [0, {largest:g}], not {share}")
 
 
 def _check_integer(name: str, value: Any, least: int, most: int) -> None:
