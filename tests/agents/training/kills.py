@@ -2,9 +2,10 @@
 
     python tests/agents/training/kills.py DIRECTORY --kills 50 --interrupts 10 --terminations 10
 
-Every process is ``denoise-env train`` on Points. It gets its signal at a random moment between its start and its end:
-in loading, evaluations, rollouts, updates, saves, the export or the report. Then the run is resumed, after Ctrl-C and
-SIGTERM by the very command that was printed. Every run that ends must equal the undisturbed one bit for bit.
+Every process is ``denoise-env train`` on Points. It gets its signal at a random moment between its start and its end,
+most of them while it trains: in loading, evaluations, rollouts, updates, saves, the export or the report. Then the run
+is resumed, after Ctrl-C and SIGTERM by the very command that was printed. Every run that ends must equal the
+undisturbed one bit for bit.
 """
 
 import argparse
@@ -89,13 +90,21 @@ def heeds(pid):
     return not caught or bool(int(caught[0], 16) & 1 << (signal.SIGTERM - 1))
 
 
-def disturb(process, number, moment):
-    """Send a signal after a time; whether the process was still there."""
+def rows(directory):
+    """How many iterations a run's table has."""
+    table = directory / "metrics.csv"
+    return table.read_text().count("\n") - 1 if table.exists() else 0
+
+
+def disturb(process, number, ready, delay):
+    """Send a signal some time after something is so; whether it ended the process."""
     while not heeds(process.pid):
         time.sleep(0.002)
-    end = time.monotonic() + moment
+    while not ready() and process.exitcode is None:
+        time.sleep(0.002)
+    end = time.monotonic() + delay
     while time.monotonic() < end and process.exitcode is None:
-        time.sleep(0.005)
+        time.sleep(0.002)
     with contextlib.suppress(ProcessLookupError):
         if process.exitcode is None:
             os.kill(process.pid, number)
@@ -136,15 +145,21 @@ def campaign(root, *, kills, interrupts, terminations, iterations, cold=0, seed=
     while signals:
         from_scratch = cold > 0
         process = start(arguments, log, from_scratch)
-        moment = rng.uniform(0, duration * (0.6 if rng.random() < 0.7 else 1.1)) + 4 * from_scratch * rng.random()
-        number = signals[-1]
-        if disturb(process, number, moment):
+        number, target = signals[-1], rows(directory) + rng.randint(1, 10)
+        ended = False
+        if target > iterations and rng.random() < 0.7:
+            process.join()  # undisturbed, since there is little left to disturb
+        elif rng.random() < 0.85:
+            reached_target = lambda target=target: rows(directory) >= min(target, iterations)  # noqa: E731
+            ended = disturb(process, number, reached_target, rng.random() / 16)
+        else:
+            ended = disturb(process, number, lambda: True, rng.uniform(0, duration))
+        if ended:
             signals.pop()
             cold -= 1
             name = signal.Signals(number).name
             given[name] = given.get(name, 0) + 1
-            rows = directory / "metrics.csv"
-            reached.append(len(rows.read_text().splitlines()) if rows.exists() else 0)
+            reached.append(rows(directory))
         said = log.read_text()
         assert "Traceback" not in said, said
         assert process.exitcode in (0, STATUS[number]), (process.exitcode, said)
@@ -169,7 +184,7 @@ def campaign(root, *, kills, interrupts, terminations, iterations, cold=0, seed=
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
-    for name, default in (("kills", 50), ("interrupts", 10), ("terminations", 10), ("iterations", 150), ("cold", 10)):
+    for name, default in (("kills", 50), ("interrupts", 10), ("terminations", 10), ("iterations", 400), ("cold", 10)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
