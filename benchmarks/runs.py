@@ -139,10 +139,11 @@ def work(directory: Path) -> None:
             path = directory / "prompts.txt"
             write_atomically(path, "\n".join(run.prompts))
             config.prompts = config.eval_prompts = str(path)
-        train(build(config), directory, resume=(directory / "config.json").exists(), report=False)
+        trained = directory / "run"
+        train(build(config), trained, resume=(trained / "config.json").exists(), report=False)
         held_out = {}
         if run.held_out:
-            arguments = ["eval", str(directory), "--prompts", run.held_out, "--json", str(directory / "held_out.json")]
+            arguments = ["eval", str(trained), "--prompts", run.held_out, "--json", str(directory / "held_out.json")]
             denoise_env([*arguments, "--images-per-prompt", str(config.eval_images_per_prompt)])
             (held_out,) = json.loads((directory / "held_out.json").read_text()).values()
         write_atomically(directory / "finished.json", json.dumps({"held_out": held_out}))
@@ -150,8 +151,8 @@ def work(directory: Path) -> None:
 
 def curve(directory: Path) -> dict[str, list[float | None]]:
     """A finished run's evaluations, column by column, with the seconds trained until each; NaN is ``None``."""
-    evals, seconds = read_table(directory / "eval.csv"), {0.0: 0.0}
-    for row in read_table(directory / "metrics.csv"):
+    evals, seconds = read_table(directory / "run" / "eval.csv"), {0.0: 0.0}
+    for row in read_table(directory / "run" / "metrics.csv"):
         seconds[row["iteration"]] = seconds[row["iteration"] - 1] + row["seconds"]
     for row in evals:
         row["seconds"] = seconds[row["iteration"]]

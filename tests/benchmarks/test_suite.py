@@ -102,10 +102,10 @@ def test_prompts_are_trained_and_evaluated_on_and_held_out_ones_measured_after(t
     run = dataclasses.replace(tiny(), prompts=("ring", "line"), held_out="points")
     (tmp_path / "run.json").write_text(json.dumps(dataclasses.asdict(run)))
     work(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert Path(config["prompts"]).read_text().split() == ["ring", "line"]
     assert config["eval_prompts"] == config["prompts"]
-    with (tmp_path / "eval.csv").open() as file:
+    with (tmp_path / "run" / "eval.csv").open() as file:
         assert {row["images"] for row in csv.DictReader(file)} == {"8"}  # 2 prompts · 4
     assert json.loads((tmp_path / "finished.json").read_text())["held_out"]["images"] == 24  # 6 prompts · 4
 
@@ -126,7 +126,7 @@ def test_a_killed_suite_repeats_no_finished_run_and_resumes_the_others(tmp_path)
     command += ["--trials", "0", "--budget", "12000", "--build", str(tmp_path / "build"), "--results", str(tmp_path)]
     process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
     finished = lambda: {p: p.stat().st_mtime_ns for p in (tmp_path / "build").glob("*/finished.json")}  # noqa: E731
-    started = lambda: list((tmp_path / "build").glob("*/metrics.csv"))  # noqa: E731
+    started = lambda: list((tmp_path / "build").glob("*/run/metrics.csv"))  # noqa: E731
     deadline = time.monotonic() + 120
     while len(started()) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -212,6 +212,6 @@ def test_weights_that_are_no_longer_finite_say_how_to_go_on_with_a_smaller_learn
 @pytest.mark.slow
 def test_runs_that_are_killed_and_interrupted_at_random_moments_lose_nothing(tmp_path):
     """For long: ``python tests/agents/training/kills.py DIRECTORY --kills 50 --interrupts 10 --terminations 10``."""
-    told = campaign(tmp_path, kills=6, interrupts=3, terminations=3, iterations=100)
-    assert told["signals"] == {"SIGKILL": 6, "SIGINT": 3, "SIGTERM": 3}
-    assert len(set(told["reached"])) >= 4  # they came at different places on the way
+    told = campaign(tmp_path, kills=4, interrupts=2, terminations=2, iterations=40)
+    assert told["signals"] == {"SIGKILL": 4, "SIGINT": 2, "SIGTERM": 2}
+    assert len(set(told["reached"])) >= 3  # they came at different places on the way
