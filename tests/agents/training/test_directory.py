@@ -58,12 +58,12 @@ def test_a_second_writer_is_told_who_the_first_is_and_the_lock_dies_with_it(tmp_
 def test_a_run_that_is_going_on_refuses_a_second_one(tmp_path, monkeypatch):
     seen = []
 
-    def twice(experiment, iteration):
+    def twice(experiment, iteration, *more):
         for resume in (False, True):
             with pytest.raises(FileExistsError, match=f"written by process {os.getpid()} on"):
                 run(small(), tmp_path / "run", resume=resume)
         seen.append(iteration)
-        return iterate(experiment, iteration)
+        return iterate(experiment, iteration, *more)
 
     iterate = loop._iterate
     monkeypatch.setattr(loop, "_iterate", twice)

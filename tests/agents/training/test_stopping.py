@@ -171,7 +171,7 @@ def test_an_update_is_never_given_up(tmp_path, quick, monkeypatch):
     stopping, inside = Stopping(), []
     iterate = loop._iterate
 
-    def signalled(experiment, iteration):
+    def signalled(experiment, iteration, *more):
         update = experiment.agent.update
 
         def first_signalled(*arguments):
@@ -180,7 +180,7 @@ def test_an_update_is_never_given_up(tmp_path, quick, monkeypatch):
             return update(*arguments)
 
         experiment.agent.update = first_signalled
-        return iterate(experiment, iteration)
+        return iterate(experiment, iteration, *more)
 
     monkeypatch.setattr(loop, "_iterate", signalled)
     with pytest.raises(Stopped):
@@ -200,7 +200,7 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, capsys
 
 
 def test_weights_that_are_no_longer_finite_say_how_to_go_on_with_a_smaller_learning_rate(tmp_path, monkeypatch):
-    def explodes(experiment, iteration):
+    def explodes(*_):
         raise FloatingPointError("the gradient is not finite")
 
     monkeypatch.setattr(loop, "_iterate", explodes)
