@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,52 +16,19 @@ from agents.policy import DenoisingPolicy, nothing
 from agents.rollout import Rollout, collect
 from agents.stopping import Stopped, Stopping
 from agents.training import checkpoints
-from agents.training.config import TrainConfig, as_dict
-from agents.training.directory import claim, code_among, refuse_foreign
+from agents.training.config import as_dict
+from agents.training.directory import claim
 from agents.training.experiment import Experiment, restore, warm_up
 from agents.training.logging import Logger
 from agents.training.looks import Looks
 from agents.training.progress import progress
 from agents.training.report import write_report
+from agents.training.resuming import check_directory, refuse_changes, resume_command, tell_learning_rate
 from agents.training.seeding import epoch_order, row_seeds
 from agents.training.tables import Table
 from agents.training.versions import check_prompts, prompt_digests, write_versions
 from denoise_env.mdp import row_generators
 from denoise_env.weights import is_sharded
-
-MAY_CHANGE = (
-    "iterations",
-    "eval_every",
-    "sample_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "conditioning_cache",
-    "conditioning_host_gib",
-    "conditioning_device_gib",
-    "wandb",
-    "agent.lr",
-    "tensorboard",
-)
-"""What a resumed run's configuration may differ in from what its directory says."""
-
-
-def check_directory(directory: Path, config: TrainConfig, resume: bool) -> None:
-    """Raise an error for beginning a run where there is something, or continuing one with another configuration.
-
-    Raises:
-        FileExistsError: the directory already holds a run, and it is not to be resumed; or it holds something else.
-        ValueError: it is to be resumed, and its configuration cannot be read or differs in more than `MAY_CHANGE`.
-    """
-    if resume and (directory / "config.json").exists():
-        _refuse_changes(_read_config(directory), config)
-    else:
-        refuse_foreign(directory)
-
-
-def resume_command(directory: Path, config: TrainConfig) -> str:
-    """The command that continues a run, as a shell takes it."""
-    own = code_among([config.agent, config.model, *config.rewards, *config.eval_rewards])
-    return shlex.join(["denoise-env", "train", "--resume", str(directory), *(["--trust"] if own else [])])
 
 
 def train(
@@ -95,8 +61,8 @@ def train(
         The directory.
 
     Raises:
-        ValueError: the directory holds a run of another configuration, see `check_directory`, or of other prompts; or
-            sharded weights are to be exported. Nothing has changed then.
+        ValueError: the directory holds a run of another configuration (see `agents.training.resuming`) or of other
+            prompts, or sharded weights are to be exported. Nothing has changed then.
         FileExistsError: the directory already holds a run or something else, or another process writes there.
         agents.training.checkpoints.CheckpointError: a checkpoint cannot be read or written.
         RuntimeError: too many images could not be scored.
@@ -120,12 +86,12 @@ def train(
             newest = checkpoints.latest(saved) if resume else None
             meta = restore(experiment, newest) if newest else {}
             if meta:
-                _refuse_changes(meta["config"], config)
+                refuse_changes(meta["config"], config)
             logged = config if writes else replace(config, wandb=False, tensorboard=False)
             logger = held.enter_context(Logger(directory, logged))
             if writes:
                 if resume:
-                    _tell_learning_rate(directory, config)
+                    tell_learning_rate(directory, config)
                 text = json.dumps(as_dict(config), indent=1)
                 checkpoints.write_atomically(directory / "config.json", text)
                 write_versions(directory / "versions.json", command, prompts, resumed=resume)
@@ -247,46 +213,6 @@ def _to_its_end(policy: DenoisingPolicy) -> Iterator[None]:
         yield
     finally:
         policy.before_call = before
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold an object with the run's settings")
-    return found
-
-
-def _tell_learning_rate(directory: Path, config: TrainConfig) -> None:
-    """Say so where a resumed run has another learning rate than before."""
-    if not (directory / "config.json").exists():
-        return
-    before, now = (_flat(values).get("agent.lr") for values in (_read_config(directory), as_dict(config)))
-    if before != now:
-        print(f"the learning rate is {now} from here on; it was {before}", file=sys.stderr)
-
-
-def _refuse_changes(saved: dict[str, Any], config: TrainConfig) -> None:
-    """Raise a ``ValueError`` that names the settings which a resumed run may not change."""
-    before, now = _flat(saved), _flat(json.loads(json.dumps(as_dict(config))))
-    changed = [name for name in sorted({*before, *now} - {*MAY_CHANGE}) if before.get(name) != now.get(name)]
-    if changed:
-        told = ", ".join(f"{name} (now {now.get(name)!r}, was {before.get(name)!r})" for name in changed)
-        raise ValueError(
-            f"a resumed run keeps its configuration, and this one changes {told}; only {', '.join(MAY_CHANGE)} may "
-            "change"
-        )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping's settings by their dotted names, ``agent.lr``."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
 
 
 _SHOWN = ("reward", "ratio", "clip_fraction", "kl_old", "kl_reference", "grad_norm", "images_per_second")

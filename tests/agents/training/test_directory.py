@@ -16,6 +16,7 @@ from agents.grpo import GRPOConfig
 from agents.training import checkpoints, directory, experiment, loop
 from agents.training.directory import claim
 from agents.training.experiment import build
+from agents.training.resuming import resume_command
 
 HOLD = """
 import sys
@@ -302,7 +303,7 @@ def test_code_that_is_named_again_is_allowed_and_the_way_to_resume_says_trust(st
     assert cli.main(["train", "--resume", "own", "--agent", "strange_code:Mine"]) == 0
     assert cli.main(["train", "--resume", "own", "--trust"]) == 0
     config = small(agent="strange_code:Mine", agent_options=GRPOConfig())
-    assert loop.resume_command(Path("a b"), config) == "denoise-env train --resume 'a b' --trust"
+    assert resume_command(Path("a b"), config) == "denoise-env train --resume 'a b' --trust"
 
 
 def test_the_working_directory_comes_last_for_imports(tmp_path):
