@@ -481,8 +481,11 @@ class Agent(ABC):
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue from the tensors of `state`, whether or not the weights are sharded here.
 
+        The learning rates and the other settings of the optimizer stay those of the configuration.
+
         Raises:
-            ValueError: they belong to another architecture or configuration; nothing has changed.
+            ValueError: a tensor is missing, unknown, of another shape or dtype, or no state that training leaves;
+                nothing has changed.
         """
         if bool(self.average) != any(name.startswith("average.") for name in tensors):
             raise ValueError("the checkpoint and ema_decay disagree on whether weights are averaged")
@@ -493,21 +496,24 @@ class Agent(ABC):
                 parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
                 states.setdefault(parameter, {})[key] = tensor
         sets: dict[str, Mapping[str, Tensor]] = {"weights": self.trained, **self.kept}
-        expected = {f"{word}.{name}": t.shape for word, kept in sets.items() for name, t in kept.items()}
-        expected |= {f"modules.{name}": t.shape for name, t in self.modules.state_dict().items()}
-        expected |= {
-            f"optimizer.{name}.{key}": learned[name].shape if t.ndim else t.shape  # the count of steps has no shape
-            for name, state in states.items()
-            if name in learned
-            for key, t in state.items()
-        }
-        found = {name: t.shape for name, t in tensors.items()}
+        expected = {f"{word}.{name}": _form(t) for word, kept in sets.items() for name, t in kept.items()}
+        expected |= {f"modules.{name}": _form(t) for name, t in self.modules.state_dict().items()}
+        for name in states.keys() & learned.keys():
+            like = _form(learned[name])
+            forms = {"step": (torch.Size(), torch.float32), "exp_avg": like, "exp_avg_sq": like}
+            expected |= {f"optimizer.{name}.{key}": form for key, form in forms.items()}
+        found = {name: _form(t) for name, t in tensors.items()}
         if found != expected:
-            odd = sorted(dict(found.items() ^ expected.items()))[0]
+            odd = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))
             raise ValueError(
-                f"the checkpoint holds another architecture: {odd} is {_shape(found, odd, 'missing')} in it and "
-                f"{_shape(expected, odd, 'absent')} in the model"
+                f"the checkpoint holds another architecture: {odd} is {_told(found, odd, 'missing')} in it and "
+                f"{_told(expected, odd, 'absent')} in the model"
             )
+        for name, t in tensors.items():
+            if not name.startswith("modules.") and not t.isfinite().all():
+                raise ValueError(f"{name} has entries that are not finite numbers")
+            if name.startswith("optimizer.") and name.endswith((".step", ".exp_avg_sq")) and (t < 0).any():
+                raise ValueError(f"{name} is negative")
         for word, kept in sets.items():
             values = {name: divided(tensors[f"{word}.{name}"], p) for name, p in kept.items()}
             fill(self.policy.model.network, kept, values)
@@ -537,5 +543,12 @@ def clip(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
     return norm
 
 
-def _shape(shapes: Mapping[str, Any], name: str, none: str) -> Any:
-    return tuple(shapes[name]) if name in shapes else none
+def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
+def _told(forms: Mapping[str, tuple[torch.Size, torch.dtype]], name: str, none: str) -> str:
+    if name not in forms:
+        return none
+    shape, dtype = forms[name]
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import logging
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 
 from agents.commands import TRAINING
+from agents.stopping import Stopping
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,21 +23,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what is typed behind ``denoise-env``; default: the process's own arguments.
 
     Returns:
-        The exit status: 0 done, 1 the run failed, 2 bad input, 3 a bug, 130 interrupted.
+        The exit status: 0 done, 1 the run failed, 2 bad input, 3 a bug, 130 stopped by Ctrl-C, 143 by SIGTERM.
     """
-    typed = list(sys.argv[1:] if arguments is None else arguments)
-    verbose = "-v" in typed
-    typed = [argument for argument in typed if argument != "-v"]
+    stopping = Stopping()
+    if arguments is not None:
+        with stopping:
+            return _main(arguments, stopping)
+    stopping.__enter__()  # up to the program's end: there is no moment behind it at which Ctrl-C shows a traceback
+    with contextlib.suppress(FileNotFoundError):
+        if sys.path[:1] in ([""], [os.getcwd()]):  # from python -m: a file there would pass for a library
+            del sys.path[0]
+    return _main(sys.argv[1:], stopping)
+
+
+def _main(arguments: Sequence[str], stopping: Stopping) -> int:
+    verbose = "-v" in arguments
+    typed = [argument for argument in arguments if argument != "-v"]
     _set_up(verbose)
     try:
-        status = _run(typed)
+        status = _run(typed, stopping)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # who reads the pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except KeyboardInterrupt as error:
-        return _tell("stopped; continue with denoise-env train --resume DIRECTORY", 130, error, verbose)
+        return _tell(stopping.message, 128 + (stopping.signal or signal.SIGINT), error, False)
     except (ValueError, FileExistsError) as error:
         return _tell(str(error), 2, error, verbose)
     except MemoryError as error:
@@ -81,7 +94,7 @@ def _set_up(verbose: bool) -> None:
             logging.getLogger(package).setLevel(logging.INFO)
 
 
-def _run(typed: Sequence[str]) -> int:
+def _run(typed: Sequence[str], stopping: Stopping) -> int:
     parser = _parser()
     with contextlib.suppress(FileNotFoundError):  # the directory may be gone
         sys.path.append(os.getcwd())  # where models, rewards and agents of one's own ("module:name") usually are
@@ -97,10 +110,10 @@ def _run(typed: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(plain)
     if rest and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    options.model_flags = model_flags
+    options.model_flags, options.typed = model_flags, typed
     module, name = options.run.split(":")
     run = getattr(importlib.import_module(f"agents.commands.{module}"), name)  # what is heavy is imported here
-    return run(rest if options.command == "train" else options)
+    return run(rest, stopping) if options.command == "train" else run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=1234, help="of the noise (default %(default)s)")
         command.add_argument("--num-steps", type=int, metavar="K", help="denoising steps (default: the run's, or 10)")
         command.add_argument("--conditioning-cache", metavar="DIR", help="keep encoded prompts there")
+        command.add_argument("--trust", action="store_true", help="import the code that a run's directory names")
         command.epilog = _MODEL_OPTIONS
         if name == "sample":
             command.add_argument("--output", default="samples.png", help="the picture (default %(default)s)")

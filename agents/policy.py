@@ -1,5 +1,6 @@
 """A denoiser and a transition kernel as a stochastic policy."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor
 
 from denoise_env.kernels import Kernel, Reduction, Transition
 from denoise_env.mdp import DenoisingMDP
+
+
+def nothing() -> None:
+    """Do nothing."""
 
 
 class DenoisingPolicy(TensorDictModuleBase):
@@ -30,6 +35,8 @@ class DenoisingPolicy(TensorDictModuleBase):
     Attributes:
         network_calls: what the policy has cost so far, in rows given to the network: 1 for a forward pass, 3 with
             the backward pass that follows where gradients are on.
+        before_call: called before every call of the network; by default it does nothing. It may raise, to give up what
+            the policy is in the middle of.
 
     Raises:
         ValueError: an unknown kernel, or one that does not fit the model's path.
@@ -57,6 +64,7 @@ class DenoisingPolicy(TensorDictModuleBase):
         self.register_buffer("timesteps", mdp.schedule.timesteps.to(mdp.model.device), persistent=False)
         self.generator = torch.Generator(mdp.model.device).manual_seed(seed)
         self.network_calls = 0
+        self.before_call: Callable[[], object] = nothing
 
     def predict(
         self, latents: Tensor, step: int | Tensor, conditioning: TensorDict, guidance: float | None = None
@@ -69,6 +77,7 @@ class DenoisingPolicy(TensorDictModuleBase):
             conditioning: ``[B]``, of the latents' prompts.
             guidance: the scale of classifier-free guidance, instead of the model's own.
         """
+        self.before_call()
         rows = self.model.rows_per_sample if guidance is None else 2
         self.network_calls += len(latents) * rows * (3 if torch.is_grad_enabled() else 1)
         timestep = self.timesteps[step if isinstance(step, int) else step.to(self.timesteps.device)]

@@ -8,5 +8,6 @@ First the preset, then the file, then the flags:
   --model NAME    a world, a directory, a hub id, or module:attribute (denoise-env list)
   --config FILE   TOML or JSON with any of the settings, and preset
   --resume DIR    continue the run in DIR from its newest checkpoint
+  --trust         with --resume: import the code that the run names as module:attribute
   -v              show the traceback of an error
 """

@@ -83,7 +83,7 @@ def _check_count(found: Experiment, options: argparse.Namespace, most: int) -> N
 def _experiment(target: str, options: argparse.Namespace) -> Experiment:
     path = Path(target)
     is_run = (path / "config.json").is_file() and (path / "metrics.csv").exists()
-    config = run_config(path) if is_run else TrainConfig(model=target)
+    config = run_config(path, options.typed) if is_run else TrainConfig(model=target)
     config.model_options = with_flags(config.model_options, options.model_flags, options.command)
     config.conditioning_cache = options.conditioning_cache or config.conditioning_cache
     if options.num_steps is not None:

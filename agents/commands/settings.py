@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import tyro
 
 from agents.commands import TRAINING
 from agents.training.config import TrainConfig
+from agents.training.directory import refuse_code
 from agents.training.presets import PRESETS
 from denoise_env.models import ModelOptions, check_options, families
 from denoise_env.naming import suggest
@@ -96,11 +97,16 @@ def model_and_agent(arguments: Sequence[str]) -> tuple[str | None, str | None, l
     return found.model, found.agent, rest
 
 
-def run_config(directory: Path) -> TrainConfig:
+def run_config(directory: Path, allowed: Collection[str] = ()) -> TrainConfig:
     """The configuration of a run's directory.
 
+    Args:
+        directory: the run's directory.
+        allowed: what the user typed. Code that the directory names ("module:attribute") is imported only where it
+            is typed too, or ``--trust``.
+
     Raises:
-        ValueError: the directory holds no run.
+        ValueError: the directory holds no run, or names code that is not allowed.
     """
     if not (directory / "config.json").is_file():
         raise ValueError(f"there is no run in {directory} (no config.json)")
@@ -109,7 +115,10 @@ def run_config(directory: Path) -> TrainConfig:
     known = {family.name: family.options for family in families()}
     named = next((flag.partition("=")[2] for flag in typed if flag.startswith("--model.family=")), None)
     options: Any = known[named]() if named in known else None  # so that no hub is asked what the model is
-    return parse_config(rest, TrainConfig(model=model or DEFAULT, model_options=options, agent=agent or "grpo"))
+    refuse_code(directory, [model, agent], allowed)
+    config = parse_config(rest, TrainConfig(model=model or DEFAULT, model_options=options, agent=agent or "grpo"))
+    refuse_code(directory, [config.model, config.agent, *config.rewards, *config.eval_rewards], allowed)
+    return config
 
 
 def split_model_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

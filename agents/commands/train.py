@@ -1,41 +1,60 @@
 """``denoise-env train``."""
 
 import argparse
-import itertools
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from agents.commands.cost import Forecast, start
 from agents.commands.look import figure
 from agents.commands.settings import check_model_flags, model_and_agent, parse_config, read_config, run_config
+from agents.stopping import Stopping
 from agents.training.config import TrainConfig
 from agents.training.experiment import build
-from agents.training.loop import check_directory, train
+from agents.training.loop import train
 from agents.training.presets import make_config
 from agents.training.report import headline
+from agents.training.resuming import check_directory
 from agents.training.tables import read_table
 from denoise_env.models import find_family
 from denoise_env.rewards import load_reward
 from denoise_env.worlds import DEFAULT, WORLDS
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Train as the arguments behind ``train`` say; returns the exit status."""
+def run(arguments: Sequence[str], stopping: Stopping) -> int:
+    """Train as the arguments behind ``train`` say; returns the exit status.
+
+    Args:
+        arguments: what is typed behind ``train``.
+        stopping: the signals that ask the program to stop.
+    """
+    command = ["denoise-env", "train", *arguments]
+    stopping.message = f"stopped, and nothing has been written; start again with: {shlex.join(command)}"
     typed, rest = _first(arguments)
     resume = typed.resume is not None
     if resume:
-        directory, config = _continued(typed, rest)
+        directory, config = _continued(typed, rest, arguments)
         preset = f"the configuration of {directory}"
     else:
         directory, config, preset = _begun(typed, rest)
-    check_directory(directory, config, resume)
+    numbered = not resume and not config.output_dir
+    if not numbered:
+        check_directory(directory, config, resume)
     experiment = build(config)
     print("\n".join([preset, *start(experiment)]), flush=True)
     forecast = Forecast(experiment)
-    command = ["denoise-env", "train", *arguments]
-    train(experiment, directory, resume=resume, command=command, after_first=forecast)
+    directory = train(
+        experiment,
+        directory,
+        resume=resume,
+        command=command,
+        after_first=forecast,
+        numbered=numbered,
+        stopping=stopping,
+    )
     for what, name in (("report", "report.html"), ("picture", "before_after.png"), ("model", "export")):
-        print(f"{what:<8} {directory / name}")
+        if (directory / name).exists():
+            print(f"{what:<8} {directory / name}")
     held_out = config.model in WORLDS and WORLDS[config.model].held_out and not config.eval_prompts
     kind = "held-out prompts" if held_out else "evaluation prompts"
     for name, before, after in headline(read_table(directory / "eval.csv")):
@@ -51,10 +70,11 @@ def _first(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--preset")
     parser.add_argument("--config")
     parser.add_argument("--resume", metavar="DIR")
+    parser.add_argument("--trust", action="store_true")
     return parser.parse_known_args(arguments)
 
 
-def _continued(typed: argparse.Namespace, rest: Sequence[str]) -> tuple[Path, TrainConfig]:
+def _continued(typed: argparse.Namespace, rest: Sequence[str], arguments: Sequence[str]) -> tuple[Path, TrainConfig]:
     """The directory and the configuration of a run that is resumed."""
     if not typed.resume:
         raise ValueError("--resume needs the directory of a run")
@@ -65,7 +85,7 @@ def _continued(typed: argparse.Namespace, rest: Sequence[str]) -> tuple[Path, Tr
                 "single settings by their own flags"
             )
     directory = Path(typed.resume)
-    return directory, parse_config(rest, run_config(directory))
+    return directory, parse_config(rest, run_config(directory, arguments))
 
 
 def _begun(typed: argparse.Namespace, rest: Sequence[str]) -> tuple[Path, TrainConfig, str]:
@@ -79,7 +99,7 @@ def _begun(typed: argparse.Namespace, rest: Sequence[str]) -> tuple[Path, TrainC
     check_model_flags(default.model_options, rest)
     config = parse_config(rest, default)
     name = f"{preset}-{agent}".replace(":", "-") if agent else preset
-    directory = Path(config.output_dir) if config.output_dir else _free(Path(f"runs/{name}-seed{config.seed}"))
+    directory = Path(config.output_dir or f"runs/{name}-seed{config.seed}")
     why = "" if typed.preset is not None else f", which goes with {config.model}; --preset chooses another"
     return directory, config, f"preset {preset}{why}"
 
@@ -87,9 +107,3 @@ def _begun(typed: argparse.Namespace, rest: Sequence[str]) -> tuple[Path, TrainC
 def _preset_of(model: str) -> str:
     """The preset that goes with a model, where none was named."""
     return WORLDS[model].preset if model in WORLDS else find_family(model)[0].preset
-
-
-def _free(path: Path) -> Path:
-    """The path, or the first of path-2, path-3, … that holds no run yet."""
-    others = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
-    return next(candidate for candidate in itertools.chain([path], others) if not (candidate / "config.json").exists())

@@ -102,8 +102,8 @@ class TrainConfig:
     """How many of the newest checkpoints to keep."""
 
     output_dir: str | None = None
-    """The run's directory. Default: runs/<preset>-seed<seed>, followed by -2, -3 and so on where that already holds a
-    run."""
+    """The run's directory, absent or empty. Default: runs/<preset>-seed<seed>, followed by -2, -3 and so on where that
+    exists."""
     wandb: bool = False
     """Log to Weights & Biases too, to the project that WANDB_PROJECT names or else "denoise-env"; needs the package
     wandb."""

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +25,8 @@ from denoise_env.rewards import load_reward
 from denoise_env.worlds import PROMPT_SETS, WORLDS
 
 EVAL_PROMPTS = 32  # of the training prompts, where no others were named
+MOST_IMAGES = 10**7
+"""The most images that a rollout or an evaluation may have; more could not be held in memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +69,7 @@ def build(
     Raises:
         ValueError: whatever does not fit together, before any work is done.
     """
-    counts = ("iterations", "prompts_per_iteration", "checkpoint_every", "keep_checkpoints", "eval_images_per_prompt")
-    for name in counts:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    if config.network_budget is not None and config.network_budget < 1:
-        raise ValueError(f"network_budget must be at least 1, not {config.network_budget}")
-    if config.eval_points and not config.network_budget:
-        raise ValueError("eval_points divides the network_budget: give one")
-    if config.microbatch is not None and config.microbatch < 1:
-        raise ValueError(f"microbatch must be at least 1, not {config.microbatch}")
+    check_numbers(config)
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,9 +120,62 @@ def build(
             f"eval_kl is the KL of noisy steps, and the evaluations' kernel {config.eval_kernel!r} has none: leave "
             "eval_kl or eval_kernel out"
         )
+    for what, images in (
+        ("a rollout", rows),
+        ("an evaluation", len(eval_mdp.drawn_prompts) * config.eval_images_per_prompt),
+    ):
+        if images > MOST_IMAGES:
+            raise ValueError(f"{what} of {images:,} images cannot be meant: at most {MOST_IMAGES:,} are taken")
     if config.eval_kl:
         mdp.model.keep_reference()
     return Experiment(config, mdp, eval_mdp, policy, eval_policy, agent)
+
+
+def check_numbers(config: TrainConfig) -> None:
+    """Raise a ``ValueError`` for a count, a seed or a share that is of another type or out of its range."""
+    for name, (least, most) in _RANGES.items():
+        if (value := getattr(config, name)) is not None or name not in ("microbatch", "network_budget"):
+            _check_integer(name, value, least, most)
+    for field in dataclasses.fields(config.agent_options):
+        value = getattr(config.agent_options, field.name)
+        if isinstance(value, Integral) and int(value) > 10**6:
+            raise ValueError(f"{field.name} must be at most 1,000,000, not {int(value):,}")
+    if (seed := getattr(config.model_options, "seed", None)) is not None:
+        _check_integer("the model's seed", seed, 0, _SEED)
+    if config.eval_points and not config.network_budget:
+        raise ValueError("eval_points divides the network_budget: give one")
+    shares = {"max_unscored": 1.0, "conditioning_host_gib": math.inf, "conditioning_device_gib": math.inf}
+    for name, largest in shares.items():
+        if isinstance(share := getattr(config, name), bool | str) or not 0 <= share <= largest:
+            raise ValueError(f"{name} must lie in [0, {largest:g}], not {share}")
+
+
+def _check_integer(name: str, value: Any, least: int, most: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
+    if int(value) < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+    if int(value) > most:
+        raise ValueError(f"{name} must be at most {most:,}, not {value:,}")
+
+
+_SEED = 2**63 - 1
+_RANGES = {
+    "iterations": (1, 10**9),
+    "checkpoint_every": (1, 10**9),
+    "keep_checkpoints": (1, 10**9),
+    "eval_every": (0, 10**9),
+    "sample_every": (0, 10**9),
+    "eval_points": (0, 10**6),
+    "prompts_per_iteration": (1, 10**6),
+    "eval_images_per_prompt": (1, 10**6),
+    "microbatch": (1, 10**6),
+    "network_budget": (1, 10**15),
+    "num_steps": (1, 10**6),
+    "seed": (0, _SEED),
+    "eval_seed": (0, _SEED),
+}
+"""A setting's least and largest value; larger ones are mistyped, or no computer could do them."""
 
 
 def warm_up(experiment: Experiment) -> None:
@@ -145,8 +194,12 @@ def warm_up(experiment: Experiment) -> None:
     policy.network_calls = spent
 
 
-def restore(experiment: Experiment, path: Path) -> tuple[int, int]:
-    """Load a checkpoint; returns its iteration and the network calls that were made up to there."""
+def restore(experiment: Experiment, path: Path) -> dict[str, Any]:
+    """Load a checkpoint; returns its meta data, as in `checkpoints.read_meta`.
+
+    Raises:
+        agents.training.checkpoints.CheckpointError: it cannot be read or is of another experiment; nothing has changed.
+    """
     tensors, meta = checkpoints.load(path)
     if meta["model"] != json.loads(json.dumps(experiment.mdp.model.architecture())):
         raise checkpoints.CheckpointError(f"the checkpoint {path} holds another architecture than the configured model")
@@ -154,7 +207,7 @@ def restore(experiment: Experiment, path: Path) -> tuple[int, int]:
         experiment.agent.load_state(tensors)
     except (ValueError, KeyError) as error:
         raise checkpoints.CheckpointError(f"the checkpoint {path} does not fit: {error}") from error
-    return int(meta["iteration"]), int(meta["network_calls"])
+    return meta
 
 
 def load_run(directory: Path, config: TrainConfig) -> Experiment:

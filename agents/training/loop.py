@@ -1,10 +1,12 @@
 """The one training loop: collect, update, log, look, checkpoint, resume."""
 
+import contextlib
 import json
+import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,50 +14,24 @@ from typing import Any
 from safetensors import SafetensorError
 
 from agents.base import Agent
+from agents.policy import DenoisingPolicy, nothing
 from agents.rollout import Rollout, collect
+from agents.stopping import Stopped, Stopping
 from agents.training import checkpoints
-from agents.training.config import TrainConfig, as_dict
+from agents.training.config import as_dict
+from agents.training.directory import claim
 from agents.training.experiment import Experiment, restore, warm_up
 from agents.training.logging import Logger
 from agents.training.looks import Looks
 from agents.training.progress import progress
 from agents.training.report import write_report
+from agents.training.resuming import check_directory, refuse_changes, resume_command, tell_learning_rate
 from agents.training.seeding import epoch_order, row_seeds
 from agents.training.tables import Table, check_table
 from agents.training.versions import check_prompts, prompt_digests, write_versions
 from denoise_env.mdp import row_generators
 from denoise_env.models import DenoisingModel
 from denoise_env.weights import is_sharded
-
-MAY_CHANGE = (
-    "iterations",
-    "eval_every",
-    "sample_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "conditioning_cache",
-    "conditioning_host_gib",
-    "conditioning_device_gib",
-    "wandb",
-    "tensorboard",
-)
-"""What a resumed run's configuration may differ in from what its directory says."""
-
-
-def check_directory(directory: Path, config: TrainConfig, resume: bool) -> None:
-    """Raise an error for beginning a run where there is one, or continuing one with another configuration.
-
-    Raises:
-        FileExistsError: the directory already holds a run, and it is not to be resumed.
-        ValueError: it is to be resumed, and its configuration differs in more than `MAY_CHANGE`.
-    """
-    if not (directory / "config.json").exists():
-        return
-    if not resume:
-        raise FileExistsError(
-            f"{directory} already holds a run: continue it with --resume {directory}, or choose another --output-dir"
-        )
-    _refuse_changes(json.loads((directory / "config.json").read_text()), config)
 
 
 def train(
@@ -66,90 +42,86 @@ def train(
     report: bool = True,
     command: Sequence[str] = (),
     after_first: Callable[[int, int, float], object] = lambda iteration, calls, seconds: None,
+    numbered: bool = False,
+    stopping: Stopping | None = None,
 ) -> Path:
     """Train, writing everything into ``directory``.
 
     Args:
         experiment: as `agents.training.experiment.build` made it. Of several ranks every one calls this, and the
             first writes.
-        directory: made if absent; must not hold a run unless ``resume``.
+        directory: made if absent; must be empty unless ``resume``. No other process may write there meanwhile.
         resume: continue from the newest checkpoint there (or from the start, where there is none yet).
         report: whether to draw samples and, at the end, export the model and write the report.
         command: what the user typed, for the report.
         after_first: called by the first rank after the first iteration that is trained here, with its number, its
             network calls and its seconds.
+        numbered: take the first of ``directory``, ``directory-2``, ``directory-3``, … that does not exist.
+        stopping: the signals that ask this process to stop; by default none are heeded. When one comes, the iteration
+            at hand is given up, or finished if its update has begun, and a checkpoint is saved.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: the directory holds a run of another configuration, see `check_directory`, or of other prompts; or
-            sharded weights are to be exported. Nothing has changed then.
-        FileExistsError: the directory already holds a run.
+        ValueError: the directory holds a run of another configuration (see `agents.training.resuming`) or of other
+            prompts, or sharded weights are to be exported. Nothing has changed then.
+        FileExistsError: the directory already holds a run or something else, or another process writes there.
         agents.training.checkpoints.CheckpointError: a checkpoint cannot be read or written.
         RuntimeError: too many images could not be scored.
+        FloatingPointError: the policy or its gradient is not finite any more.
+        agents.stopping.Stopped: a signal came; what was trained is saved.
     """
-    config = experiment.config
+    config, stopping = experiment.config, stopping or Stopping()
     writes = experiment.agent.ranks.rank == 0
-    if writes or resume:
-        check_directory(directory, config, resume)
     if report and any(is_sharded(p) for p in experiment.agent.parameters):
         raise ValueError("sharded weights are not exported: train with report=False, and export the run afterwards")
     prompts = prompt_digests(experiment.mdp.drawn_prompts, experiment.eval_prompts)
-    if resume:
-        check_prompts(directory / "versions.json", prompts)
-        check_table(directory / "metrics.csv", ["network_calls", "seconds"])
-        check_table(directory / "eval.csv", ["images"])
-    saved = directory / "checkpoints"
-    newest = checkpoints.latest(saved) if resume else None
-    done, spent = restore(experiment, newest) if newest else (0, 0)
-    with Logger(directory, config if writes else replace(config, wandb=False, tensorboard=False)) as logger:
-        if writes:
-            directory.mkdir(parents=True, exist_ok=True)
-            checkpoints.prune(saved, config.keep_checkpoints)
-            write_versions(directory / "versions.json", command, prompts, resumed=resume)
-            for name, why in experiment.agent.idle_settings().items():
-                print(f"{name} has no effect in this run: {why}", file=sys.stderr)
-            checkpoints.write_atomically(directory / "config.json", json.dumps(as_dict(config), indent=1))
-        metrics = Table(directory / "metrics.csv" if writes else None, done)
-        looks = Looks(experiment, directory, logger, done, report)
-        if config.compile:
-            warm_up(experiment)
-        if newest is None:
-            looks.first()
-        budget = config.network_budget or math.inf
-        rest = range(done + 1, 1 + (config.iterations if spent < budget else done))
-        bar = progress(
-            rest,
-            initial=done,
-            total=None if config.network_budget else config.iterations,
-            desc="train",
-            disable=not writes,
-        )
-        for iteration in bar:
-            row = _iterate(experiment, iteration)
-            if iteration == done + 1 and writes:
-                after_first(iteration, int(row["network_calls"]), row["seconds"])
-            before, spent = spent, spent + int(row["network_calls"])
-            row["network_calls"] = spent
-            metrics.append(row)
-            logger.log(iteration, row)
-            bar.set_postfix({name: f"{row[name]:.3g}" for name in _SHOWN if name in row}, refresh=False)
-            last = iteration == config.iterations or spent >= budget
-            looks.after(iteration, before, spent, last)
-            if last or iteration % config.checkpoint_every == 0:
-                state = experiment.agent.state()  # of all ranks together
-                if writes:
-                    model = experiment.mdp.model.architecture()
-                    meta = {"config": as_dict(config), "network_calls": spent, "model": model}
-                    checkpoints.save(saved, iteration, state, meta)
-                    checkpoints.prune(saved, config.keep_checkpoints)
-            if last:
-                break
+    with contextlib.ExitStack() as held:
+        with stopping.held():
+            if writes:
+                directory = held.enter_context(claim(directory, resume, numbered))
+            if writes or resume:
+                check_directory(directory, config, resume)
+            if resume:
+                check_prompts(directory / "versions.json", prompts)
+                check_table(directory / "metrics.csv", ["network_calls", "seconds"])
+                check_table(directory / "eval.csv", ["images"])
+            saved = directory / "checkpoints"
+            newest = checkpoints.latest(saved) if resume else None
+            meta = restore(experiment, newest) if newest else {}
+            if meta:
+                refuse_changes(meta["config"], config)
+            logged = config if writes else replace(config, wandb=False, tensorboard=False)
+            logger = held.enter_context(Logger(directory, logged))
+            if writes:
+                if resume:
+                    tell_learning_rate(directory, config)
+                text = json.dumps(as_dict(config), indent=1)
+                checkpoints.write_atomically(directory / "config.json", text)
+                write_versions(directory / "versions.json", command, prompts, resumed=resume)
+                checkpoints.prune(saved, config.keep_checkpoints)
+                for name, why in experiment.agent.idle_settings().items():
+                    print(f"{name} has no effect in this run: {why}", file=sys.stderr)
+            again = resume_command(directory, config)
+            stopping.message = f"stopped; continue with: {again}"
+        try:
+            _train(experiment, directory, meta, logger, stopping, report, after_first)
+        except FloatingPointError as error:
+            lower = f"{again} --agent.lr {getattr(config.agent_options, 'lr', 0) / 10:g}"
+            raise FloatingPointError(
+                f"{error}; continue from the last checkpoint with, for example: {lower}"
+            ) from error
     if report and writes:
+        stopping.message = f"stopped; the model is trained and saved, and what follows is made by: {again}"
         with experiment.agent.evaluation_weights():
             _export(experiment.mdp.model, directory / "export")
-        write_report(directory)
+        try:
+            write_report(directory)
+        except Exception as error:  # a page is no reason to fail a run that has trained
+            logging.getLogger(__name__).info("the report failed", exc_info=True)
+            kind = type(error).__name__
+            print(f"the report could not be written ({kind}: {error}); the run is complete", file=sys.stderr)
     return directory
 
 
@@ -161,24 +133,101 @@ def _export(model: DenoisingModel, path: Path) -> None:
         raise RuntimeError(f"the run has trained, but its model cannot be written to {path}: {error}") from error
 
 
-def _refuse_changes(saved: dict[str, Any], config: TrainConfig) -> None:
-    """Raise a ``ValueError`` that names the settings which a resumed run may not change."""
-    before, now = _flat(saved), _flat(json.loads(json.dumps(as_dict(config))))
-    changed = [name for name in sorted({*before, *now} - {*MAY_CHANGE}) if before.get(name) != now.get(name)]
-    if changed:
-        told = ", ".join(f"{name} (now {now.get(name)!r}, was {before.get(name)!r})" for name in changed)
-        raise ValueError(
-            f"a resumed run keeps its configuration, and this one changes {told}; only {', '.join(MAY_CHANGE)} may "
-            "change"
-        )
+def _train(
+    experiment: Experiment,
+    directory: Path,
+    meta: dict[str, Any],
+    logger: Logger,
+    stopping: Stopping,
+    report: bool,
+    after_first: Callable[[int, int, float], object],
+) -> None:
+    """The iterations that are left behind a checkpoint with this meta data; without any, all of them."""
+    config = experiment.config
+    writes = experiment.agent.ranks.rank == 0
+    saved = directory / "checkpoints"
+    done, spent, pending = meta.get("iteration", 0), meta.get("network_calls", 0), meta.get("pending_look")
+    on_disk = done
+    budget = config.network_budget or math.inf
+    metrics = Table(directory / "metrics.csv" if writes else None, done if meta else -1)
+    looks = Looks(experiment, directory, logger, done - (pending is not None) if meta else -1, report)
+    if config.compile:
+        warm_up(experiment)
+    if not meta:
+        looks.first()
+
+    def save() -> None:
+        state = experiment.agent.state()  # of all ranks together
+        if writes:
+            model = experiment.mdp.model.architecture()
+            about = {"config": as_dict(config), "network_calls": spent, "model": model, "pending_look": pending}
+            checkpoints.save(saved, done, state, about)
+            checkpoints.prune(saved, config.keep_checkpoints)
+
+    rest = range(done + 1, 1 + (config.iterations if spent < budget else done))
+    bar = progress(
+        rest,
+        initial=done,
+        total=None if config.network_budget else config.iterations,
+        desc="train",
+        disable=not writes,
+    )
+    with stopping.held(), _may_give_up(experiment, stopping):
+        try:
+            if pending is not None:
+                looks.after(done, pending, spent, done >= config.iterations or spent >= budget)
+                pending = None
+            for iteration in bar:
+                stopping.check()
+                row = _iterate(experiment, iteration)
+                before, spent = spent, spent + int(row["network_calls"])
+                metrics.append({**row, "network_calls": spent})
+                done, pending = iteration, before
+                if iteration == rest[0] and writes:
+                    after_first(iteration, int(row["network_calls"]), row["seconds"])
+                logger.log(iteration, {**row, "network_calls": spent})
+                bar.set_postfix({name: f"{row[name]:.3g}" for name in _SHOWN if name in row}, refresh=False)
+                last = iteration == config.iterations or spent >= budget
+                looks.after(iteration, before, spent, last)
+                pending = None
+                if last or iteration % config.checkpoint_every == 0:
+                    save()
+                    on_disk = iteration
+                if last:
+                    break
+            stopping.check()
+        except Stopped:
+            if done > on_disk:
+                save()
+            if done:
+                again = resume_command(directory, config)
+                stopping.message = f"stopped after iteration {done}, which is saved; continue with: {again}"
+            raise
+        finally:
+            bar.close()
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping's settings by their dotted names, ``agent.lr``."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+@contextlib.contextmanager
+def _may_give_up(experiment: Experiment, stopping: Stopping) -> Iterator[None]:
+    """A context in which rollouts and evaluations end with `Stopped` before a network call, once a signal has come."""
+    policies = [part for part in vars(experiment).values() if isinstance(part, DenoisingPolicy)]
+    for policy in policies:
+        policy.before_call = stopping.check
+    try:
+        yield
+    finally:
+        for policy in policies:
+            policy.before_call = nothing
+
+
+@contextlib.contextmanager
+def _to_its_end(policy: DenoisingPolicy) -> Iterator[None]:
+    """A context whose network calls are all made: weights that are half updated are no place to stop."""
+    before, policy.before_call = policy.before_call, nothing
+    try:
+        yield
+    finally:
+        policy.before_call = before
 
 
 _SHOWN = ("reward", "ratio", "clip_fraction", "kl_old", "kl_reference", "grad_norm", "images_per_second")
@@ -203,7 +252,8 @@ def _iterate(experiment: Experiment, iteration: int) -> dict[str, float]:
             f"iteration {iteration}: {row['unscored']} of {rows} images could not be scored, more than "
             f"max_unscored = {config.max_unscored:g} allows: {rollout.scores.errors or 'the reward returned NaN'}"
         )
-    row |= agent.update(rollout, iteration)
+    with _to_its_end(experiment.policy):
+        row |= agent.update(rollout, iteration)
     row["network_calls"] = (experiment.policy.network_calls - before) * agent.ranks.size
     seconds = time.perf_counter() - started
     return {**row, "seconds": seconds, "images_per_second": rows / seconds}

@@ -20,7 +20,7 @@ class Table:
         if path is not None and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= keep_to]
-            if keep_to and kept:
+            if kept:
                 (self.columns,) = csv.reader(lines[:1])
                 write_atomically(path, "".join([lines[0], *kept]))
             else:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from denoise_env.models.base import DenoisingModel, ModelOptions
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -80,8 +82,10 @@ class PipelineModel(DenoisingModel):
     def load(cls, checkpoint: str | None, options: Any, device: str | torch.device = "cpu") -> Self:
         """Load a checkpoint in the diffusers layout: a directory, or a hub id ("CompVis/stable-diffusion-v1-4").
 
+        It is read as data: weights from safetensors alone, and parts of diffusers' and transformers' own classes.
+
         Raises:
-            ValueError: nothing that can be loaded is there.
+            ValueError: nothing that can be loaded is there, or it would run code.
         """
         import diffusers
 
@@ -90,8 +94,11 @@ class PipelineModel(DenoisingModel):
         local = Path(checkpoint).is_dir()
         try:
             with quiet():
-                pipeline = kind.from_pretrained(checkpoint, local_files_only=local, **cls.pipeline_arguments)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                check_parts(checkpoint, kind.load_config(checkpoint, local_files_only=local))
+                pipeline = kind.from_pretrained(
+                    checkpoint, local_files_only=local, use_safetensors=True, **cls.pipeline_arguments
+                )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as error:
             raise ValueError(f"cannot load a {cls.title} checkpoint from {checkpoint!r}: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, options, device)
@@ -110,9 +117,8 @@ class PipelineModel(DenoisingModel):
         parts = dict(cls.pipeline_arguments)
         try:
             with quiet():
-                index = kind.load_config(checkpoint)
-                for name, entry in index.items():
-                    if not (isinstance(entry, list | tuple) and len(entry) == 2 and entry[0]):
+                for name, entry in check_parts(checkpoint, kind.load_config(checkpoint)).items():
+                    if name in parts:
                         continue
                     part = getattr(importlib.import_module(entry[0]), entry[1])
                     if not issubclass(part, nn.Module):
@@ -145,9 +151,9 @@ class PipelineModel(DenoisingModel):
         self.network.requires_grad_(False).to(self.dtype)
         if options.lora:
             try:
-                self.pipeline.load_lora_weights(options.lora, adapter_name="default")
+                self.pipeline.load_lora_weights(options.lora, adapter_name="default", use_safetensors=True)
                 self._adapters  # noqa: B018  raises where the file had nothing for this network
-            except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
                 raise ValueError(f"cannot load {self.title} LoRA weights from {options.lora!r}: {error}") from error
             rank, alpha = self._adapters.r, self._adapters.lora_alpha
             if options.lora_rank not in (0, rank) or options.lora_alpha not in (None, alpha):
@@ -222,6 +228,42 @@ class PipelineModel(DenoisingModel):
         config = {k: v for k, v in self.network.config.items() if not k.startswith("_")}
         lora = {"rank": self._adapters.r, "alpha": self._adapters.lora_alpha} if self.adapted else None
         return {**super().architecture(), "lora": lora, "network": config}
+
+
+def check_parts(checkpoint: str, index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The parts of a checkpoint, name → library and class, as its ``model_index.json`` has them.
+
+    diffusers imports what is named there. Its older releases also run a file ``<part>/<library>.py`` of the checkpoint
+    and unpickle weights without being asked. So this is to be called before anything is loaded.
+
+    Raises:
+        ValueError: a part is of another library than diffusers and transformers, brings code of its own, or has weights
+            only as a pickle.
+    """
+    from diffusers import pipelines
+
+    parts: dict[str, tuple[str, str]] = {}
+    for name, entry in index.items():
+        if not (isinstance(entry, list | tuple) and len(entry) == 2 and entry[0]):
+            continue
+        library, kind = entry
+        if not (isinstance(library, str) and isinstance(kind, str)):
+            raise ValueError(f"its {name} must be a library and a class, not {entry!r}")
+        automatic = library == "transformers" and kind.startswith("Auto")  # which asks the checkpoint for code
+        own = Path(str(pipelines.__file__)).parent / library  # of one kind of pipeline, such as its safety checker
+        known = library in ("diffusers", "transformers") or (library.isidentifier() and own.is_dir())
+        if automatic or not known or not kind.isidentifier() or kind.startswith("_"):
+            raise ValueError(
+                f"its {name} is {library}.{kind}: only diffusers' and transformers' own classes are loaded"
+            )
+        folder = Path(checkpoint) / name
+        if (folder / f"{library}.py").exists():
+            raise ValueError(f"its {name} brings code of its own, {name}/{library}.py, which is not run")
+        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+        if pickles and not any("." not in path.stem for path in folder.glob("*.safetensors")):  # a dot: of a variant
+            raise ValueError(f"its {name} has weights as {pickles[0]}, which can hold code: only safetensors are read")
+        parts[name] = (library, kind)
+    return parts
 
 
 def save_pipeline(pipeline: Any, directory: Path) -> None:

@@ -109,11 +109,11 @@ def test_bad_input_is_one_sentence_and_exit_status_2(arguments, message, capsys,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_resumed_run_refuses_another_learning_rate(tmp_path, capsys):
+def test_a_resumed_run_refuses_another_kl(tmp_path, capsys):
     directory = tmp_path / "run"
     assert cli.main(["train", *FAST, "--output-dir", str(directory)]) == 0
-    assert cli.main(["train", "--resume", str(directory), "--agent.lr", "1"]) == 2
-    assert "changes agent.lr (now 1.0, was 0.003)" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", str(directory), "--agent.kl-coef", "1"]) == 2
+    assert "changes agent.kl_coef (now 1.0, was 0.0)" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys):

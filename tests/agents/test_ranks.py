@@ -369,7 +369,8 @@ def life(config, directory, wrap=None, ranks=None):
         raise KeyError
     assert all(map(torch.equal, parts(own.values()), parts(first.agent.parameters)))
     if not first.agent.ranks.rank:
-        checkpoints.save(directory, 2, state, {"network_calls": 0, "model": first.mdp.model.architecture()})
+        about = {"network_calls": 0, "model": first.mdp.model.architecture(), "config": {}}
+        checkpoints.save(directory, 2, state, about)
     return {"figures": figures, "state": state, "outputs": outputs(first)}
 
 

@@ -45,6 +45,8 @@ def test_the_seed_seeds_every_weight_that_is_random(model, agent, options):
         assert not torch.equal(zero[name], one[name]), name
         assert torch.equal(one[name], again[name]), name
         assert torch.equal(named[name], zero[name]) != name.startswith("modules."), name
+
+
 def test_evaluations_may_have_steps_and_a_kernel_of_their_own(tmp_path):
     plain, own = build(small()), build(small(eval_num_steps=7, eval_kernel="ode"))
     assert (plain.eval_policy.kernel.eta, plain.eval_mdp.num_steps) == (plain.policy.kernel.eta, plain.mdp.num_steps)

@@ -1,10 +1,8 @@
 import dataclasses
 import json
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -95,7 +93,10 @@ def contents(directory):
     ("changes", "message"),
     [
         ({"seed": 1}, r"changes seed \(now 1, was 0\); only iterations, .*tensorboard may change"),
-        ({"agent_options": GRPOConfig(group_size=4, lr=1e-2, ema_decay=0.9)}, r"changes agent\.kl_coef .*, agent\.lr "),
+        (
+            {"agent_options": GRPOConfig(group_size=4, lr=1e-2, ema_decay=0.9)},
+            r"changes agent\.kl_coef \(now .*\); only",
+        ),
         ({"agent": "rloo", "agent_options": None}, r"agent\.clip_range \(now None, was .*agent\.name \(now 'rloo'"),
         ({"model": "points-flow"}, r"model.name \(now 'points-flow', was 'points'\)"),
         ({"rewards": {"points": 2.0}}, r"rewards\.points \(now 2\.0, was None\)"),
@@ -151,36 +152,13 @@ def in_process(directory, *, call=0, iterations=6, resume=False):
 @pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 3, 6, 9])
 def test_killed_during_a_save(whole, tmp_path, call):
-    """``call`` counts fsyncs: of versions and config, then of each part of each checkpoints."""
+    """``call`` counts fsyncs: of config and versions, then of each part of each checkpoint."""
     process = in_process(tmp_path / "killed", call=call)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     run(small(), tmp_path / "killed", resume=True)
     assert_same_run(whole, tmp_path / "killed")
     assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments(tmp_path):
-    """Six processes, each killed up to 0.6 s after it wrote its first row: in rollouts, updates, evaluations, saves."""
-    rng = random.Random(0)
-    config = small(iterations=150)
-    whole = run(config, tmp_path / "whole")
-    directory, rows = tmp_path / "killed", tmp_path / "killed" / "metrics.csv"
-    reached = []
-    for _ in range(6):
-        before = rows.stat().st_mtime_ns if rows.exists() else None
-        process = in_process(directory, iterations=config.iterations, resume=directory.exists())
-        while process.poll() is None and (not rows.exists() or rows.stat().st_mtime_ns == before):
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0.0, 0.6))
-        process.kill()
-        process.communicate()
-        if process.returncode == -signal.SIGKILL:
-            reached.append(len(rows.read_text().splitlines()))
-    assert len(set(reached)) >= 2  # it was killed at different places on its way
-    run(config, directory, resume=True)
-    assert_same_run(whole, directory)
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(whole, tmp_path, monkeypatch):
@@ -207,15 +185,6 @@ def test_a_directory_with_a_run_is_refused_untouched(tmp_path):
     with pytest.raises(FileExistsError, match="--resume"):
         run(small(iterations=1), directory)
     assert (directory / "metrics.csv").read_bytes() == before
-
-
-@pytest.mark.parametrize("file", ["state.safetensors", "meta.json"])
-def test_a_truncated_checkpoint_is_refused(tmp_path, file):
-    directory = run(small(iterations=2), tmp_path / "run")
-    path = directory / "checkpoints" / "000002" / file
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(checkpoints.CheckpointError, match="truncated or damaged"):
-        run(small(iterations=3), directory, resume=True)
 
 
 def test_a_checkpoint_of_another_version_or_architecture_is_refused(tmp_path):
