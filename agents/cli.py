@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -22,6 +23,9 @@ from denoise_env.worlds import DEFAULT, PROMPT_SETS, WORLDS
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (0 done, 1 the run failed, 2 bad input)."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a test's or a notebook's may be another
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         prog="denoise-env",
         description="Reinforcement learning in the denoising process of diffusion models.",

@@ -110,7 +110,7 @@ def compare_all(results: Path) -> list[Comparison]:
     """
     found = []
     for path in sorted(results.glob("*.json"), key=lambda path: path.stem):
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         if "runs" not in data:
             continue
         for environment, about in data["environments"].items():

@@ -18,7 +18,7 @@ def write_page(results: Path) -> Path:
     data = {"reference": REFERENCE, "comparisons": [dataclasses.asdict(c) for c in compare_all(results)]}
     text = json.dumps(_plain(data), separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
     path = results / "index.html"
-    write_atomically(path, TEMPLATE.read_text().replace("/*data*/null", text))
+    write_atomically(path, TEMPLATE.read_text(encoding="utf-8").replace("/*data*/null", text))
     return path
 
 

@@ -111,12 +111,12 @@ def _spawn(run: Run, directory: Path) -> str | None:
     if not process.exitcode:
         return None
     if (directory / "error.txt").exists():
-        return (directory / "error.txt").read_text().splitlines()[-1]
+        return (directory / "error.txt").read_text(encoding="utf-8").splitlines()[-1]
     return f"ended without a word, exit status {process.exitcode}"
 
 
 def _logged(directory: Path) -> None:
-    with (directory / "log.txt").open("w") as log:
+    with (directory / "log.txt").open("w", encoding="utf-8") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     try:
@@ -129,11 +129,11 @@ def _logged(directory: Path) -> None:
 def work(directory: Path) -> None:
     """Train what ``directory/run.json`` says; a second worker on the same directory waits, then finds it done."""
     torch.set_num_threads(1)
-    with (directory / "lock").open("w") as lock:
+    with (directory / "lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (directory / "finished.json").exists():
             return
-        run = Run(**json.loads((directory / "run.json").read_text()))
+        run = Run(**json.loads((directory / "run.json").read_text(encoding="utf-8")))
         config = run.config()
         if run.prompts:
             path = directory / "prompts.txt"
@@ -144,7 +144,7 @@ def work(directory: Path) -> None:
         if run.held_out:
             arguments = ["eval", str(directory), "--prompts", run.held_out, "--json", str(directory / "held_out.json")]
             denoise_env([*arguments, "--images-per-prompt", str(config.eval_images_per_prompt)])
-            (held_out,) = json.loads((directory / "held_out.json").read_text()).values()
+            (held_out,) = json.loads((directory / "held_out.json").read_text(encoding="utf-8")).values()
         write_atomically(directory / "finished.json", json.dumps({"held_out": held_out}))
 
 
@@ -161,7 +161,7 @@ def curve(directory: Path) -> dict[str, list[float | None]]:
 
 def held_out(directory: Path) -> dict[str, float]:
     """Reward name → its mean on the held-out prompts, where the run asked for them."""
-    found = json.loads((directory / "finished.json").read_text())["held_out"]
+    found = json.loads((directory / "finished.json").read_text(encoding="utf-8"))["held_out"]
     return {name: found[name] for name in found if f"{name}_low" in found}
 
 

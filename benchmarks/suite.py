@@ -278,7 +278,7 @@ def _versions(build: Path, runs: Sequence[Run]) -> dict[str, str]:
     found: dict[str, str] = {}
     files = [build / run.key / "versions.json" for run in runs]
     for file in [file for file in files if file.exists()][:1]:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
         del found["command"], found["platform"]
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True)
     return {**found, "revision": git.stdout.strip() or "unknown"}

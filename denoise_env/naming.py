@@ -20,14 +20,21 @@ def suggest(name: str, names: Iterable[str]) -> str:
 def load_attribute(target: str, what: str) -> Any:
     """What "module:attribute" names.
 
+    Importing the module runs its code.
+
     Raises:
-        ValueError: it cannot be imported; the message calls it a ``what``.
+        ValueError: it is not of this form, or cannot be imported, whatever the module raises at that; the message calls
+            it a ``what``.
 
     >>> load_attribute("math:pi", "number")
     3.141592653589793
     """
-    module, attribute = target.split(":", 1)
+    module, _, attribute = target.partition(":")
+    if not module.strip(".") or module.startswith(".") or not attribute:
+        raise ValueError(f"name the {what} {target!r} as 'module:attribute', with the module's whole name")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise ValueError(f"cannot load the {what} {target!r}: {error}") from error
+    except (Exception, SystemExit) as error:  # the module is somebody's own, and does anything
+        raise ValueError(f"cannot load the {what} {target!r}: {type(error).__name__}: {error}") from error

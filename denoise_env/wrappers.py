@@ -39,16 +39,11 @@ class _ActionWrapper(VectorActionWrapper[Any, Any, Any, Any]):
 
     def actions(self, actions: Any) -> Any:
         """The next latents."""
-        state, numpy = self._base.state, self._base.output == "numpy"
-        shape = (self.num_envs, *self.convention.shape)
-        if getattr(actions, "shape", None) != shape:
-            raise ValueError(f"the action's shape must be {shape}, not {getattr(actions, 'shape', None)}")
-        tensor = torch.as_tensor(actions, dtype=torch.float32, device=state.latents.device)
-        if self._base.mdp.check_finite and not tensor.isfinite().all():
-            raise ValueError("the action must be finite; it has NaN or infinity in it")
+        state = self._base.state
+        tensor = self.convention.read_action(actions, self.num_envs)
         noise = self._noise(state.step) if self._noise else None
         latents = self.convention.next_latents(state, tensor, noise)
-        return latents.float().cpu().numpy() if numpy else latents
+        return latents.float().cpu().numpy() if self._base.output == "numpy" else latents
 
 
 class NoiseAction(_ActionWrapper):
@@ -133,5 +128,8 @@ class FlatObservation(VectorWrapper[Any, Any, Any, Any, Any]):
 
 def _base(env: Env) -> DenoiseVectorEnv:
     if not isinstance(env.unwrapped, DenoiseVectorEnv):
-        raise ValueError(f"this wraps a DenoiseVectorEnv, not {env.unwrapped!r}; its vector form is make_vec's")
+        raise ValueError(
+            f"this wraps a DenoiseVectorEnv, not {env.unwrapped!r}: gymnasium.make_vec makes one; gymnasium.make takes "
+            "wrappers of its single row as wrap=..."
+        )
     return env.unwrapped

@@ -99,6 +99,14 @@ def test_importing_the_package_is_cheap():
     assert done.stdout.strip() == "[]"
 
 
+def test_importing_any_name_prints_nothing():
+    """Warnings of the libraries beneath are not the reader's."""
+    code = "import denoise_env; [getattr(denoise_env, name) for name in denoise_env.__all__]; import denoise_env.sb3"
+    command = [sys.executable, "-W", "default", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
 def test_public_names_exist():
     for name in denoise_env.__all__:
         assert name in dir(denoise_env)

@@ -20,7 +20,7 @@ class CheckpointError(RuntimeError):
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's text so that a reader, or a crash, sees the old one or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
     os.replace(temporary, path)
 
@@ -42,7 +42,7 @@ def save(directory: Path, iteration: int, tensors: dict[str, Tensor], meta: dict
             temporary / "state.safetensors",
         )
         header = {"version": VERSION, "iteration": iteration, **meta}
-        (temporary / "meta.json").write_text(json.dumps(header, indent=1))
+        (temporary / "meta.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
@@ -79,7 +79,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     advice = "delete it to resume from the checkpoint before it"
     try:
-        meta = json.loads((path / "meta.json").read_text())
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         if meta["version"] != VERSION:
             raise CheckpointError(
                 f"the checkpoint {path} has version {meta['version']}, this release reads version {VERSION}: "

@@ -20,7 +20,7 @@ from agents.training.report import write_report
 from agents.training.seeding import epoch_order, row_seeds
 from agents.training.tables import Table
 from agents.training.versions import write_versions
-from denoise_env.mdp import row_generators
+from denoise_env.mdp import Scores, row_generators
 from denoise_env.weights import is_sharded
 
 MAY_CHANGE = (
@@ -51,7 +51,7 @@ def check_directory(directory: Path, config: TrainConfig, resume: bool) -> None:
         raise FileExistsError(
             f"{directory} already holds a run: continue it with --resume {directory}, or choose another --output-dir"
         )
-    _refuse_changes(json.loads((directory / "config.json").read_text()), config)
+    _refuse_changes(json.loads((directory / "config.json").read_text(encoding="utf-8")), config)
 
 
 def train(
@@ -113,7 +113,7 @@ def train(
             disable=not writes,
         )
         for iteration in bar:
-            row = _iterate(experiment, iteration)
+            row = _iterate(experiment, iteration, directory)
             before, spent = spent, spent + int(row["network_calls"])
             row["network_calls"] = spent
             metrics.append(row)
@@ -160,8 +160,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 _SHOWN = ("reward", "ratio", "clip_fraction", "kl_old", "kl_reference", "grad_norm", "images_per_second")
 
 
-def _iterate(experiment: Experiment, iteration: int) -> dict[str, float]:
-    """One rollout and its update."""
+def _iterate(experiment: Experiment, iteration: int, directory: Path) -> dict[str, float]:
+    """One rollout and its update; what a reward raised is kept in ``directory``."""
     config, agent = experiment.config, experiment.agent
     started = time.perf_counter()
     count = config.prompts_per_iteration
@@ -173,16 +173,27 @@ def _iterate(experiment: Experiment, iteration: int) -> dict[str, float]:
     with agent.rollout_weights():
         generators = row_generators(agent.mine(seeds))
         rollout = collect(experiment.mdp, experiment.policy, generators, agent.mine(prompts), **options)
+    errors = _write_errors(directory, iteration, rollout.scores, agent.ranks.rank)
     row = {"iteration": iteration, **_reward_figures(agent, rollout)}
     if row["unscored"] > config.max_unscored * rows:
         raise RuntimeError(
             f"iteration {iteration}: {row['unscored']} of {rows} images could not be scored, more than "
-            f"max_unscored = {config.max_unscored:g} allows: {rollout.scores.errors or 'the reward returned NaN'}"
+            f"max_unscored = {config.max_unscored:g} allows: {errors or 'the reward returned NaN'}"
         )
     row |= agent.update(rollout, iteration)
     row["network_calls"] = (experiment.policy.network_calls - before) * agent.ranks.size
     seconds = time.perf_counter() - started
     return {**row, "seconds": seconds, "images_per_second": rows / seconds}
+
+
+def _write_errors(directory: Path, iteration: int, scores: Scores, rank: int) -> str:
+    """Write the tracebacks of rewards that raised; returns what they are and where to read more, "" for none."""
+    if not scores.errors:
+        return ""
+    path = directory / ("reward_errors.txt" if rank == 0 else f"reward_errors-{rank}.txt")
+    texts = [f"iteration {iteration}, the reward {name!r}\n{text}" for name, text in scores.tracebacks.items()]
+    checkpoints.write_atomically(path, "\n".join(texts))
+    return f"{scores.errors} (the traceback is in {path})"
 
 
 def _reward_figures(agent: Agent, rollout: Rollout) -> dict[str, float]:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def write_report(directory: Path) -> Path:
         The page's path.
     """
     metrics, evals = read_table(directory / "metrics.csv"), read_table(directory / "eval.csv")
-    config = json.loads((directory / "config.json").read_text())
-    about = json.loads((directory / "versions.json").read_text())
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    about = json.loads((directory / "versions.json").read_text(encoding="utf-8"))
     cards = "".join(_card(name, before, after) for name, before, after in headline(evals))
     seconds = sum(row["seconds"] for row in metrics)
     picture = base64.b64encode(write_comparison(directory).read_bytes()).decode()
@@ -102,7 +103,7 @@ def write_comparison(directory: Path) -> Path:
     from PIL import Image
 
     plt = _pyplot()
-    prompts = (directory / "samples" / "prompts.txt").read_text().splitlines()
+    prompts = (directory / "samples" / "prompts.txt").read_text(encoding="utf-8").splitlines()
     grids = sorted((directory / "samples").glob("*.png"))
     width, height = Image.open(grids[0]).size
     figure, axes = plt.subplots(1, 2, figsize=(12, 5 * height / width + 0.4), layout="constrained")
@@ -113,10 +114,12 @@ def write_comparison(directory: Path) -> Path:
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
     labels = ["\n".join(textwrap.wrap(prompt, 28)[:3]) for prompt in prompts]
-    axes[0].set_yticks([(i + 0.5) * height / len(prompts) for i in range(len(prompts))], labels)
+    axes[0].set_yticks([(i + 0.5) * height / len(prompts) for i in range(len(prompts))], labels, parse_math=False)
     axes[0].tick_params(length=0)
     path = directory / "before_after.png"
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the font has no emoji: an empty box
+        figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
 
@@ -147,10 +150,10 @@ def _curves(metrics: list[dict[str, float]], evals: list[dict[str, float]]) -> s
             axis.plot(at, [row[name] for row in evals], "o-", color="#c2410c")
             low, high = ([row[f"{name}_{end}"] for row in evals] for end in ("low", "high"))
             axis.fill_between(at, low, high, color="#c2410c", alpha=0.2, linewidth=0)
-            axis.set_title(f"evaluation: {name} (95 % over images)", fontsize=10)
+            axis.set_title(f"evaluation: {name} (95 % over images)", fontsize=10, parse_math=False)
         else:
             axis.plot([row["iteration"] for row in metrics], [row[name] for row in metrics], color="#1d4ed8", lw=1)
-            axis.set_title(f"training: {name}", fontsize=10)
+            axis.set_title(f"training: {name}", fontsize=10, parse_math=False)
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(names) :]:
         axis.axis("off")

@@ -17,7 +17,7 @@ class Table:
         self.path = path
         self.columns: list[str] = []
         if path is not None and path.exists():
-            lines = path.read_text().splitlines(keepends=True)
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= keep_to]
             if keep_to and kept:
                 self.columns = lines[0].strip().split(",")
@@ -31,7 +31,7 @@ class Table:
             return
         new = not self.columns
         self.columns = self.columns or list(row)
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self.columns, lineterminator="\n")
             if new:
                 writer.writeheader()
@@ -42,5 +42,5 @@ def read_table(path: Path) -> list[dict[str, float]]:
     """A table as numbers, one mapping per row; empty where there is no file."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
