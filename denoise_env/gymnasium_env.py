@@ -81,14 +81,26 @@ class DenoiseEnv(gymnasium.Env[Any, Any]):
         """The prompts that ``prompt_index`` points into."""
         return self.vector.prompts
 
+    @property
+    def _np_random(self) -> Any:  # type: ignore[override]
+        return self.vector._np_random
+
+    @_np_random.setter
+    def _np_random(self, value: Any) -> None:
+        self.vector._np_random = value
+
+    @property
+    def _np_random_seed(self) -> Any:  # type: ignore[override]
+        return self.vector._np_random_seed
+
+    @_np_random_seed.setter
+    def _np_random_seed(self, value: Any) -> None:
+        self.vector._np_random_seed = value
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """As in `DenoiseVectorEnv.reset`; ``seed`` is one integer."""
-        if seed is None:
-            self.vector._np_random = self.np_random  # from which a first reset draws its seed
-        else:
-            seed = integer(seed, "seed", 0, MAX_SEED)
+        seed = None if seed is None else integer(seed, "seed", 0, MAX_SEED)
         observation, infos = self._row.reset(seed=seed, options=options)
-        super().reset(seed=seed)
         return self._first(observation), _row_info(infos)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:

@@ -26,7 +26,7 @@ from denoise_env.conditioning import GIB, ConditioningStore
 from denoise_env.kernels import KERNELS, Kernel, check_num_steps
 from denoise_env.models import DenoisingModel, ModelOptions, find_family, load_model
 from denoise_env.naming import suggest
-from denoise_env.prompts import Prompt, check_prompts, load_prompts
+from denoise_env.prompts import Prompt, load_prompts
 from denoise_env.rewards import Reward, check_reward, load_reward
 from denoise_env.worlds import DEFAULT, PROMPT_SETS, WORLDS
 
@@ -291,11 +291,11 @@ class DenoisingMDP:
             raise ValueError(f"{rows} rows cannot be divided into groups of {group_size}")
         if prompts is None:
             return None
-        found = check_prompts(prompts, allow_empty=True)
+        found = self.conditioning.check(prompts)
         if len(found) * group_size != rows:
             made = f"{len(found)} prompts in groups of {group_size} make {len(found) * group_size} rows"
             raise ValueError(f"{made}, not {rows}")
-        return self.conditioning.check(found)
+        return found
 
     def step(self, state: State, action: Tensor) -> State:
         """The action becomes the latents, the step counts up.

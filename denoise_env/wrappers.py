@@ -27,8 +27,9 @@ class _ActionWrapper(VectorActionWrapper[Any, Any, Any, Any]):
     make: ClassVar[Callable[..., ActionConvention]]
 
     def __init__(self, env: Env, **options: Any) -> None:
+        base = _base(env)
         super().__init__(env)
-        self._base = _base(env)
+        self._base = base
         if env.single_action_space != self._base.single_action_space:
             raise ValueError(f"{env} already has an action of its own: wrap the environment beneath it")
         self.convention = self.make(self._base.mdp, **options)
@@ -92,8 +93,9 @@ class FlatObservation(VectorWrapper[Any, Any, Any, Any, Any]):
     """
 
     def __init__(self, env: Env, **options: Any) -> None:
+        base = _base(env)
         super().__init__(env)
-        self._base = _base(env)
+        self._base = base
         if env.single_observation_space != self._base.single_observation_space:
             raise ValueError(f"{env} already has an observation of its own: wrap the environment beneath it")
         self.flat = Flat(self._base.mdp, **options)

@@ -8,19 +8,32 @@ import torch
 from torchrl.envs import EnvBase, Transform
 
 # What only remembers what would be computed again: draws that no step has used yet, an action that waits for its step,
-# tables by dtype, encoded prompts, digests.
-REMEMBERED = {"_ahead", "_draws", "_noise", "_actions", "_cast", "_host", "encoded", "key", "conditioning_key"}
+# tables by dtype, encoded prompts, digests, TorchRL's names of keys and its transforms' environment.
+REMEMBERED = {
+    "_ahead",
+    "_draws",
+    "_noise",
+    "_actions",
+    "_cast",
+    "_cache",
+    "_parent",
+    "_host",
+    "encoded",
+    "key",
+    "conditioning_key",
+}
 
 
 def snapshot(value, seen=None):
     """Everything reachable from an object of ours, as nested tuples; random streams by their state."""
     seen = set() if seen is None else seen
     if value is None or isinstance(value, bool | int | float | str | bytes | np.generic | np.dtype | torch.dtype):
-        return value
+        return repr(value)
     if isinstance(value, torch.Tensor):
-        return str(value.dtype), tuple(value.shape), value.detach().double().flatten().tolist()
+        return str(value.dtype), tuple(value.shape), value.detach().double().numpy().tobytes()
     if isinstance(value, np.ndarray):
-        return str(value.dtype), value.shape, tuple(value.flatten().tolist())
+        items = tuple(snapshot(item, seen) for item in value.flat) if value.dtype == object else value.tobytes()
+        return str(value.dtype), value.shape, items
     if isinstance(value, torch.Generator):
         return value.get_state().numpy().tobytes()
     if isinstance(value, np.random.Generator):

@@ -86,7 +86,7 @@ def _card(name: str, before: dict[str, float], after: dict[str, float]) -> str:
         del kinds["prompts"]
     lines = [f"over {kind}: {interval(before, x)} → {interval(after, x)}" for kind, x in kinds.items()]
     return (
-        f'<div class="card">{html.escape(name)}<b>{before[name]:.3f} → {after[name]:.3f}</b>'
+        f'<div class="card"><bdi>{html.escape(name)}</bdi><b>{before[name]:.3f} → {after[name]:.3f}</b>'
         f"<small>{'<br>'.join(lines)}<br>{after['images']:.0f} images each</small></div>"
     )
 
@@ -158,6 +158,8 @@ def _curves(metrics: list[dict[str, float]], evals: list[dict[str, float]]) -> s
     for axis in list(axes.flat)[len(names) :]:
         axis.axis("off")
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(buffer, format="svg")
     plt.close(figure)
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]

@@ -89,10 +89,11 @@ class PipelineModel(DenoisingModel):
         Raises:
             ValueError: nothing that can be loaded is there.
         """
-        import diffusers
-
         assert checkpoint is not None
-        kind = getattr(diffusers, cls.pipeline_class)
+        with quiet():
+            import diffusers
+
+            kind = getattr(diffusers, cls.pipeline_class)
         local = Path(checkpoint).is_dir()
         try:
             with quiet():
@@ -109,10 +110,11 @@ class PipelineModel(DenoisingModel):
         Raises:
             ValueError: a configuration cannot be read.
         """
-        import diffusers
-
         assert checkpoint is not None
-        kind = getattr(diffusers, cls.pipeline_class)
+        with quiet():
+            import diffusers
+
+            kind = getattr(diffusers, cls.pipeline_class)
         parts = dict(cls.pipeline_arguments)
         try:
             with quiet():
