@@ -195,7 +195,7 @@ def _row_seeds(seed: int | Sequence[int | None] | None, rows: int) -> list[int |
     if seed is None:
         return [None] * rows
     if isinstance(seed, Sequence) or (isinstance(seed, np.ndarray) and seed.ndim == 1):
-        if isinstance(seed, str) or len(seed) != rows:
+        if isinstance(seed, str | bytes) or len(seed) != rows:
             raise ValueError(f"seed must be an integer or a list of one per row, {rows}, not {seed!r}")
         return [None if s is None else integer(s, "a row's seed", 0, MAX_SEED) for s in seed]
     first = integer(seed, "seed", 0, MAX_SEED - (rows - 1))

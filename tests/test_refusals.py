@@ -175,7 +175,7 @@ FACES = {
     )
 }
 
-SEEDS = [-1, True, "0", 1.5, 2**64, np.float64(1), np.bool_(True), [True, 1, 2, 3], [0, 1, 2], np.array([[1, 2]])]
+SEEDS = [-1, True, "0", b"1", 1.5, 2**64, np.float64(1), np.bool_(True), [True, 1, 2, 3], [0, 1, 2], np.array([[1, 2]])]
 OPTIONS = [
     {"group_size": True},
     {"group_size": 2.0},
