@@ -42,7 +42,7 @@ def save(directory: Path, iteration: int, tensors: dict[str, Tensor], meta: dict
             temporary / "state.safetensors",
         )
         header = {"version": VERSION, "iteration": iteration, **meta}
-        (temporary / "meta.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
+        (temporary / "meta.json").write_text(json.dumps(header, indent=1))
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
@@ -79,7 +79,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     advice = "delete it to resume from the checkpoint before it"
     try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads((path / "meta.json").read_text())
         if meta["version"] != VERSION:
             raise CheckpointError(
                 f"the checkpoint {path} has version {meta['version']}, this release reads version {VERSION}: "

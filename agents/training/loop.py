@@ -20,7 +20,7 @@ from agents.training.report import write_report
 from agents.training.seeding import epoch_order, row_seeds
 from agents.training.tables import Table
 from agents.training.versions import write_versions
-from denoise_env.mdp import Scores, row_generators
+from denoise_env.mdp import row_generators
 from denoise_env.weights import is_sharded
 
 MAY_CHANGE = (
@@ -51,7 +51,7 @@ def check_directory(directory: Path, config: TrainConfig, resume: bool) -> None:
         raise FileExistsError(
             f"{directory} already holds a run: continue it with --resume {directory}, or choose another --output-dir"
         )
-    _refuse_changes(json.loads((directory / "config.json").read_text(encoding="utf-8")), config)
+    _refuse_changes(json.loads((directory / "config.json").read_text()), config)
 
 
 def train(
@@ -173,7 +173,7 @@ def _iterate(experiment: Experiment, iteration: int, directory: Path) -> dict[st
     with agent.rollout_weights():
         generators = row_generators(agent.mine(seeds))
         rollout = collect(experiment.mdp, experiment.policy, generators, agent.mine(prompts), **options)
-    errors = _write_errors(directory, iteration, rollout.scores, agent.ranks.rank)
+    errors = _write_errors(directory, iteration, rollout, agent.ranks.rank)
     row = {"iteration": iteration, **_reward_figures(agent, rollout)}
     if row["unscored"] > config.max_unscored * rows:
         raise RuntimeError(
@@ -186,8 +186,9 @@ def _iterate(experiment: Experiment, iteration: int, directory: Path) -> dict[st
     return {**row, "seconds": seconds, "images_per_second": rows / seconds}
 
 
-def _write_errors(directory: Path, iteration: int, scores: Scores, rank: int) -> str:
+def _write_errors(directory: Path, iteration: int, rollout: Rollout, rank: int) -> str:
     """Write the tracebacks of rewards that raised; returns what they are and where to read more, "" for none."""
+    scores = rollout.scores
     if not scores.errors:
         return ""
     path = directory / ("reward_errors.txt" if rank == 0 else f"reward_errors-{rank}.txt")
