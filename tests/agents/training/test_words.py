@@ -1,5 +1,6 @@
 """Words of a user's own in a run: dollar signs, markup, emoji, right-to-left text; and a locale without UTF-8."""
 
+import json
 import os
 import subprocess
 import sys
@@ -81,8 +82,9 @@ def test_commands_work_without_utf8(tmp_path, monkeypatch):
         settings = ["--iterations", "1", "--num-steps", "2", "--agent.group-size", "2", "--prompts-per-iteration", "2"]
         evaluation = ["--eval-images-per-prompt", "2", "--output-dir", "run", "--microbatch", "4"]
         assert main([*train, *settings, *evaluation]) == 0
-        assert main(["eval", "run", "--images-per-prompt", "2", "--json", "table.json"]) == 0
-        assert main(["sample", "run", "--images-per-prompt", "2"]) == 0
+        looked_at = ["own_words:FAMILY", "--prompts", "prompts.txt", "--images-per-prompt", "2", "--num-steps", "2"]
+        assert main(["eval", *looked_at, "--rewards", "own_words:left", "--json", "table.json"]) == 0
+        assert main(["sample", *looked_at]) == 0
         assert main(["list"]) == 0
     """
     environment = {
@@ -96,4 +98,5 @@ def test_commands_work_without_utf8(tmp_path, monkeypatch):
     )
     assert done.returncode == 0, done.stderr.decode()
     assert b"row 4: a cat \\U0001f408" in done.stdout
+    assert "own_words:FAMILY" in json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
     assert (tmp_path / "run" / "samples" / "prompts.txt").read_text(encoding="utf-8").splitlines() == WORDS
