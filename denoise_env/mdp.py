@@ -154,8 +154,8 @@ class DenoisingMDP:
         Args:
             model: a name or a checkpoint, see `denoise_env.models.find_family`.
             rewards: a reward's name, or name → weight; by default the world's own.
-            prompts: a list, or what `load_prompts` takes; by default the world's training prompts, or the model's
-                vocabulary.
+            prompts: a list, or what `load_prompts` takes, or "" for the one prompt of an unconditional model; by
+                default the world's training prompts, or the model's vocabulary.
             num_steps: the number K of denoising steps.
             microbatch: rows decoded and scored at a time; default: all.
             check_finite: whether to refuse actions with NaN or infinity.
@@ -180,7 +180,7 @@ class DenoisingMDP:
         if prompts is None and world:
             prompts = next(iter(world.prompts))
         if isinstance(prompts, str):
-            prompts = load_prompts(prompts, PROMPT_SETS)
+            prompts = load_prompts(prompts, PROMPT_SETS) if prompts else [""]
         weights = check_weights({rewards: 1.0} if isinstance(rewards, str) else rewards)
         found = {name: load_reward(name) for name in weights}
         loaded = load_model(model, options, device=device, **model_options)
@@ -348,8 +348,8 @@ class DenoisingMDP:
             for reader, (name, reward) in enumerate(self.rewards.items(), 1):
                 texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
                 try:
-                    own = images.clone() if reader < readers else images  # the last reader may have them
-                    result = torch.as_tensor(reward(own, texts, metadata))
+                    # the last reader may have the pictures themselves; a copy lives no longer than the call
+                    result = torch.as_tensor(reward(images.clone() if reader < readers else images, texts, metadata))
                     if result.shape != (len(prompts),):
                         raise ValueError(f"it returned shape {tuple(result.shape)} for {len(prompts)} images")
                     result = result.to(values[name])

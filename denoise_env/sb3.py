@@ -28,11 +28,12 @@ class SB3VecEnv(VecEnv):
     Args:
         env: the environment. Its autoreset is "disabled", as ended rows are reset here, and its action space is a
             bounded Box, as `NoiseAction` and `ControlAction` make it.
-        invalid_reward: what a reward that could not be computed counts as; ``None`` refuses it, as
+        invalid_reward: what a reward that could not be computed counts as; ``None`` raises an error then, as
             Stable-Baselines3 would learn from the NaN.
 
     Raises:
-        ValueError: an environment that does not fit, and later a reward that is NaN.
+        ValueError: an environment that does not fit, and later a reward that is NaN: that step has been made, and a
+            reset must follow it.
 
     >>> from denoise_env import DenoiseVectorEnv
     >>> from denoise_env.wrappers import FlatObservation, NoiseAction

@@ -471,6 +471,24 @@ def test_make_refuses_a_checkpoint_without_prompts_and_rewards(monkeypatch: pyte
         DenoisingMDP.make("some/model", "points", ["a cat"])
 
 
+def test_the_empty_text_is_the_prompt_of_an_unconditional_model_and_of_no_other(monkeypatch) -> None:
+    class Unconditional(Echo):
+        vocabulary = ("",)
+
+    module = types.ModuleType("my_family")
+    module.FAMILY = Family("takes no text", EchoOptions, lambda checkpoint, options, device: Unconditional())
+    module.TEXTS = Family("takes any text", EchoOptions, lambda checkpoint, options, device: Echo())
+    module.reward = lambda images, prompts, metadata: images.flatten(1).mean(1)
+    monkeypatch.setitem(sys.modules, "my_family", module)
+    for prompts in (None, "", [""], [Prompt("", metadata={"count": 2})]):
+        mdp = DenoisingMDP.make("my_family:FAMILY", "my_family:reward", prompts)
+        assert [p.text for p in mdp.prompts] == [""]
+        state = mdp.reset(row_generators([0, 1]), ["", ""])
+        assert mdp.score(state.latents, state.prompt_index).valid.all()
+    with pytest.raises(ValueError, match="prompt 0 must be a non-empty string, not ''"):
+        DenoisingMDP.make("my_family:TEXTS", "my_family:reward", "")
+
+
 # --- Rewards by name ---
 
 
