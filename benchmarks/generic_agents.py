@@ -220,8 +220,8 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     result = {**about, "worlds": [str(world) for world in worlds], "results": found}
     name = "generic-agents-training-prompts" if options.training_prompts else "generic-agents"
-    (options.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / f"{name}.md").write_text(table(found, command))
+    (options.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (options.output / f"{name}.md").write_text(table(found, command), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -288,7 +288,7 @@ def load(model: str, kernel: str, policies: Policies = "any", path: Path = RESUL
         ValueError: the file has none for this model, kernel and policies.
     """
     found = {}
-    for record in json.loads(path.read_text()):
+    for record in json.loads(path.read_text(encoding="utf-8")):
         if (record["model"], record["kernel"], record["policies"]) == (model, kernel, policies):
             betas = (math.inf, *record["betas"][1:])
             found[record["prompt"]] = Frontier(betas, tuple(record["rewards"]), tuple(record["kls"]), record["highest"])
@@ -306,7 +306,7 @@ def save(records: Sequence[dict[str, Any]], path: Path) -> None:
         return value if not isinstance(value, float) else None if math.isinf(value) else float(f"{value:.6g}")
 
     lines = [json.dumps({name: plain(value) for name, value in record.items()}) for record in records]
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
 def table(found: dict[Policies, dict[str, Frontier]]) -> str:

@@ -134,7 +134,7 @@ def _logged(directory: Path) -> None:
 def work(directory: Path) -> None:
     """Train what ``directory/run.json`` says; a second worker on the same directory waits, then finds it done."""
     torch.set_num_threads(1)
-    with (directory / "lock").open("w") as lock:
+    with (directory / "lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (directory / "finished.json").exists():
             return

@@ -57,7 +57,8 @@ def main() -> None:
         print(f"| {name:<58} | {value:>14,.4g} |")
     if options.json:
         options.json.write_text(
-            json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, **figures}, indent=1)
+            json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, **figures}, indent=1),
+            encoding="utf-8",
         )
 
 

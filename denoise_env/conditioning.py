@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
 
+from denoise_env.arguments import number
 from denoise_env.models import DenoisingModel
 from denoise_env.prompts import Prompt, check_prompts
 
@@ -77,14 +78,19 @@ class ConditioningStore:
         Raises:
             ValueError: there are no prompts, or one that the model does not take; none has joined then.
         """
-        found = check_prompts(prompts, allow_empty="" in (self.model.vocabulary or ()))
-        for prompt in found:
-            if prompt not in self._places:
-                self.model.check_prompt(prompt)
+        found = self.check(prompts)
         for prompt in found:
             if self._places.setdefault(prompt, len(self.prompts)) == len(self.prompts):
                 self.prompts.append(prompt)
         return torch.tensor([self._places[prompt] for prompt in found])
+
+    def check(self, prompts: Sequence[str | Prompt]) -> list[Prompt]:
+        """The prompts, as `index` takes them; it raises the same ``ValueError``."""
+        found = check_prompts(prompts, allow_empty="" in (self.model.vocabulary or ()))
+        for prompt in found:
+            if prompt not in self._places:
+                self.model.check_prompt(prompt)
+        return found
 
     def rows(self, index: Tensor) -> TensorDict:
         """Conditioning ``[n]`` of ``index [n]``, on the model's device.
@@ -167,9 +173,7 @@ class _Recent:
     """The most recently used rows, up to a number of bytes."""
 
     def __init__(self, limit: float) -> None:
-        if not limit >= 0:
-            raise ValueError(f"a budget of bytes must be at least 0, not {limit}")
-        self.limit = limit
+        self.limit = number(limit, "a budget of bytes", at_least=0)
         self.size = 0
         self._rows: OrderedDict[str, Row] = OrderedDict()
 
@@ -210,7 +214,7 @@ class _Files:
                         f"{directory} is no conditioning cache and not empty: choose a directory of its own for it"
                     )
                 _replace(label, json.dumps({"fingerprint": checkpoint}).encode())
-            found = json.loads(label.read_text())["fingerprint"]
+            found = json.loads(label.read_text(encoding="utf-8"))["fingerprint"]
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"the conditioning cache {directory} cannot be used: {error!r}") from error
         if found != checkpoint:

@@ -13,7 +13,6 @@ conventions are the exception to the rule that the environment never calls the n
 observation. `wrappers` brings all three to Gymnasium, `torchrl_transforms` to TorchRL.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from denoise_env.arguments import integer, number
 from denoise_env.faces import RowStreams
 from denoise_env.kernels import Transition
 from denoise_env.mdp import DenoisingMDP, State
@@ -59,7 +59,22 @@ class ActionConvention(ABC):
         self.mdp = mdp
         self.kernel = mdp.kernel(kernel, eta, last_step)
         self._timesteps = mdp.schedule.timesteps.to(mdp.model.device)
-        mdp.model.keep_reference()
+
+    def read_action(self, action: Any, rows: int) -> Tensor:
+        """An agent's actions ``[rows, *shape]``, an array or a tensor of numbers, as float32 on the model's device.
+
+        Raises:
+            ValueError: another type, dtype or shape, or where the environment checks it, a number that is not finite.
+        """
+        shape, dtype = (rows, *self.shape), str(getattr(action, "dtype", type(action).__name__)).removeprefix("torch.")
+        if getattr(action, "shape", None) != shape:
+            raise ValueError(f"the action's shape must be {shape}, not {getattr(action, 'shape', None)}")
+        if dtype.rstrip("0123456789") not in ("float", "bfloat", "int", "uint"):
+            raise ValueError(f"the action must be numbers, not {dtype}")
+        tensor = torch.as_tensor(action, dtype=torch.float32, device=self.mdp.model.device)
+        if self.mdp.check_finite and not tensor.isfinite().all():
+            raise ValueError("the action must be finite; it has NaN or infinity in it")
+        return tensor
 
     @torch.no_grad()
     def transition(self, state: State, guidance_scale: Tensor | None = None) -> Transition:
@@ -113,11 +128,12 @@ class Noise(ActionConvention):
 
     def __init__(self, mdp: DenoisingMDP, bound: float = 10.0, **options: Any) -> None:
         super().__init__(mdp, **options)
-        if not 0 < bound < math.inf:
+        if number(bound, "bound") <= 0:
             raise ValueError(f"bound must be a positive, finite number, not {bound}")
         self._need_noise("the action to be")
         self.bound = float(bound)
         self.shape = mdp.model.latent_shape
+        mdp.model.keep_reference()  # at the end: a refused convention keeps nothing
 
     def next_latents(self, state: State, action: Tensor, noise: Tensor | None = None) -> Tensor:
         """As in `ActionConvention.next_latents`."""
@@ -170,13 +186,16 @@ class Control(ActionConvention):
             known = {"guidance_scale": (0.0, scale, 2 * scale + 2), **known}
         if controls is None:
             controls = {name: (low, high) for name, (low, _, high) in known.items()}
-        if not controls:
-            raise ValueError(f"controls must name at least one of {list(known)}")
+        if not isinstance(controls, Mapping) or not controls:
+            raise ValueError(f"controls must name at least one of {list(known)}, each with its (low, high)")
         self.names: list[str] = []
         rows = []
-        for name, (low, high) in controls.items():
+        for name, ends in controls.items():
             if name not in known:
-                raise ValueError(f"{type(mdp.model).__name__} has no control {name!r}; {suggest(name, known)}")
+                raise ValueError(f"{type(mdp.model).__name__} has no control {name!r}; {suggest(str(name), known)}")
+            if not isinstance(ends, Sequence) or len(ends) != 2:
+                raise ValueError(f"the range of {name} must be (low, high), not {ends!r}")
+            low, high = (number(end, f"an end of the range of {name}") for end in ends)
             if name != "guidance_scale":
                 self._need_noise(name)
             neutral = known[name][1]
@@ -186,6 +205,7 @@ class Control(ActionConvention):
             rows += [(low, neutral, high)] * (channels if name == "drift" else 1)
         self.shape = (len(rows),)
         self._range = torch.tensor(rows, device=mdp.model.device).T
+        mdp.model.keep_reference()
 
     def values(self, action: Tensor) -> Tensor:
         """What actions ``[..., D]`` stand for, in the controls' own units."""
@@ -205,6 +225,7 @@ class Control(ActionConvention):
                 raise ValueError(f"unknown control {name!r}; {suggest(name, self.names)}")
             i = self.names.index(name)
             low, neutral, high = self._range[:, i].tolist()
+            value = number(value, name)
             if not low <= value <= high:
                 raise ValueError(f"{name} must lie in [{low:g}, {high:g}], not {value}")
             side = high - neutral if value > neutral else neutral - low
@@ -284,7 +305,7 @@ class Flat:
         if not self.parts:
             raise ValueError(f"parts must name at least one of {list(sizes)}")
         self.size = sum(sizes[part] for part in self.parts)
-        if self.size > max_dimensions:
+        if self.size > integer(max_dimensions, "max_dimensions", at_least=1):
             raise ValueError(
                 f"a flat observation would have {self.size} numbers, {sizes['latents']} of them latents, more than "
                 f'max_dimensions={max_dimensions}: leave the latents out with parts=("step", "prompt"), or read the '

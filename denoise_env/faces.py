@@ -1,6 +1,7 @@
 """What the Gymnasium and the TorchRL environments share: their MDP, reset options, the rows' random streams."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from denoise_env.arguments import MAX_SEED, boolean, integer
 from denoise_env.mdp import DenoisingMDP, State, row_generators
 from denoise_env.naming import suggest
 from denoise_env.prompts import Prompt
@@ -62,15 +64,17 @@ class ResetRequest:
         """Read reset options, never changing them; ``group_size`` and ``shared_noise`` are the defaults.
 
         Raises:
-            ValueError: an option that does not exist, a bad mask, or groups that do not divide the rows or
-                that the mask splits.
+            ValueError: an option that does not exist or of another type, a bad mask, or groups that do not divide
+                the rows or that the mask splits.
         """
-        options = options or {}
+        options = {} if options is None else options
+        if not isinstance(options, Mapping):
+            raise ValueError(f"reset options must be a dictionary by name, not {options!r}")
         for name in options:
             if name not in RESET_OPTIONS:
                 raise ValueError(f"unknown reset option {name!r}; {suggest(str(name), RESET_OPTIONS)}")
-        size = options.get("group_size", group_size)
-        if not isinstance(size, int) or size < 1 or num_envs % size:
+        size = integer(options.get("group_size", group_size), "group_size")
+        if size < 1 or num_envs % size:
             raise ValueError(f"group_size must divide num_envs: {num_envs} rows do not make groups of {size}")
         mask = np.ones(num_envs, bool)
         if options.get("reset_mask") is not None:
@@ -82,7 +86,9 @@ class ResetRequest:
                 raise ValueError(
                     f"a group is reset whole: reset_mask splits the group of rows {first} to {first + size - 1}"
                 )
-        return cls(mask, options.get("prompts"), size, bool(options.get("shared_noise", shared_noise)))
+        return cls(
+            mask, options.get("prompts"), size, boolean(options.get("shared_noise", shared_noise), "shared_noise")
+        )
 
 
 def _read_mask(mask: Any, num_envs: int) -> NDArray[np.bool_]:
@@ -102,59 +108,95 @@ class RowStreams:
     """
 
     def __init__(self, num_envs: int) -> None:
-        if not isinstance(num_envs, int) or num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, not {num_envs}")
-        self.num_envs = num_envs
+        self.num_envs = integer(num_envs, "num_envs", at_least=1)
         self._generators: list[torch.Generator] | None = None
+        self._ahead: dict[int, torch.Generator] = {}
 
     def seed(self, seed: int | None) -> None:
-        """Row i gets ``seed + i``; ``None`` forgets the streams, and the next ``begin`` draws new ones."""
-        self._generators = None if seed is None else row_generators(range(seed, seed + self.num_envs))
+        """Row i gets ``seed + i``; ``None`` forgets the streams, and the next ``begin`` draws new ones.
 
+        Raises:
+            ValueError: no seed; the streams are as before.
+        """
+        first = None if seed is None else integer(seed, "seed", 0, MAX_SEED - (self.num_envs - 1))
+        self._generators = None if first is None else row_generators(range(first, first + self.num_envs))
+        self._ahead = {}
+
+    @contextmanager
     def begin(
         self,
         mdp: DenoisingMDP,
         request: ResetRequest,
         seed: int | Sequence[int | None] | None,
-        draw_seed: Callable[[], int],
-    ) -> State:
-        """Begin the episodes of the masked rows; nothing has changed if it raises.
+        draw_seed: Callable[[], tuple[int, Callable[[], object]]],
+    ) -> Iterator[State]:
+        """A context with the first states of the masked rows; unless its block succeeds, nothing has been drawn.
 
         Args:
             mdp: the environment in which they begin.
             request: the rows, their prompts and groups.
             seed: row i gets ``seed + i``, or the i-th of a sequence; a row without one continues its stream.
-            draw_seed: a seed for rows that have neither seed nor stream.
+            draw_seed: draws a seed for rows that have neither seed nor stream; returns it and what undoes the draw.
+
+        Raises:
+            ValueError: a bad seed, or what `DenoisingMDP.reset` refuses.
         """
         seeds = _row_seeds(seed, self.num_envs)
-        old = self._generators
-        if old is None:
-            first = draw_seed() if None in seeds else 0
-            old = row_generators([first + i if s is None else s for i, s in enumerate(seeds)])
-            seeds = [None] * self.num_envs
-        streams = [
-            stream if s is None or not wanted else torch.Generator().manual_seed(s)
-            for stream, s, wanted in zip(old, seeds, request.mask, strict=True)
-        ]
-        rows = [streams[i] for i in np.flatnonzero(request.mask)]
-        state = mdp.reset(rows, request.prompts, group_size=request.group_size, shared_noise=request.shared_noise)
+        streams, undo = self._generators, None
+        try:
+            if streams is None:
+                first, undo = draw_seed() if None in seeds else (0, None)
+                streams = row_generators([first + i if s is None else s for i, s in enumerate(seeds)])
+                seeds = [None] * self.num_envs
+            streams = list(streams)
+            for i in np.flatnonzero(request.mask).tolist():
+                s = seeds[i]
+                streams[i] = streams[i].clone_state() if s is None else torch.Generator().manual_seed(s)
+            rows = [streams[i] for i in np.flatnonzero(request.mask)]
+            yield mdp.reset(rows, request.prompts, group_size=request.group_size, shared_noise=request.shared_noise)
+        except BaseException:
+            if undo is not None:
+                undo()
+            raise
         self._generators = streams
-        return state
+        for i in np.flatnonzero(request.mask).tolist():
+            self._ahead.pop(i, None)
 
     def normal(self, rows: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """Standard normal draws ``[len(rows), *shape]``, each row's from its own stream."""
+        """Standard normal draws ``[len(rows), *shape]``, each row's from its own stream.
+
+        The streams themselves go on when a step is `stepped`; until then the same call draws the same numbers.
+        """
         assert self._generators is not None
-        return torch.stack([torch.randn(*shape, generator=self._generators[i]) for i in rows])
+        self._ahead |= {i: self._generators[i].clone_state() for i in rows}
+        return torch.stack([torch.randn(*shape, generator=self._ahead[i]) for i in rows])
+
+    @contextmanager
+    def stepped(self, rows: NDArray[np.bool_] | None = None) -> Iterator[None]:
+        """A context that ends a step of ``rows [num_envs]`` (default: all), for which `normal` may have drawn.
+
+        The streams have gone on inside; if the block raises, they are as they were.
+        """
+        before, ahead = self._generators, self._ahead
+        if before is not None and ahead:
+            self._generators = [
+                ahead[i] if i in ahead and (rows is None or rows[i]) else stream for i, stream in enumerate(before)
+            ]
+        try:
+            yield
+        except BaseException:
+            self._generators = before
+            raise
+        self._ahead = {}
 
 
 def _row_seeds(seed: int | Sequence[int | None] | None, rows: int) -> list[int | None]:
+    """One seed per row, ``None`` where a row has none."""
     if seed is None:
         return [None] * rows
-    if isinstance(seed, int | np.integer):
-        seed = [int(seed) + i for i in range(rows)]
-    seeds = list(seed) if isinstance(seed, Sequence | np.ndarray) else [seed]
-    if len(seeds) != rows:
-        raise ValueError(f"seed must be an integer or a list of one per row, {rows}, not {seed!r}")
-    if any(s is not None and (not isinstance(s, int | np.integer) or s < 0) for s in seeds):
-        raise ValueError(f"a seed is an integer of at least 0 or None, not {seed!r}")
-    return [None if s is None else int(s) for s in seeds]
+    if isinstance(seed, Sequence) or (isinstance(seed, np.ndarray) and seed.ndim == 1):
+        if isinstance(seed, str | bytes) or len(seed) != rows:
+            raise ValueError(f"seed must be an integer or a list of one per row, {rows}, not {seed!r}")
+        return [None if s is None else integer(s, "a row's seed", 0, MAX_SEED) for s in seed]
+    first = integer(seed, "seed", 0, MAX_SEED - (rows - 1))
+    return [first + i for i in range(rows)]

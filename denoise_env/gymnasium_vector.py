@@ -1,6 +1,9 @@
 """The batched Gymnasium environment: `DenoiseVectorEnv`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +15,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
+from denoise_env.arguments import boolean
 from denoise_env.faces import ResetRequest, RowStreams, resolve_mdp
 from denoise_env.kernels import ODE
 from denoise_env.mdp import DenoisingMDP, State
@@ -22,6 +26,37 @@ from denoise_env.worlds import DEFAULT
 
 AUTORESET = {mode.name.lower(): mode for mode in AutoresetMode}
 Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """All that a reset or a step changes, replaced whole at its very end: a call that raises changes nothing.
+
+    Steps and prompts are kept on the host too, so that deciding what ends needs no device sync.
+    """
+
+    state: State
+    step: NDArray[np.int64]
+    prompt_index: NDArray[np.int64]
+    texts: NDArray[np.object_]
+
+    @classmethod
+    def none(cls, begun: State) -> "_Rows":
+        """As many rows as ``begun``, all of them to be replaced."""
+        n = len(begun.step)
+        return cls(begun, np.zeros(n, np.int64), np.zeros(n, np.int64), np.full(n, None, object))
+
+    def advance(self, latents: Tensor) -> "_Rows":
+        return _Rows(self.state.advance(latents), self.step + 1, self.prompt_index, self.texts)
+
+    def replace(self, mask: Mask, begun: State, prompts: Sequence[Prompt]) -> "_Rows":
+        """These rows with those of ``mask`` taken from ``begun``, in their order."""
+        rows = torch.from_numpy(np.flatnonzero(mask)).to(begun.latents.device)
+        state = begun if mask.all() else self.state.replace_rows(rows, begun)
+        index, texts = self.prompt_index.copy(), self.texts.copy()
+        index[mask] = begun.prompt_index.cpu().numpy()
+        texts[mask] = [prompts[i].text for i in index[mask]]
+        return _Rows(state, np.where(mask, 0, self.step), index, texts)
 
 
 class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
@@ -103,9 +138,11 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
             raise ValueError(f'render_mode must be None or "rgb_array", not {render_mode!r}')
         if output not in ("numpy", "torch"):
             raise ValueError(f'output must be "numpy" or "torch", not {output!r}')
-        if not isinstance(autoreset_mode, AutoresetMode) and autoreset_mode not in AUTORESET:
+        if not isinstance(autoreset_mode, AutoresetMode) and str(autoreset_mode) not in AUTORESET:
             raise ValueError(f"autoreset_mode must be one of {list(AUTORESET)}, not {autoreset_mode!r}")
+        render_x0 = boolean(render_x0, "render_x0")
         self.streams = RowStreams(num_envs)
+        num_envs = self.streams.num_envs
         self._defaults: dict[str, Any] = {"group_size": group_size, "shared_noise": shared_noise}
         ResetRequest.parse(None, num_envs, **self._defaults)
         self.mdp = resolve_mdp(model, num_steps, max_episode_steps, rewards=rewards, prompts=prompts, **options)
@@ -115,11 +152,7 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.output = output
         self._ode = ODE(self.mdp.schedule, self.mdp.model.prediction_type) if render_x0 else None
-        self._state: State | None = None
-        # On the host, so that deciding what ends needs no device sync.
-        self._steps = np.zeros(num_envs, np.int64)
-        self._prompt_index = np.zeros(num_envs, np.int64)
-        self._texts = np.full(num_envs, None, object)
+        self._rows: _Rows | None = None
 
         known = self.mdp.model.vocabulary
         self.single_observation_space: spaces.Dict = spaces.Dict(
@@ -161,9 +194,9 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         Raises:
             ResetNeeded: before the first reset.
         """
-        if self._state is None:
+        if self._rows is None:
             raise ResetNeeded("call reset() first")
-        return self._state
+        return self._rows.state
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -179,15 +212,26 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
                 then.
             ResetNeeded: a partial reset before the first whole one.
         """
+        request = self._read_options(options)
+        with self._begin(self._rows, request, seed) as rows:
+            result = self._observation(rows), self._prompt_info(rows, request.mask)
+        self._rows = rows
+        if isinstance(seed, Integral):
+            super().reset(seed=int(seed))
+        return result
+
+    def check_options(self, options: Mapping[str, Any] | None) -> None:
+        """Raise what `reset` would raise for these options, and change nothing."""
+        request = self._read_options(options)
+        self.mdp.check_reset(int(request.mask.sum()), request.prompts, request.group_size)
+
+    def _read_options(self, options: Mapping[str, Any] | None) -> ResetRequest:
         request = ResetRequest.parse(options, self.num_envs, **self._defaults)
-        if self._state is None and not request.mask.all():
+        if self._rows is None and not request.mask.all():
             raise ResetNeeded("the first reset() must be of all rows: leave reset_mask out")
         if self.autoreset_mode is not AutoresetMode.DISABLED:
             self._keep_groups_together(request.mask)
-        self._begin(request, seed)
-        if isinstance(seed, int | np.integer):
-            super().reset(seed=int(seed))
-        return self._observation(), self._prompt_info(request.mask)
+        return request
 
     def row(self, observation: dict[str, Any], i: int) -> dict[str, Any]:
         """Row ``i`` of a batched observation, in ``single_observation_space``."""
@@ -203,38 +247,40 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
 
         Raises:
             ResetNeeded: before the first reset, or a row is at its end under "disabled".
-            ValueError: an action of the wrong type, shape, dtype or device, or not finite; nothing has
-                changed.
+            ValueError: an action of the wrong type, shape, dtype or device, or not finite.
+
+        Whatever is raised, nothing has changed: after an interrupt, or when memory ran out while scoring, the same step
+        can be made again.
         """
-        if self._state is None:
+        before = self._rows
+        if before is None:
             raise ResetNeeded("call reset() before step()")
-        over = self._steps == self.mdp.num_steps
-        if over.any() and self.autoreset_mode is AutoresetMode.DISABLED:
+        again = before.step == self.mdp.num_steps
+        if again.any() and self.autoreset_mode is AutoresetMode.DISABLED:
             raise ResetNeeded(
-                f"{over.sum()} of {self.num_envs} rows are at the end after {self.mdp.num_steps} steps: call "
-                'reset(), with options={"reset_mask": ...} for some rows only'
+                f"{again.sum()} of {self.num_envs} rows are at the end after {self.mdp.num_steps} steps: call "
+                'reset(), with options={"reset_mask": ...} for some rows only, or build the environment with '
+                'autoreset_mode="same_step" or "next_step"'
             )
-        restart = self._autoreset_request(over) if over.any() else None
-        self._state = self._state.advance(self._read_actions(actions))
-        self._steps = self._steps + 1
-        if restart is not None:
-            self._begin(restart, None)
+        rows = before.advance(self._read_actions(actions))
         rewards = torch.zeros(self.num_envs)
         infos: dict[str, Any] = {}
-        ended = self._steps == self.mdp.num_steps
+        ended = rows.step == self.mdp.num_steps
         if ended.any():
-            rewards, infos = self._score(ended)
+            rewards, infos = self._score(rows, ended)
             if self.autoreset_mode is AutoresetMode.SAME_STEP:
-                infos = self._final_info(ended, infos)
-                self._begin(self._autoreset_request(ended), None)
-        infos |= self._prompt_info(np.ones(self.num_envs, bool))
-        return (
-            self._observation(),
-            self._give(rewards),
-            self._give(torch.from_numpy(ended)),
-            self._give(torch.zeros(self.num_envs, dtype=torch.bool)),
-            infos,
-        )
+                infos, again = self._final_info(rows, ended, infos), ended
+        begun = self._begin(rows, self._autoreset_request(again)) if again.any() else nullcontext(rows)
+        with self.streams.stepped(), begun as rows:
+            result = (
+                self._observation(rows),
+                self._give(rewards),
+                self._give(torch.from_numpy(ended)),
+                self._give(torch.zeros(self.num_envs, dtype=torch.bool)),
+                infos | self._prompt_info(rows, np.ones(self.num_envs, bool)),
+            )
+        self._rows = rows
+        return result
 
     @torch.no_grad()
     def render(self) -> tuple[NDArray[np.uint8], ...] | None:
@@ -246,9 +292,9 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         if self.render_mode is None:
             logger.warn('render() shows nothing: build the environment with render_mode="rgb_array"')
             return None
-        if self._state is None:
+        if self._rows is None:
             raise ResetNeeded("call reset() before render()")
-        latents = self._state.latents if self._ode is None else self._pred_x0(self._ode, self._state)
+        latents = self._rows.state.latents if self._ode is None else self._pred_x0(self._ode, self._rows)
         return tuple(self.mdp.render(latents).numpy())
 
     def _autoreset_request(self, mask: Mask) -> ResetRequest:
@@ -257,7 +303,8 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
     def _keep_groups_together(self, mask: Mask) -> None:
         """Raise a ``ValueError`` for a reset after which rows that autoresets begin as one group would end apart."""
         size = self._defaults["group_size"]
-        steps = np.where(mask, 0, self._steps).reshape(-1, size)
+        step = np.zeros(self.num_envs) if self._rows is None else self._rows.step
+        steps = np.where(mask, 0, step).reshape(-1, size)
         apart = (steps != steps[:, :1]).any(1)
         if apart.any():
             first = int(apart.argmax()) * size
@@ -267,14 +314,19 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
                 'with group_size=1 or autoreset_mode="disabled"'
             )
 
-    def _begin(self, request: ResetRequest, seed: int | Sequence[int | None] | None) -> None:
-        begun = self.streams.begin(self.mdp, request, seed, lambda: int(self.np_random.integers(2**31)))
-        rows = torch.from_numpy(np.flatnonzero(request.mask)).to(begun.latents.device)
-        whole = self._state is None or len(rows) == self.num_envs
-        self._state = begun if self._state is None or whole else self._state.replace_rows(rows, begun)
-        self._steps[request.mask] = 0
-        self._prompt_index[request.mask] = begun.prompt_index.cpu().numpy()
-        self._texts[request.mask] = [self.prompts[i].text for i in self._prompt_index[request.mask]]
+    @contextmanager
+    def _begin(
+        self, rows: _Rows | None, request: ResetRequest, seed: int | Sequence[int | None] | None = None
+    ) -> Iterator[_Rows]:
+        """A context with the rows as a reset leaves them; unless its block succeeds, nothing has been drawn."""
+        with self.streams.begin(self.mdp, request, seed, self._draw_seed) as begun:
+            yield (rows or _Rows.none(begun)).replace(request.mask, begun, self.prompts)
+
+    def _draw_seed(self) -> tuple[int, Callable[[], None]]:
+        """A seed from ``np_random``, and what undoes the draw."""
+        generator = self.np_random.bit_generator
+        before = generator.state
+        return int(self.np_random.integers(2**31)), lambda: setattr(generator, "state", before)
 
     def _read_actions(self, actions: Any) -> Tensor:
         """A private copy of the actions as latents."""
@@ -289,14 +341,13 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         self.mdp.check_action(actions, self.num_envs)
         return actions.detach().clone()
 
-    def _observation(self) -> dict[str, Any]:
-        assert self._state is not None
-        state = self._state
+    def _observation(self, rows: _Rows) -> dict[str, Any]:
+        state = rows.state
         if self.output == "numpy":
             return {
                 "latents": state.latents.to("cpu", torch.float32, copy=True).numpy(),
-                "step": self._steps.copy(),
-                "prompt_index": self._prompt_index.copy(),
+                "step": rows.step.copy(),
+                "prompt_index": rows.prompt_index.copy(),
             }
         return {
             "latents": state.latents.clone(),
@@ -307,15 +358,14 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
     def _give(self, tensor: Tensor) -> Any:
         return tensor.cpu().numpy() if self.output == "numpy" else tensor.to(self.mdp.model.device, non_blocking=True)
 
-    def _prompt_info(self, mask: Mask) -> dict[str, Any]:
+    def _prompt_info(self, rows: _Rows, mask: Mask) -> dict[str, Any]:
         texts = np.full(self.num_envs, None, object)
-        texts[mask] = self._texts[mask]
+        texts[mask] = rows.texts[mask]
         return {"prompt": texts, "_prompt": mask.copy()}
 
-    def _score(self, ended: Mask) -> tuple[Tensor, dict[str, Any]]:
+    def _score(self, all_rows: _Rows, ended: Mask) -> tuple[Tensor, dict[str, Any]]:
         """Rewards ``[num_envs]``, 0 where the episode goes on, and the ended rows' infos."""
-        assert self._state is not None
-        latents, index = self._state.latents, torch.from_numpy(self._prompt_index)
+        latents, index = all_rows.state.latents, torch.from_numpy(all_rows.prompt_index)
         rows = None if ended.all() else torch.from_numpy(np.flatnonzero(ended))
         if rows is not None:
             latents, index = latents[rows.to(latents.device)], index[rows]
@@ -336,28 +386,28 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
             "_valid": ended.copy(),
         }
 
-    def _final_info(self, ended: Mask, infos: dict[str, Any]) -> dict[str, Any]:
+    def _final_info(self, rows: _Rows, ended: Mask, infos: dict[str, Any]) -> dict[str, Any]:
         """What "same_step" tells about episodes that are gone when ``step`` returns."""
-        last = self._observation()
+        last = self._observation(rows)
         final = np.full(self.num_envs, None, object)
         for i in np.flatnonzero(ended).tolist():
             final[i] = self.row(last, i)
         return {
             "final_obs": final,
             "_final_obs": ended.copy(),
-            "final_info": infos | self._prompt_info(ended),
+            "final_info": infos | self._prompt_info(rows, ended),
             "_final_info": ended.copy(),
         }
 
-    def _pred_x0(self, ode: ODE, state: State) -> Tensor:
+    def _pred_x0(self, ode: ODE, rows: _Rows) -> Tensor:
         """x̂0 of rows on their way, the latents of rows at their end."""
-        over = torch.from_numpy(self._steps == self.mdp.num_steps)
+        latents, over = rows.state.latents, torch.from_numpy(rows.step == self.mdp.num_steps)
         if over.all():
-            return state.latents
-        step = torch.from_numpy(self._steps).clamp(max=self.mdp.num_steps - 1)
-        timestep = self.mdp.schedule.timesteps[step].to(state.latents.device)
-        conditioning = self.mdp.conditioning.rows(state.prompt_index)
-        output = self.mdp.model.predict(state.latents, timestep, conditioning)
-        x0 = ode.pred_x0(state.latents, output, step).to(state.latents.dtype)
-        x0[over.to(x0.device)] = state.latents[over.to(x0.device)]
+            return latents
+        step = torch.from_numpy(rows.step).clamp(max=self.mdp.num_steps - 1)
+        timestep = self.mdp.schedule.timesteps[step].to(latents.device)
+        conditioning = self.mdp.conditioning.rows(rows.state.prompt_index)
+        output = self.mdp.model.predict(latents, timestep, conditioning)
+        x0 = ode.pred_x0(latents, output, step).to(latents.dtype)
+        x0[over.to(x0.device)] = latents[over.to(x0.device)]
         return x0

@@ -31,6 +31,7 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -93,7 +94,7 @@ class Schedule:
             timestep_scale: the network is told σ times this.
         """
         check_num_steps(num_steps)
-        if not (math.isfinite(shift) and shift > 0):
+        if not (_is_number(shift) and shift > 0):
             raise ValueError(f"shift must be positive and finite, not {shift}")
         u = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
         sigmas = shift * u / (1 + (shift - 1) * u)
@@ -152,11 +153,17 @@ class Schedule:
 
 
 def check_num_steps(num_steps: int, at_most: int | None = None) -> None:
-    """Raise a ``ValueError`` for a number of steps below 1 or above ``at_most``."""
+    """Raise a ``ValueError`` for a number of steps that is no integer, below 1 or above ``at_most``."""
+    if isinstance(num_steps, bool) or not isinstance(num_steps, Integral):
+        raise ValueError(f"num_steps must be an integer, not {num_steps!r}")
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, not {num_steps}")
     if at_most is not None and num_steps > at_most:
         raise ValueError(f"num_steps must be at most {at_most}, the steps the schedule has, not {num_steps}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -298,10 +305,11 @@ class Kernel:
             raise ValueError(f"prediction_type must be one of {known}, not {prediction_type!r}")
         if (prediction_type == "flow_prediction") != (schedule.path == "flow"):
             raise ValueError(f"a {schedule.path} schedule does not go with prediction_type {prediction_type!r}")
-        self.eta = self.default_eta if eta is None else float(eta)
-        self.last_step = last_step or self.default_last_step
-        if not (math.isfinite(self.eta) and self.eta >= 0):
-            raise ValueError(f"eta must be a finite number ≥ 0, not {eta}")
+        eta = self.default_eta if eta is None else eta
+        if not (_is_number(eta) and eta >= 0):
+            raise ValueError(f"eta must be a finite number ≥ 0, not {eta!r}")
+        self.eta = float(eta)
+        self.last_step = self.default_last_step if last_step is None else last_step
         if self.last_step not in ("sde", "ode"):
             raise ValueError(f'last_step must be "sde" or "ode", not {last_step!r}')
         self.schedule = schedule

@@ -11,21 +11,24 @@
 The network that proposes actions belongs to the policy; nothing here calls it.
 """
 
+import logging
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from denoise_env.arguments import boolean, integer, number
 from denoise_env.conditioning import GIB, ConditioningStore
-from denoise_env.kernels import KERNELS, Kernel
+from denoise_env.kernels import KERNELS, Kernel, check_num_steps
 from denoise_env.models import DenoisingModel, ModelOptions, find_family, load_model
 from denoise_env.naming import suggest
 from denoise_env.prompt_files import load_prompts
-from denoise_env.prompts import Prompt, check_prompts
-from denoise_env.rewards import Reward, load_reward
+from denoise_env.prompts import Prompt
+from denoise_env.rewards import Reward, check_reward, load_reward
 from denoise_env.worlds import DEFAULT, PROMPT_SETS, WORLDS
 
 
@@ -66,12 +69,14 @@ class Scores:
             of weight 0 is only measured.
         valid: ``[B]`` bool, rows whose total is a finite number: every reward that has a weight could be computed.
         errors: reward name → what it raised last, for those that raised or returned nonsense.
+        tracebacks: reward name → the whole traceback of that.
     """
 
     values: dict[str, Tensor]
     total: Tensor
     valid: Tensor
     errors: dict[str, str]
+    tracebacks: dict[str, str] = field(default_factory=dict)
 
 
 class DenoisingMDP:
@@ -95,7 +100,8 @@ class DenoisingMDP:
         drawn: the indices of the prompts that a reset draws from.
 
     Raises:
-        ValueError: no rewards, weights of other names, or what the parts refuse.
+        ValueError: no rewards, one that is not callable with (images, prompts, metadata), weights that are no finite
+            numbers or of other names, or what the parts refuse.
     """
 
     def __init__(
@@ -110,19 +116,20 @@ class DenoisingMDP:
         check_finite: bool = True,
         conditioning: ConditioningStore | None = None,
     ) -> None:
-        if not rewards:
-            raise ValueError("an environment needs at least one reward")
-        self.reward_weights = dict(reward_weights or dict.fromkeys(rewards, 1.0))
+        if not isinstance(rewards, Mapping) or not rewards:
+            raise ValueError("an environment needs at least one reward, by name: {name: reward}")
+        for name, reward in rewards.items():
+            check_reward(name, reward)
+        self.reward_weights = check_weights(reward_weights or dict.fromkeys(rewards, 1.0))
         if set(self.reward_weights) != set(rewards):
             raise ValueError(f"reward_weights name {sorted(self.reward_weights)}, the rewards are {sorted(rewards)}")
-        if microbatch is not None and microbatch < 1:
-            raise ValueError(f"microbatch must be at least 1, not {microbatch}")
+        check_num_steps(num_steps)
         self.model = model
         self.rewards = dict(rewards)
-        self.num_steps = num_steps
-        self.schedule = model.schedule(num_steps)
-        self.microbatch = microbatch
-        self.check_finite = check_finite
+        self.num_steps = int(num_steps)
+        self.schedule = model.schedule(self.num_steps)
+        self.microbatch = None if microbatch is None else integer(microbatch, "microbatch", at_least=1)
+        self.check_finite = boolean(check_finite, "check_finite")
         self.conditioning = conditioning or ConditioningStore(model)
         self.drawn = torch.tensor(list(dict.fromkeys(self.conditioning.index(prompts).tolist())))
 
@@ -148,8 +155,8 @@ class DenoisingMDP:
         Args:
             model: a name or a checkpoint, see `denoise_env.models.find_family`.
             rewards: a reward's name, or name → weight; by default the world's own.
-            prompts: a list, or what `load_prompts` takes; by default the world's training prompts, or the model's
-                vocabulary.
+            prompts: a list, or what `load_prompts` takes, or "" for the one prompt of an unconditional model; by
+                default the world's training prompts, or the model's vocabulary.
             num_steps: the number K of denoising steps.
             microbatch: rows decoded and scored at a time; default: all.
             check_finite: whether to refuse actions with NaN or infinity.
@@ -163,6 +170,8 @@ class DenoisingMDP:
         Raises:
             ValueError: what is missing or unknown.
         """
+        if not isinstance(model, str):
+            raise ValueError(f"a model is named by a string, not {model!r}: build a DenoisingMDP around a live one")
         world = WORLDS.get(model)
         if rewards is None:
             if world is None:
@@ -172,8 +181,8 @@ class DenoisingMDP:
         if prompts is None and world:
             prompts = next(iter(world.prompts))
         if isinstance(prompts, str):
-            prompts = load_prompts(prompts, PROMPT_SETS)
-        weights = {rewards: 1.0} if isinstance(rewards, str) else dict(rewards)
+            prompts = load_prompts(prompts, PROMPT_SETS) if prompts else [""]
+        weights = check_weights({rewards: 1.0} if isinstance(rewards, str) else rewards)
         found = {name: load_reward(name) for name in weights}
         loaded = load_model(model, options, device=device, **model_options)
         if prompts is None:
@@ -182,8 +191,8 @@ class DenoisingMDP:
             prompts = loaded.vocabulary
         store = ConditioningStore(
             loaded,
-            host_bytes=conditioning_host_gib * GIB,
-            device_bytes=conditioning_device_gib * GIB,
+            host_bytes=number(conditioning_host_gib, "conditioning_host_gib", at_least=0) * GIB,
+            device_bytes=number(conditioning_device_gib, "conditioning_device_gib", at_least=0) * GIB,
             directory=conditioning_cache,
         )
         return cls(
@@ -220,9 +229,10 @@ class DenoisingMDP:
         Raises:
             ValueError: an unknown kernel, or one that does not fit the model's path.
         """
-        name = name or ("ddim" if self.schedule.path == "diffusion" else "dance_sde")
+        if name is None:
+            name = "ddim" if self.schedule.path == "diffusion" else "dance_sde"
         if name not in KERNELS:
-            raise ValueError(f"unknown kernel {name!r}; {suggest(name, KERNELS)}")
+            raise ValueError(f"unknown kernel {name!r}; {suggest(str(name), KERNELS)}")
         return KERNELS[name](self.schedule, self.model.prediction_type, eta, last_step)
 
     def reset(
@@ -250,14 +260,9 @@ class DenoisingMDP:
             ValueError: numbers that do not divide, or bad prompts.
         """
         rows = len(generators)
-        if rows < 1 or group_size < 1 or rows % group_size:
-            raise ValueError(f"{rows} rows cannot be divided into groups of {group_size}")
-        index = None
-        if prompts is not None:
-            made = len(check_prompts(prompts, allow_empty=True)) * group_size
-            if made != rows:
-                raise ValueError(f"{len(prompts)} prompts in groups of {group_size} make {made} rows, not {rows}")
-            index = self.conditioning.index(prompts)
+        found = self.check_reset(rows, prompts, group_size)
+        shared_noise = boolean(shared_noise, "shared_noise")
+        index = None if found is None else self.conditioning.index(found)
         noise = torch.empty(rows, *self.model.latent_shape)
         for row, generator in zip(noise.unbind(), generators, strict=True):
             row.normal_(generator=generator)
@@ -274,6 +279,24 @@ class DenoisingMDP:
             torch.zeros(rows, dtype=torch.long, device=device),
             index.repeat_interleave(group_size).to(device),
         )
+
+    def check_reset(
+        self, rows: int, prompts: Sequence[str | Prompt] | None, group_size: int = 1
+    ) -> list[Prompt] | None:
+        """The prompts that a reset of ``rows`` rows was given.
+
+        Raises:
+            ValueError: numbers that do not divide, or prompts that the model does not take.
+        """
+        if rows < 1 or integer(group_size, "group_size") < 1 or rows % group_size:
+            raise ValueError(f"{rows} rows cannot be divided into groups of {group_size}")
+        if prompts is None:
+            return None
+        found = self.conditioning.check(prompts)
+        if len(found) * group_size != rows:
+            made = f"{len(found)} prompts in groups of {group_size} make {len(found) * group_size} rows"
+            raise ValueError(f"{made}, not {rows}")
+        return found
 
     def step(self, state: State, action: Tensor) -> State:
         """The action becomes the latents, the step counts up.
@@ -310,32 +333,54 @@ class DenoisingMDP:
         """Decode and score finished latents ``[B, *latent]``.
 
         A reward that raises, or whose result has the wrong shape, leaves NaN on the rows it was called with
-        and a warning; it never stops the episode.
+        and a warning; it never stops the episode. Running out of memory says nothing about the rows and is raised.
+
+        Rewards are called with pictures and lists of their own: what one does to them reaches nobody else.
         """
         size = self.microbatch or len(latents)
         indices = prompt_index.tolist()
         values = {name: torch.full((len(latents),), torch.nan, device=latents.device) for name in self.rewards}
-        errors = {}
+        errors, tracebacks = {}, {}
         for start in range(0, len(latents), size):
             rows = slice(start, start + size)
             images = self.model.decode(latents[rows])
             prompts = [self.prompts[i] for i in indices[rows]]
-            texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
-            for name, reward in self.rewards.items():
+            readers = len(self.rewards) + _same_memory(images, latents)
+            for reader, (name, reward) in enumerate(self.rewards.items(), 1):
+                texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
                 try:
-                    result = torch.as_tensor(reward(images, texts, metadata))
-                    if result.shape != (len(texts),):
-                        raise ValueError(f"it returned shape {tuple(result.shape)} for {len(texts)} images")
+                    # the last reader may have the pictures themselves; a copy lives no longer than the call
+                    result = torch.as_tensor(reward(images.clone() if reader < readers else images, texts, metadata))
+                    if result.shape != (len(prompts),):
+                        raise ValueError(f"it returned shape {tuple(result.shape)} for {len(prompts)} images")
                     result = result.to(values[name])
                     values[name][rows] = result.where(result.isfinite(), torch.nan)
+                except (MemoryError, torch.OutOfMemoryError):
+                    raise
                 except Exception as error:
-                    errors[name] = f"{type(error).__name__}: {error}"
-                    warnings.warn(f"the reward {name!r} failed on {len(texts)} rows: {errors[name]}", stacklevel=2)
+                    errors[name], tracebacks[name] = f"{type(error).__name__}: {error}", traceback.format_exc()
+                    warnings.warn(f"the reward {name!r} failed on {len(prompts)} rows: {errors[name]}", stacklevel=2)
+                    logging.getLogger(__name__).info("the reward %r failed", name, exc_info=True)
         total = torch.zeros(len(latents), device=latents.device)
         for name, value in values.items():
             if weight := self.reward_weights[name]:  # 0 · NaN would be NaN
                 total += weight * value
-        return Scores(values, total, total.isfinite(), errors)
+        return Scores(values, total, total.isfinite(), errors, tracebacks)
+
+
+def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
+    """Weights by a reward's name, as finite floats.
+
+    Raises:
+        ValueError: another type, or a weight that is no finite number.
+    """
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"rewards must be a name, or name → weight, not {weights!r}")
+    return {name: number(weight, f"the weight of the reward {name!r}") for name, weight in weights.items()}
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def row_generators(seeds: Sequence[int]) -> list[torch.Generator]:

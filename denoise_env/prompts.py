@@ -88,7 +88,7 @@ class Prompt:
         negative: the text that guidance leads away from; ``None`` leaves it to the model.
         images: first frames or references, one or several of what `PromptImage` takes.
         metadata: what rewards read beside the text: JSON values (strings, finite numbers, booleans, ``None``, lists,
-            dicts) by name.
+            dicts) by name. NumPy's numbers become Python's.
 
     Raises:
         ValueError: an argument of another type, or an image that cannot be read.
@@ -204,6 +204,8 @@ class _List(list[Any]):
 
 def _read_only(value: Any, where: str) -> Any:
     """A read-only copy of a JSON value; ``where`` it is, for the error."""
+    if isinstance(value, np.bool_ | np.integer | np.floating):
+        value = value.item()
     if value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, Mapping):

@@ -12,6 +12,9 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 
+from denoise_env.arguments import MAX_SEED, integer, number
+from denoise_env.gymnasium_vector import DenoiseVectorEnv
+
 Env = VectorEnv[Any, Any, Any]
 
 
@@ -25,11 +28,12 @@ class SB3VecEnv(VecEnv):
     Args:
         env: the environment. Its autoreset is "disabled", as ended rows are reset here, and its action space is a
             bounded Box, as `NoiseAction` and `ControlAction` make it.
-        invalid_reward: what a reward that could not be computed counts as; ``None`` refuses it, as
+        invalid_reward: what a reward that could not be computed counts as; ``None`` raises an error then, as
             Stable-Baselines3 would learn from the NaN.
 
     Raises:
-        ValueError: an environment that does not fit, and later a reward that is NaN.
+        ValueError: an environment that does not fit, and later a reward that is NaN: that step has been made, and a
+            reset must follow it.
 
     >>> from denoise_env import DenoiseVectorEnv
     >>> from denoise_env.wrappers import FlatObservation, NoiseAction
@@ -47,19 +51,38 @@ class SB3VecEnv(VecEnv):
                 f"Stable-Baselines3 needs a bounded action Box, not {box}: wrap the environment in NoiseAction or "
                 "ControlAction"
             )
-        self.env, self.invalid_reward = env, invalid_reward
+        self.env = env
+        self.invalid_reward = None if invalid_reward is None else number(invalid_reward, "invalid_reward")
         super().__init__(env.num_envs, env.single_observation_space, box)
 
     def reset(self) -> Any:
         """First observations, with the seeds and options that were set for this reset."""
-        options = self._options[0]
-        if any(other != options for other in self._options):
-            raise ValueError("options differ between rows: give set_options one dictionary for all")
-        observation, infos = self.env.reset(seed=cast(Any, self._seeds), options=options or None)
+        observation, infos = self.env.reset(seed=cast(Any, self._seeds), options=self._options[0] or None)
         self._reset_seeds()
         self._reset_options()
         self.reset_infos = [_row(infos, i) for i in range(self.num_envs)]
         return _numpy(observation)
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        """Seed the next reset: row i gets ``seed + i``; without a seed, one is drawn from numpy's global generator.
+
+        Raises:
+            ValueError: no seed; the next reset is as before.
+        """
+        return super().seed(None if seed is None else integer(seed, "seed", 0, MAX_SEED - (self.num_envs - 1)))
+
+    def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> None:
+        """Set the options of the next reset: one dictionary, or a list with the same one for every row.
+
+        Raises:
+            ValueError: options that differ between rows, or that the environment refuses; the next reset is as before.
+        """
+        rows = options if isinstance(options, list) else [options or {}] * self.num_envs
+        if len(rows) != self.num_envs or any(row != rows[0] for row in rows):
+            raise ValueError("options differ between rows: give set_options one dictionary for all")
+        if isinstance(self.env.unwrapped, DenoiseVectorEnv):
+            self.env.unwrapped.check_options(rows[0])
+        super().set_options(rows)
 
     def step_async(self, actions: np.ndarray) -> None:
         """Keep the actions for `step_wait`."""

@@ -1,6 +1,6 @@
 """The TorchRL environment: `DenoiseTorchRLEnv`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class DenoiseTorchRLEnv(EnvBase):
     ``terminated`` and ``done`` ``[n, 1]`` are set and ``reward [n, 1]`` is the weighted sum of the rewards,
     NaN where one could not be computed; ``("reward_terms", name) [n, 1]`` has each of them, 0 before the end.
     The reward terms are reward keys too: ``env.reward_keys`` lists them, ``env.reward_key`` does not exist.
+    The observation ``valid [n, 1]`` is true where an episode has just ended and its reward is a finite number.
 
     After ``set_seed(s)`` row i begins like row i of `DenoiseVectorEnv` after ``reset(seed=s)``; streams
     without a seed are drawn from torch's global generator. ``reset`` takes ``prompts``, ``group_size`` and
@@ -63,11 +64,11 @@ class DenoiseTorchRLEnv(EnvBase):
     ) -> None:
         streams = RowStreams(num_envs)
         defaults: dict[str, Any] = {"group_size": group_size, "shared_noise": shared_noise}
-        ResetRequest.parse(None, num_envs, **defaults)
+        ResetRequest.parse(None, streams.num_envs, **defaults)
         mdp = resolve_mdp(model, num_steps, max_episode_steps, rewards=rewards, prompts=prompts, **options)
-        super().__init__(device=mdp.model.device, batch_size=[num_envs])
+        super().__init__(device=mdp.model.device, batch_size=[streams.num_envs])
         self.mdp = mdp
-        self.num_envs = num_envs
+        self.num_envs = streams.num_envs
         self.streams = streams
         self._defaults = defaults
         self._make_specs()
@@ -91,13 +92,14 @@ class DenoiseTorchRLEnv(EnvBase):
         else:
             index = Bounded(0, 2**31 - 1, shape=(n,), dtype=torch.long, device=device)
         step = Categorical(self.mdp.num_steps + 1, shape=(n,), device=device)
-        self.observation_spec = Composite(latents=latents, step=step, prompt_index=index, shape=(n,))
-        self.state_spec = self.observation_spec.clone()
+        flag = Categorical(2, dtype=torch.bool, **column)
+        state = {"latents": latents, "step": step, "prompt_index": index}
+        self.state_spec = Composite(state, shape=(n,))
+        self.observation_spec = Composite({**state, "valid": flag}, shape=(n,)).clone()
         self.action_spec = latents.clone()
         terms = {name: Unbounded(**column) for name in self.mdp.rewards}
         self.reward_spec = Composite(reward=Unbounded(**column), reward_terms=Composite(terms, shape=(n,)), shape=(n,))
-        flag = Categorical(2, dtype=torch.bool, **column)
-        self.done_spec = Composite(done=flag, terminated=flag.clone(), shape=(n,))
+        self.done_spec = Composite(done=flag.clone(), terminated=flag.clone(), shape=(n,))
 
     def _reset(self, tensordict: TensorDictBase | None = None, **options: Any) -> TensorDict:
         if "reset_mask" in options:
@@ -105,12 +107,12 @@ class DenoiseTorchRLEnv(EnvBase):
         if tensordict is not None and "_reset" in tensordict.keys():  # noqa: SIM118
             options["reset_mask"] = tensordict["_reset"].reshape(self.num_envs)
         request = ResetRequest.parse(options, self.num_envs, **self._defaults)
-        state = self.streams.begin(self.mdp, request, None, lambda: int(torch.randint(2**31, ())))
-        if not request.mask.all():
-            rows = torch.from_numpy(request.mask).nonzero()[:, 0].to(self.device)
-            blank = self.observation_spec.zero()  # TorchRL keeps the rows that were not to be reset.
-            state = State(**blank).replace_rows(rows, state)
-        return self._pack(state)
+        with self.streams.begin(self.mdp, request, None, _draw_seed) as state:
+            if not request.mask.all():
+                rows = torch.from_numpy(request.mask).nonzero()[:, 0].to(self.device)
+                blank = self.state_spec.zero()  # TorchRL keeps the rows that were not to be reset.
+                state = State(**blank).replace_rows(rows, state)
+            return self._pack(state, valid=torch.zeros(self.num_envs, 1, dtype=torch.bool))
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         action = tensordict["action"]
@@ -128,19 +130,27 @@ class DenoiseTorchRLEnv(EnvBase):
             rows = moving.nonzero()[:, 0].to(self.device)
             state = state.replace_rows(rows, State(*(v[rows] for v in vars(state.advance(action)).values())))
         reward = torch.zeros(self.num_envs, 1, device=self.device)
+        valid = torch.zeros_like(reward, dtype=torch.bool)
         terms = {name: torch.zeros_like(reward) for name in self.mdp.rewards}
         ended = steps == self.mdp.num_steps
         if (ended & moving).any():
             rows = (ended & moving).to(self.device)
             scores = self.mdp.score(state.latents[rows], state.prompt_index[rows])
-            reward[rows, 0] = scores.total
+            reward[rows, 0], valid[rows, 0] = scores.total, scores.valid
             for name, values in scores.values.items():
                 terms[name][rows, 0] = values
         done = ended[:, None].to(self.device)
-        return self._pack(state, reward=reward, reward_terms=terms, done=done, terminated=done.clone())
+        with self.streams.stepped(moving.numpy()):
+            return self._pack(state, valid=valid, reward=reward, reward_terms=terms, done=done, terminated=done.clone())
 
     def _set_seed(self, seed: int | None) -> None:
         self.streams.seed(seed)
 
     def _pack(self, state: State, **more: Any) -> TensorDict:
         return TensorDict({**vars(state), **more}, batch_size=self.batch_size, device=self.device)
+
+
+def _draw_seed() -> tuple[int, Callable[[], None]]:
+    """A seed from torch's global generator, and what undoes the draw."""
+    before = torch.get_rng_state()
+    return int(torch.randint(2**31, ())), lambda: torch.set_rng_state(before)

@@ -47,7 +47,8 @@ class ActionTransform(Transform):
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
         if self.convention.draws_noise and self._noise is None:
             self._noise = RowNoise(self.convention.mdp, self._env.streams)
-        state, action = _state(tensordict), tensordict["action"]
+        state = _state(tensordict)
+        action = self.convention.read_action(tensordict["action"], len(state.step))
         noise = self._noise(state.step) if self._noise else None
         return tensordict.set("action", self.convention.next_latents(state, action, noise))
 

@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from copy import deepcopy
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, iterate
+
+from denoise_env.arguments import integer
 
 Env = VectorEnv[Any, Any, Any]
 STEPS = 200
@@ -35,6 +38,8 @@ def check_vector_env(env: Env, seed: int = 0, num_steps: int | None = None) -> l
     >>> check_vector_env(DenoiseVectorEnv("points", num_envs=3, num_steps=4))
     []
     """
+    seed = integer(seed, "seed", at_least=0)
+    num_steps = None if num_steps is None else integer(num_steps, "num_steps", at_least=1)
     findings: list[str] = []
     _check_declarations(env, findings)
     _check_resets(env, seed, findings)
@@ -57,7 +62,9 @@ def _check_declarations(env: Env, findings: list[str]) -> None:
     for name in ("num_envs", *spaces):
         require(hasattr(env, name), f"a VectorEnv must have {name}; it is missing")
     n = env.num_envs
-    require(isinstance(n, int) and n >= 1, f"num_envs must be an integer of at least 1, not {n!r}")
+    require(
+        isinstance(n, Integral) and n is not True and n >= 1, f"num_envs must be an integer of at least 1, not {n!r}"
+    )
     mode = env.metadata.get("autoreset_mode")
     require(isinstance(mode, AutoresetMode), f'metadata["autoreset_mode"] must be an AutoresetMode, not {mode!r}')
     own = getattr(env, "autoreset_mode", mode)

@@ -27,8 +27,9 @@ class _ActionWrapper(VectorActionWrapper[Any, Any, Any, Any]):
     make: ClassVar[Callable[..., ActionConvention]]
 
     def __init__(self, env: Env, **options: Any) -> None:
+        base = _base(env)
         super().__init__(env)
-        self._base = _base(env)
+        self._base = base
         if env.single_action_space != self._base.single_action_space:
             raise ValueError(f"{env} already has an action of its own: wrap the environment beneath it")
         self.convention = self.make(self._base.mdp, **options)
@@ -39,16 +40,11 @@ class _ActionWrapper(VectorActionWrapper[Any, Any, Any, Any]):
 
     def actions(self, actions: Any) -> Any:
         """The next latents."""
-        state, numpy = self._base.state, self._base.output == "numpy"
-        shape = (self.num_envs, *self.convention.shape)
-        if getattr(actions, "shape", None) != shape:
-            raise ValueError(f"the action's shape must be {shape}, not {getattr(actions, 'shape', None)}")
-        tensor = torch.as_tensor(actions, dtype=torch.float32, device=state.latents.device)
-        if self._base.mdp.check_finite and not tensor.isfinite().all():
-            raise ValueError("the action must be finite; it has NaN or infinity in it")
+        state = self._base.state
+        tensor = self.convention.read_action(actions, self.num_envs)
         noise = self._noise(state.step) if self._noise else None
         latents = self.convention.next_latents(state, tensor, noise)
-        return latents.float().cpu().numpy() if numpy else latents
+        return latents.float().cpu().numpy() if self._base.output == "numpy" else latents
 
 
 class NoiseAction(_ActionWrapper):
@@ -97,8 +93,9 @@ class FlatObservation(VectorWrapper[Any, Any, Any, Any, Any]):
     """
 
     def __init__(self, env: Env, **options: Any) -> None:
+        base = _base(env)
         super().__init__(env)
-        self._base = _base(env)
+        self._base = base
         if env.single_observation_space != self._base.single_observation_space:
             raise ValueError(f"{env} already has an observation of its own: wrap the environment beneath it")
         self.flat = Flat(self._base.mdp, **options)
@@ -133,5 +130,8 @@ class FlatObservation(VectorWrapper[Any, Any, Any, Any, Any]):
 
 def _base(env: Env) -> DenoiseVectorEnv:
     if not isinstance(env.unwrapped, DenoiseVectorEnv):
-        raise ValueError(f"this wraps a DenoiseVectorEnv, not {env.unwrapped!r}; its vector form is make_vec's")
+        raise ValueError(
+            f"this wraps a DenoiseVectorEnv, not {env.unwrapped!r}: gymnasium.make_vec makes one; gymnasium.make takes "
+            "wrappers of its single row as wrap=..."
+        )
     return env.unwrapped

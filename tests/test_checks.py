@@ -10,7 +10,6 @@ from gymnasium.vector.utils import batch_space
 from registered import IDS
 
 from denoise_env import DenoiseVectorEnv, check_denoising_env, check_vector_env
-from denoise_env.mdp import State
 
 MODES = {mode.name.lower(): mode for mode in AutoresetMode}
 
@@ -344,10 +343,9 @@ class Damped(DenoiseVectorEnv):
 class Crowded(DenoiseVectorEnv):
     """Rows that depend on how many there are."""
 
-    def _begin(self, request, seed):
-        super()._begin(request, seed)
-        state = self._state
-        self._state = State(state.latents + self.num_envs, state.step, state.prompt_index)
+    def reset(self, **options):
+        observations, infos = super().reset(**options)
+        return {**observations, "latents": observations["latents"] + self.num_envs}, infos
 
 
 class Truncating(DenoiseVectorEnv):

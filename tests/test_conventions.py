@@ -22,7 +22,8 @@ SAMPLERS = [
 def play(mdp, convention, actions, seed=0, rows=3):
     """Final latents under actions ``[K, rows, …]``."""
     streams = RowStreams(rows)
-    state = streams.begin(mdp, ResetRequest.parse(None, rows), seed, lambda: 0)
+    with streams.begin(mdp, ResetRequest.parse(None, rows), seed, lambda: (0, lambda: None)) as state:
+        pass
     noise = RowNoise(mdp, streams)
     for action in actions:
         state = mdp.step(state, convention.next_latents(state, action, noise(state.step)))

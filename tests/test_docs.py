@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from agents.critic import ActorCritic
+from agents.trajectory import TrajectoryAgent
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -51,6 +54,15 @@ def test_add_an_agent(clone):
         reward = [float(line.split(",")[2]) for line in (first, last)]
         assert reward[1] > reward[0] + 0.1
     assert (clone / "runs" / "rank" / "metrics.csv").read_text().splitlines()[-1].startswith("25,")
+
+
+def test_the_hooks_of_an_agent_are_those_of_the_page():
+    """Every hook in the page's table exists, and the agent that the page names as an example changes it."""
+    page = (ROOT / "docs" / "add-an-agent.md").read_text(encoding="utf-8")
+    hooks = re.findall(r"^\| `(\w+)\(.*?\)` \|", page, re.M)
+    assert hooks == ["make_modules", "parameter_groups", "targets", "auxiliary_loss"]
+    for hook in hooks:
+        assert getattr(ActorCritic, hook) is not getattr(TrajectoryAgent, hook)
 
 
 @pytest.mark.slow

@@ -99,6 +99,20 @@ def test_importing_the_package_is_cheap():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
+def test_imports_and_a_first_model_print_nothing():
+    """Warnings of the libraries beneath are not the reader's."""
+    code = """
+import denoise_env, denoise_env.sb3, denoise_env.torchrl_transforms
+for name in denoise_env.__all__:
+    getattr(denoise_env, name)
+denoise_env.load_model("shapes").schedule(2)
+"""
+    command = [sys.executable, "-W", "default", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
 def test_public_names_exist():
     for name in denoise_env.__all__:
         assert name in dir(denoise_env)

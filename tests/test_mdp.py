@@ -352,6 +352,65 @@ def test_lists_and_integers_are_rewards_too() -> None:
     assert scores.total.dtype == torch.float32
 
 
+@pytest.mark.parametrize("microbatch", [None, 3])
+@pytest.mark.parametrize("aliased", [True, False])
+def test_rewards_have_tensors_and_lists_of_their_own(microbatch, aliased) -> None:
+    """Points' decoder returns the latents themselves, other decoders new tensors."""
+    seen = []
+
+    def vandal(images, prompts, metadata):
+        seen.append((images.clone(), list(prompts), list(metadata)))
+        images.zero_()
+        prompts.clear()
+        metadata.clear()
+        return torch.zeros(len(images))
+
+    mdp = build(rewards={"a": vandal, "b": vandal, "c": vandal}, microbatch=microbatch)
+    if not aliased:
+        decode = mdp.model.decode
+        mdp.model.decode = lambda x: decode(x).clone()
+    given, index = latents(), INDEX.clone()
+    mdp.score(given, index)
+    assert torch.equal(given, latents())
+    assert torch.equal(index, INDEX)
+    for first, *others in zip(*(seen[i::3] for i in range(3)), strict=True):
+        for other in others:
+            assert torch.equal(first[0], other[0])
+            assert first[1:] == other[1:]
+    assert torch.equal(torch.cat([images for images, *_ in seen[::3]]), latents())
+
+
+def test_pictures_are_copied_for_all_readers_but_the_last() -> None:
+    where = []
+    mdp = build(rewards={name: lambda i, p, m: where.append(i.data_ptr()) or i[:, 0] for name in "abc"})
+    decoded = latents()
+    mdp.model.decode = lambda x: decoded
+    mdp.score(latents(), INDEX)
+    assert [pointer == decoded.data_ptr() for pointer in where] == [False, False, True]
+    where.clear()
+    mdp.score(decoded, INDEX)  # the state reads them too
+    assert decoded.data_ptr() not in where
+
+
+def test_a_failing_reward_keeps_its_traceback() -> None:
+    mdp = build(rewards={"bad": raises, "x": first_coordinate})
+    with pytest.warns(UserWarning, match="out of tea"):
+        scores = mdp.score(latents(), INDEX)
+    assert scores.errors == {"bad": "RuntimeError: out of tea"}
+    assert set(scores.tracebacks) == {"bad"}
+    assert "in raises" in scores.tracebacks["bad"]
+    assert scores.tracebacks["bad"].endswith("RuntimeError: out of tea\n")
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, KeyboardInterrupt])
+def test_running_out_of_memory_is_not_a_verdict_on_the_rows(error) -> None:
+    def greedy(images, prompts, metadata):
+        raise error
+
+    with pytest.raises(error):
+        build(rewards={"greedy": greedy}).score(latents(), INDEX)
+
+
 def test_score_builds_no_graph() -> None:
     assert not build().score(latents().requires_grad_(), INDEX).total.requires_grad
 
@@ -412,6 +471,24 @@ def test_make_refuses_a_checkpoint_without_prompts_and_rewards(monkeypatch: pyte
         DenoisingMDP.make("some/model", "points", ["a cat"])
 
 
+def test_the_empty_text_is_the_prompt_of_an_unconditional_model_and_of_no_other(monkeypatch) -> None:
+    class Unconditional(Echo):
+        vocabulary = ("",)
+
+    module = types.ModuleType("my_family")
+    module.FAMILY = Family("takes no text", EchoOptions, lambda checkpoint, options, device: Unconditional())
+    module.TEXTS = Family("takes any text", EchoOptions, lambda checkpoint, options, device: Echo())
+    module.reward = lambda images, prompts, metadata: images.flatten(1).mean(1)
+    monkeypatch.setitem(sys.modules, "my_family", module)
+    for prompts in (None, "", [""], [Prompt("", metadata={"count": 2})]):
+        mdp = DenoisingMDP.make("my_family:FAMILY", "my_family:reward", prompts)
+        assert [p.text for p in mdp.prompts] == [""]
+        state = mdp.reset(row_generators([0, 1]), ["", ""])
+        assert mdp.score(state.latents, state.prompt_index).valid.all()
+    with pytest.raises(ValueError, match="prompt 0 must be a non-empty string, not ''"):
+        DenoisingMDP.make("my_family:TEXTS", "my_family:reward", "")
+
+
 # --- Rewards by name ---
 
 
@@ -424,7 +501,16 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
         def __call__(self, images, prompts, metadata):
             return torch.full((len(images),), 2.0)
 
+    class NeedsMore:
+        def __init__(self, weights):
+            raise AssertionError
+
+    class Exits:
+        def __init__(self):
+            raise SystemExit("no weights here")
+
     module.Constant, module.half, module.number = Constant, lambda i, p, m: torch.full((len(i),), 0.5), 3
+    module.NeedsMore, module.Exits, module.one = NeedsMore, Exits, lambda images: images
     monkeypatch.setitem(sys.modules, "my_rewards", module)
 
 
@@ -452,8 +538,29 @@ def test_load_reward_by_name() -> None:
         ),
         ("my_rewards:missing", "cannot load the reward 'my_rewards:missing'"),
         ("my_rewards:number", "'my_rewards:number' is not callable but int"),
+        ("my_rewards:one", "'my_rewards:one' must take (images, prompts, metadata): too many positional arguments"),
+        ("my_rewards:NeedsMore", "cannot build the reward 'my_rewards:NeedsMore': TypeError: "),
+        ("my_rewards:Exits", "cannot build the reward 'my_rewards:Exits': SystemExit: no weights here"),
+        (3, "unknown reward 3; there are"),
     ],
 )
 def test_load_reward_refuses(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         load_reward(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def reward(images, prompts, metadata:\n", "SyntaxError|was never closed"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("import sys; sys.exit('bye')", "SystemExit: bye"),
+        ("from math import nothing", "cannot import name 'nothing'"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_refused_with_a_sentence(text, message, tmp_path, monkeypatch) -> None:
+    (tmp_path / "broken_rewards.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"cannot load the reward 'broken_rewards:reward': .*({message})"):
+        DenoisingMDP.make("points", "broken_rewards:reward")
+    sys.modules.pop("broken_rewards", None)

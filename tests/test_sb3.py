@@ -59,9 +59,10 @@ def test_options_and_attributes():
     env.set_options({"prompts": ["ring"] * N})
     env.reset()
     assert [info["prompt"] for info in env.reset_infos] == ["ring"] * N
-    env.set_options([{"group_size": 2}] + [{}] * (N - 1))
     with pytest.raises(ValueError, match="one dictionary for all"):
-        env.reset()
+        env.set_options([{"group_size": 2}] + [{}] * (N - 1))
+    with pytest.raises(ValueError, match="Points knows no prompt 'rings'"):
+        env.set_options({"prompts": ["rings"] * N})
     assert env.get_attr("prompts")[0] == env.get_attr("mdp", [0])[0].prompts
     with pytest.raises(ValueError, match="leave indices out"):
         env.env_method("render", indices=[0])

@@ -69,7 +69,9 @@ def test_same_trajectory_as_the_gymnasium_face():
             assert torch.equal(after["reward"][:, 0], rewards)
             assert torch.equal(after["terminated"][:, 0], terminated)
             assert torch.equal(after["done"][:, 0], terminated)
+            assert torch.equal(after["valid"][:, 0], infos.get("valid", torch.zeros(4, dtype=torch.bool)))
         assert torch.equal(after["reward_terms", "points"][:, 0], infos["reward_terms"]["points"])
+        assert after["valid"].all()
 
 
 def test_seeds():
@@ -161,6 +163,8 @@ def test_failing_reward_is_nan():
         rollout = env.rollout(1)
     assert rollout["next", "reward"].isnan().all()
     assert rollout["next", "reward_terms", "points"].isnan().all()
+    assert not rollout["next", "valid"].any()
+    assert rollout["next", "done"].all()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """The Gymnasium wrappers."""
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from gymnasium import make_vec
 from gymnasium.error import ResetNeeded
+from gymnasium.utils.env_checker import check_env
 
-from denoise_env import ControlAction, DenoiseVectorEnv, FlatObservation, NoiseAction, check_vector_env
+from denoise_env import ControlAction, DenoiseEnv, DenoiseVectorEnv, FlatObservation, NoiseAction, check_vector_env
 
 K = 3
 ACTIONS = [NoiseAction, ControlAction]
@@ -132,3 +134,43 @@ def test_refusals():
         NoiseAction(make_vec("CartPole-v1"))
     with pytest.raises(ValueError, match="max_dimensions=5"):
         FlatObservation(DenoiseVectorEnv("points"), max_dimensions=5)
+
+
+def flat_controls(env):
+    return FlatObservation(ControlAction(env, controls={"drift": (-2, 2)}))
+
+
+@pytest.mark.parametrize("wrap", [NoiseAction, ControlAction, FlatObservation, flat_controls])
+@pytest.mark.parametrize("output", ["numpy", "torch"])
+def test_the_single_environment_is_row_0_of_the_wrapped_one(wrap, output):
+    env = DenoiseEnv("points", num_steps=K, output=output, wrap=wrap)
+    vector = wrap(DenoiseVectorEnv("points", 3, num_steps=K, output=output))
+    assert env.action_space == vector.single_action_space
+    assert env.observation_space == vector.single_observation_space
+    for seed in (5, None):
+        found, info = env.reset(seed=seed)
+        expected, infos = vector.reset(seed=seed)
+        for _ in range(K + 1):
+            named = isinstance(expected, dict)
+            pairs = [(found[name], expected[name][0]) for name in expected] if named else [(found, expected[0])]
+            assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+            assert info["prompt"] == infos["prompt"][0]
+            if "valid" in info:
+                break
+            actions = np.full(vector.action_space.shape, 0.25, np.float32)
+            actions = actions if output == "numpy" else torch.from_numpy(actions)
+            found, reward, terminated, _, info = env.step(actions[0])
+            expected, rewards, ended, _, infos = vector.step(actions)
+            assert (reward, terminated) == (float(rewards[0]), bool(ended[0]))
+    assert info["valid"] is True
+
+
+@pytest.mark.parametrize("wrap", [NoiseAction, ControlAction, flat_controls])
+@pytest.mark.filterwarnings("ignore:.*Box:UserWarning")
+def test_gymnasium_makes_and_checks_it(wrap):
+    check_env(gymnasium.make("denoise_env/Points-v0", num_steps=K, wrap=wrap).unwrapped)
+
+
+def test_wrapping_a_single_environment_says_how():
+    with pytest.raises(ValueError, match=r"gymnasium.make takes wrappers of its single row as wrap="):
+        NoiseAction(gymnasium.make("denoise_env/Points-v0"))

@@ -179,7 +179,7 @@ def _train(
                 pending = None
             for iteration in bar:
                 stopping.check()
-                row = _iterate(experiment, iteration)
+                row = _iterate(experiment, iteration, directory)
                 before, spent = spent, spent + int(row["network_calls"])
                 metrics.append({**row, "network_calls": spent})
                 done, pending = iteration, before
@@ -233,8 +233,8 @@ def _to_its_end(policy: DenoisingPolicy) -> Iterator[None]:
 _SHOWN = ("reward", "ratio", "clip_fraction", "kl_old", "kl_reference", "grad_norm", "images_per_second")
 
 
-def _iterate(experiment: Experiment, iteration: int) -> dict[str, float]:
-    """One rollout and its update."""
+def _iterate(experiment: Experiment, iteration: int, directory: Path) -> dict[str, float]:
+    """One rollout and its update; what a reward raised is kept in ``directory``."""
     config, agent = experiment.config, experiment.agent
     started = time.perf_counter()
     count = config.prompts_per_iteration
@@ -246,17 +246,29 @@ def _iterate(experiment: Experiment, iteration: int) -> dict[str, float]:
     with agent.rollout_weights():
         generators = row_generators(agent.mine(seeds))
         rollout = collect(experiment.mdp, experiment.policy, generators, agent.mine(prompts), **options)
+    errors = _write_errors(directory, iteration, rollout, agent.ranks.rank)
     row = {"iteration": iteration, **_reward_figures(agent, rollout)}
     if row["unscored"] > config.max_unscored * rows:
         raise RuntimeError(
             f"iteration {iteration}: {row['unscored']} of {rows} images could not be scored, more than "
-            f"max_unscored = {config.max_unscored:g} allows: {rollout.scores.errors or 'the reward returned NaN'}"
+            f"max_unscored = {config.max_unscored:g} allows: {errors or 'the reward returned NaN'}"
         )
     with _to_its_end(experiment.policy):
         row |= agent.update(rollout, iteration)
     row["network_calls"] = (experiment.policy.network_calls - before) * agent.ranks.size
     seconds = time.perf_counter() - started
     return {**row, "seconds": seconds, "images_per_second": rows / seconds}
+
+
+def _write_errors(directory: Path | None, iteration: int, rollout: Rollout, rank: int) -> str:
+    """Write the tracebacks of rewards that raised; returns what they are and where to read more, "" for none."""
+    scores = rollout.scores
+    if not scores.errors or directory is None:
+        return str(scores.errors or "")
+    path = directory / ("reward_errors.txt" if rank == 0 else f"reward_errors-{rank}.txt")
+    texts = [f"iteration {iteration}, the reward {name!r}\n{text}" for name, text in scores.tracebacks.items()]
+    checkpoints.write_atomically(path, "\n".join(texts))
+    return f"{scores.errors} (the traceback is in {path})"
 
 
 def _reward_figures(agent: Agent, rollout: Rollout) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from denoise_env.arguments import MAX_SEED, boolean, integer, number
 from denoise_env.models.base import DenoisingModel, ModelOptions
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -64,8 +65,13 @@ class PipelineModel(DenoisingModel):
     def __init__(self, pipeline: Any, options: Any, device: str | torch.device = "cpu") -> None:
         if options.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {list(DTYPES)}, not {options.dtype!r}")
-        if options.lora_rank < 0:
+        if integer(options.lora_rank, "lora_rank") < 0:
             raise ValueError(f"lora_rank must be 0 (train the whole network) or positive, not {options.lora_rank}")
+        if options.lora_alpha is not None:
+            number(options.lora_alpha, "lora_alpha", at_least=0)
+        integer(options.seed, "seed", 0, MAX_SEED)
+        for name in ("gradient_checkpointing", "vae_slicing", "vae_tiling"):
+            boolean(getattr(options, name), name)
         self.pipeline = pipeline
         self.options = options
         self.dtype = DTYPES[options.dtype]
@@ -87,10 +93,11 @@ class PipelineModel(DenoisingModel):
         Raises:
             ValueError: nothing that can be loaded is there, or it would run code.
         """
-        import diffusers
-
         assert checkpoint is not None
-        kind = getattr(diffusers, cls.pipeline_class)
+        with quiet():
+            import diffusers
+
+            kind = getattr(diffusers, cls.pipeline_class)
         local = Path(checkpoint).is_dir()
         try:
             with quiet():
@@ -110,10 +117,11 @@ class PipelineModel(DenoisingModel):
         Raises:
             ValueError: a configuration cannot be read.
         """
-        import diffusers
-
         assert checkpoint is not None
-        kind = getattr(diffusers, cls.pipeline_class)
+        with quiet():
+            import diffusers
+
+            kind = getattr(diffusers, cls.pipeline_class)
         parts = dict(cls.pipeline_arguments)
         try:
             with quiet():

@@ -16,6 +16,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from denoise_env.arguments import MAX_SEED, integer
 from denoise_env.kernels import PredictionType, Schedule, check_num_steps
 from denoise_env.models.base import DenoisingModel, Family, ModelOptions
 from denoise_env.prompts import Prompt
@@ -136,6 +137,7 @@ class Points(DenoisingModel):
             raise ValueError(f'path must be "diffusion" or "flow", not {path!r}')
         self.path = path
         self.options = options or PointsOptions()
+        integer(self.options.seed, "seed", 0, MAX_SEED)
         self.prediction_type: PredictionType = "epsilon" if self.path == "diffusion" else "flow_prediction"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.options.seed or 0)
@@ -203,7 +205,9 @@ class Points(DenoisingModel):
 
         directory.mkdir(parents=True, exist_ok=True)
         save_file(self.network.state_dict(), directory / "model.safetensors")
-        (directory / "model_index.json").write_text(json.dumps({"_class_name": "Points", "path": self.path}))
+        (directory / "model_index.json").write_text(
+            json.dumps({"_class_name": "Points", "path": self.path}), encoding="utf-8"
+        )
 
     @classmethod
     def load(cls, checkpoint: str | None, options: PointsOptions, device: str | torch.device = "cpu") -> "Points":
@@ -221,7 +225,9 @@ class Points(DenoisingModel):
 
         directory = Path(checkpoint)
         try:
-            model = cls(json.loads((directory / "model_index.json").read_text())["path"], options, device)
+            model = cls(
+                json.loads((directory / "model_index.json").read_text(encoding="utf-8"))["path"], options, device
+            )
             model.network.load_state_dict(load_file(directory / "model.safetensors", device=str(device)))
         except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"cannot load Points from {checkpoint!r}: {error}") from error

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from denoise_env.arguments import integer, number
 from denoise_env.kernels import Schedule, check_num_steps
 from denoise_env.models.base import Family
 from denoise_env.models.pipeline import PipelineModel, PipelineOptions, quiet
@@ -45,7 +46,7 @@ class StableDiffusion(PipelineModel):
 
     def __init__(self, pipeline: Any, options: Any = None, device: str | torch.device = "cpu") -> None:
         options = options or StableDiffusionOptions()
-        if options.guidance_scale < 1:
+        if number(options.guidance_scale, "guidance_scale") < 1:
             raise ValueError(f"guidance_scale must be at least 1 (no guidance), not {options.guidance_scale}")
         self.guidance_scale = options.guidance_scale
         self.rows_per_sample = 1 if options.guidance_scale == 1 else 2
@@ -131,7 +132,10 @@ def _latent_shape(pipeline: Any, height: int | None, width: int | None) -> tuple
     factor, config = pipeline.vae_scale_factor, pipeline.unet.config
     side = config.sample_size
     trained = (side, side) if isinstance(side, int) else tuple(side)
-    pixels = [height or trained[0] * factor, width or trained[1] * factor]
+    pixels = [
+        trained[i] * factor if given is None else integer(given, name)
+        for i, (name, given) in enumerate((("height", height), ("width", width)))
+    ]
     if any(p <= 0 or p % factor for p in pixels):
         raise ValueError(f"height and width must be multiples of {factor}, not {pixels[0]}x{pixels[1]}")
     return (config.in_channels, pixels[0] // factor, pixels[1] // factor)

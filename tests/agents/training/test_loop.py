@@ -47,10 +47,10 @@ def stopped(monkeypatch):
     iterate = loop._iterate
 
     def start(config, directory, stop):
-        def stopping(experiment, iteration):
+        def stopping(experiment, iteration, *more):
             if iteration == stop:
                 raise KeyboardInterrupt
-            return iterate(experiment, iteration)
+            return iterate(experiment, iteration, *more)
 
         with monkeypatch.context() as patch:
             patch.setattr(loop, "_iterate", stopping)
@@ -213,6 +213,10 @@ def test_a_run_whose_reward_fails_stops_with_the_reason(tmp_path):
     config = small(rewards={name: 1.0})
     with pytest.raises(RuntimeError, match=r"8 of 8 images could not be scored.*the scorer is down"):
         run(config, tmp_path / "run")
+    written = (tmp_path / "run" / "reward_errors.txt").read_text(encoding="utf-8")
+    assert written.startswith(f"iteration 1, the reward {name!r}\nTraceback (most recent call last):\n")
+    assert ", in broken\n" in written
+    assert "the scorer is down" in written
 
 
 def test_rows_that_cannot_be_scored_are_counted_and_left_out(tmp_path):
