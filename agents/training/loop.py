@@ -233,7 +233,7 @@ def _to_its_end(policy: DenoisingPolicy) -> Iterator[None]:
 _SHOWN = ("reward", "ratio", "clip_fraction", "kl_old", "kl_reference", "grad_norm", "images_per_second")
 
 
-def _iterate(experiment: Experiment, iteration: int, directory: Path) -> dict[str, float]:
+def _iterate(experiment: Experiment, iteration: int, directory: Path | None = None) -> dict[str, float]:
     """One rollout and its update; what a reward raised is kept in ``directory``."""
     config, agent = experiment.config, experiment.agent
     started = time.perf_counter()
