@@ -150,8 +150,8 @@ def _row(
     """A prompt without its images, and their paths."""
     if prompt is None:
         raise ValueError("there is no 'prompt'")
-    if not isinstance(prompt, str) or (prompt and not prompt.strip()):
-        raise ValueError(f"'prompt' must be a string that is not blank, not {prompt!r}")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"'prompt' must be a non-empty string, not {prompt!r}")
     if not isinstance(negative_prompt, str | None):
         raise ValueError(f"'negative_prompt' must be a string, not {negative_prompt!r}")
     paths = [] if image is None else [image] if isinstance(image, str) else image
