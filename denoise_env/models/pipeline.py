@@ -69,7 +69,7 @@ class PipelineModel(DenoisingModel):
             raise ValueError(f"lora_rank must be 0 (train the whole network) or positive, not {options.lora_rank}")
         if options.lora_alpha is not None:
             number(options.lora_alpha, "lora_alpha", at_least=0)
-        integer(options.seed, "seed", 0, MAX_SEED)
+        self._seed = 0 if options.seed is None else integer(options.seed, "seed", 0, MAX_SEED)
         for name in ("gradient_checkpointing", "vae_slicing", "vae_tiling"):
             boolean(getattr(options, name), name)
         self.pipeline = pipeline
@@ -177,7 +177,7 @@ class PipelineModel(DenoisingModel):
                 target_modules=self.lora_targets,
             )
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(options.seed or 0)
+                torch.manual_seed(self._seed)
                 self.network.add_adapter(config)
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_("lora_" in name)

@@ -137,10 +137,10 @@ class Points(DenoisingModel):
             raise ValueError(f'path must be "diffusion" or "flow", not {path!r}')
         self.path = path
         self.options = options or PointsOptions()
-        integer(self.options.seed, "seed", 0, MAX_SEED)
+        seed = 0 if self.options.seed is None else integer(self.options.seed, "seed", 0, MAX_SEED)
         self.prediction_type: PredictionType = "epsilon" if self.path == "diffusion" else "flow_prediction"
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.options.seed or 0)
+            torch.manual_seed(seed)
             self.network: PointsNetwork = PointsNetwork(self.path).to(device)
 
     def schedule(self, num_steps: int) -> Schedule:

@@ -27,12 +27,18 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def files(here):
+    """What lies there, and when its files were last written; a lock comes and goes."""
+    found = [path for path in here.rglob("*") if "__pycache__" not in path.parts]
+    return {path: path.stat().st_mtime_ns if path.is_file() else None for path in found}
+
+
 def refused(capsys, here, *line):
     """The sentence with which a command line is refused."""
-    before = {path: path.stat().st_mtime_ns for path in here.rglob("*") if "__pycache__" not in path.parts}
+    before = files(here)
     capsys.readouterr()
     assert cli.main([*line]) == 2
-    assert before == {path: path.stat().st_mtime_ns for path in here.rglob("*") if "__pycache__" not in path.parts}
+    assert files(here) == before
     error = capsys.readouterr().err
     assert error.startswith("denoise-env: ")
     assert "Traceback" not in error
