@@ -203,25 +203,43 @@ class _Files:
     """Rows on disk: a file each, replaced whole, so that a reader never sees a part of one."""
 
     def __init__(self, directory: Path, checkpoint: str) -> None:
-        self.directory = directory
-        label = directory / "checkpoint.json"
+        self.directory, self._label = directory, directory / "checkpoint.json"
+        self._checkpoint, self._begun = checkpoint, False
+        there = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+        if not there.is_dir():
+            raise ValueError(f"the conditioning cache {directory} cannot be used: {there} is no directory")
+        if directory.exists():
+            self._check()
+
+    def _check(self) -> None:
+        """Raise a ``ValueError`` for a directory that holds something else than this checkpoint's rows."""
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            others = [path for path in directory.iterdir() if not path.name.startswith(".") and path != label]
-            if not label.exists():  # asked after the others, which come later where two processes begin at once
+            others = [
+                path for path in self.directory.iterdir() if not path.name.startswith(".") and path != self._label
+            ]
+            if not self._label.exists():  # asked after the others, which come later where two processes begin at once
                 if others:
                     raise ValueError(
-                        f"{directory} is no conditioning cache and not empty: choose a directory of its own for it"
+                        f"{self.directory} is no conditioning cache and not empty: choose a directory of its own for it"
                     )
-                _replace(label, json.dumps({"fingerprint": checkpoint}).encode())
-            found = json.loads(label.read_text(encoding="utf-8"))["fingerprint"]
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"the conditioning cache {directory} cannot be used: {error!r}") from error
-        if found != checkpoint:
+                return
+            found = json.loads(self._label.read_text(encoding="utf-8"))["fingerprint"]
+        except (OSError, KeyError, TypeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"the conditioning cache {self.directory} cannot be used: {error!r}") from error
+        if found != self._checkpoint:
             raise ValueError(
-                f"the conditioning cache {directory} was made by another checkpoint or in another precision: choose "
-                "another directory for this one"
+                f"the conditioning cache {self.directory} was made by another checkpoint or in another precision: "
+                "choose another directory for this one"
             )
+
+    def _begin(self) -> None:
+        """Make the directory, before the first row is written."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._check()
+        if not self._label.exists():
+            _replace(self._label, json.dumps({"fingerprint": self._checkpoint}).encode())
+            self._check()  # another process may have been as quick
+        self._begun = True
 
     def _path(self, key: str) -> Path:
         return self.directory / key[:2] / f"{key}.safetensors"
@@ -245,6 +263,8 @@ class _Files:
     def write(self, key: str, row: Row) -> None:
         from safetensors.torch import save
 
+        if not self._begun:
+            self._begin()
         path = self._path(key)
         path.parent.mkdir(exist_ok=True)
         _replace(path, save({name: tensor.contiguous() for name, tensor in row.items()}))

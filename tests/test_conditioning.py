@@ -242,7 +242,9 @@ def test_rows_on_disk_are_read_by_the_next_process_and_not_encoded(tmp_path):
 
 
 def test_a_cache_of_another_checkpoint_is_refused(tmp_path):
-    ConditioningStore(Texts(), directory=tmp_path / "a")
+    store = ConditioningStore(Texts(), directory=tmp_path / "a")
+    assert not (tmp_path / "a").exists()  # until there is a row to write
+    store.rows(store.index(["a"]))
     with pytest.raises(ValueError, match="was made by another checkpoint or in another precision"):
         ConditioningStore(Texts(seed=1), directory=tmp_path / "a")
     assert fingerprint(Texts()) == fingerprint(Texts())

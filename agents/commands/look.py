@@ -19,10 +19,10 @@ from denoise_env.worlds import DEFAULT, WORLDS
 def run_eval(options: argparse.Namespace) -> int:
     """Measure rewards on fixed prompts and seeds; returns the exit status."""
     check_output(options.json)
+    _check_count(options, 1_000_000)
     table = {}
     for target in options.targets:
         found = _experiment(target, options)
-        _check_count(found, options, 10_000_000)
         total = len(found.eval_prompts) * options.images_per_prompt
         with progress(total=total, desc=target, leave=False) as bar, found.agent.evaluation_weights():
             result = evaluate(
@@ -54,8 +54,8 @@ def run_sample(options: argparse.Namespace) -> int:
     """Draw a grid of samples; returns the exit status."""
     Image.init()
     check_output(options.output, {end: name for end, name in Image.EXTENSION.items() if name in Image.SAVE})
+    _check_count(options, 1_000)
     found = _experiment(options.targets[0], options)
-    _check_count(found, options, 10_000)
     with found.agent.evaluation_weights():
         latents, _ = sample(
             found.eval_mdp,
@@ -72,12 +72,10 @@ def run_sample(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_count(found: Experiment, options: argparse.Namespace, most: int) -> None:
-    """Raise a ``ValueError`` for more images than ``most``, which nobody can mean, or fewer than one a prompt."""
-    count, prompts = options.images_per_prompt, len(found.eval_prompts)
-    most = max(1, most // prompts)
-    if not 1 <= count <= most:
-        raise ValueError(f"--images-per-prompt must lie in [1, {most:,}] for {prompts:,} prompts, not {count:,}")
+def _check_count(options: argparse.Namespace, most: int) -> None:
+    """Raise a ``ValueError`` for more images per prompt than ``most``, which nobody can mean, or for none."""
+    if not 1 <= options.images_per_prompt <= most:
+        raise ValueError(f"--images-per-prompt must lie in [1, {most:,}], not {options.images_per_prompt:,}")
 
 
 def _experiment(target: str, options: argparse.Namespace) -> Experiment:

@@ -104,8 +104,8 @@ def test_a_damaged_table(run, here, capsys, text):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["sample", "points", "--images-per-prompt", "0"], "--images-per-prompt must lie in [1, 1,666]"),
-        (["sample", "points", "--images-per-prompt", "1000000"], "--images-per-prompt must lie in [1, 1,666]"),
+        (["sample", "points", "--images-per-prompt", "0"], "--images-per-prompt must lie in [1, 1,000]"),
+        (["sample", "points", "--images-per-prompt", "1000000"], "--images-per-prompt must lie in [1, 1,000]"),
         (["eval", "points", "--images-per-prompt", "0"], "--images-per-prompt must lie in [1, "),
         (["sample", "points", "--output", "x.xyz"], "picture format"),
         (["sample", "points", "--output", "syntax.py/x.png"], "is no directory"),
