@@ -148,7 +148,7 @@ def test_a_prompt_file_that_has_changed(here, capsys):
 def test_a_folder_is_no_package(here, capsys, monkeypatch, name):
     """Weights & Biases leaves a folder of its name in the working directory."""
     (here / name).mkdir()
-    others = {module: found for module, found in sys.modules.items() if module.partition(".")[0] != name}
+    others = {module: found for module, found in sys.modules.items() if name not in module.split(".")}
     monkeypatch.setattr(sys, "modules", others)
     monkeypatch.setattr(sys, "path", [str(here)])
     from agents.training.config import TrainConfig
