@@ -132,7 +132,7 @@ ONCE = {"SB3 SAC", "constant control"}
 """Measured with one seed: a slow learner, and one that does not learn."""
 
 
-def evaluate(env: FlatObservation, episodes: int, act: Any) -> np.ndarray:
+def returns_of(env: FlatObservation, episodes: int, act: Any) -> np.ndarray:
     """Returns ``[episodes]`` of fixed seeds."""
     starts = range(EVALUATION_SEED, EVALUATION_SEED + episodes, env.num_envs)
     parts = [run(env, ScriptedAgent(act), env.num_envs, seed=s, learn=False, desc="evaluate") for s in starts]
@@ -152,7 +152,7 @@ def base_sampler(world: World, episodes: int) -> np.ndarray:
     """Returns of the neutral control, which is the base sampler to the bit where guidance is not among the controls."""
     env = DenoiseVectorEnv.from_mdp(evaluation_mdp(world, DenoisingMDP.make(world.model, num_steps=STEPS)), ROWS * 2)
     controlled = FlatObservation(ControlAction(env, controls={"noise_scale": (0.0, 1.0)}))
-    return evaluate(controlled, episodes, lambda observation: np.zeros((len(observation), 1), np.float32))
+    return returns_of(controlled, episodes, lambda observation: np.zeros((len(observation), 1), np.float32))
 
 
 def measure(world: World, agent: str, seed: int, base: np.ndarray, episodes: int) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def measure(world: World, agent: str, seed: int, base: np.ndarray, episodes: int
     found |= {"train_seconds": round(seconds, 1), "base": mean_and_interval(base)}
     for name, deterministic in (("deterministic", True), ("stochastic", False)):
         torch.manual_seed(EVALUATION_SEED)
-        returns = evaluate(env, len(base), lambda observation, mean=deterministic: act(observation, mean))
+        returns = returns_of(env, len(base), lambda observation, mean=deterministic: act(observation, mean))
         found |= {name: mean_and_interval(returns), f"{name}_gain": mean_and_interval(returns - base)}
     return found
 

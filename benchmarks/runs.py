@@ -156,7 +156,7 @@ def _held_out(directory: Path, config: TrainConfig) -> dict[str, float | None]:
     count, seed = config.eval_images_per_prompt, config.eval_seed
     with found.agent.evaluation_weights():
         result = evaluate(found.eval_mdp, found.eval_policy, found.eval_prompts, count, seed, config.microbatch)
-    return {name: _short(value) for name, value in result.row().items()}
+    return {name: _short(value) for name, value in result.figures().items()}
 
 
 @functools.cache

@@ -61,12 +61,16 @@ SETTINGS: dict[str, Settings] = {
     "rwr": Settings("temperature", (0.2, 0.05), fixed=_FEW),
     "dpo": Settings("beta", (2000.0, 20.0), fixed=_FEW),
     "dcpo": Settings("beta", (2000.0, 20.0), fixed=_FEW),
-    "dgpo": Settings("beta", (100.0, 20.0), fixed=_FEW),
+    "dgpo": Settings("beta", (100.0, 10.0), fixed=_FEW),
     "crd": Settings("beta", (1.0, 0.1), fixed=_FEW),
 }
 """Agent → its settings; one without a line has its defaults and tries learning rates only. An agent of your own takes
 the line of the one that it is derived from."""
-_ON_POINTS_SETTINGS = {name: Settings("beta", (20.0, 5.0), fixed=_FEW) for name in ("dpo", "dcpo", "dgpo")}
+_ON_POINTS_SETTINGS = {
+    "dpo": Settings("beta", (20.0, 5.0), fixed=_FEW),
+    "dcpo": Settings("beta", (20.0, 5.0), fixed=_FEW),
+    "dgpo": Settings("beta", (5.0, 1.0), fixed=_FEW),
+}
 """On Points β weighs a mean over two dimensions only."""
 
 

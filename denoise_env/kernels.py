@@ -3,12 +3,12 @@
 The latents before step k are ``x_k = alphas[k] · x0 + sigmas[k] · ε``: x0 clean, ε standard normal noise, k = 0 the
 noisiest. Whatever the paper, step k is
 
-    x_{k+1} ~ N( alphas[k+1] · x̂0 + noise[k] · ε̂,  std[k]² I )
+    x_{k+1} ~ N( alphas[k+1] · x̂0 + kept[k] · ε̂,  std[k]² I )
 
 with x̂0 and ε̂, the estimates of x0 and ε, read off the network's output (`Reading`). A kernel is its two numbers per
-step, ``noise`` and ``std``; sampling, log-prob, entropy and KL follow from them and so can never disagree.
+step, ``kept`` and ``std``; sampling, log-prob, entropy and KL follow from them and so can never disagree.
 
-| kernel | path | noise[k] | std[k] | reference |
+| kernel | path | kept[k] | std[k] | reference |
 |---|---|---|---|---|
 | `ODE` | both | σ' | 0 | Song et al. 2021 (DDIM, η = 0); Euler on a rectified flow |
 | `DDIM` | diffusion | √(σ'² − std²) | η σ'/σ √(1 − ᾱ/ᾱ') | Song et al. 2021, eq. 12 and 16 |
@@ -17,9 +17,10 @@ step, ``noise`` and ``std``; sampling, log-prob, entropy and KL follow from them
 | `CPS` | flow | σ' cos(aπ/2) | σ' sin(aπ/2) | Wang & Yu 2025 (Coefficients-Preserving Sampling) |
 
 σ = sigmas[k] and σ' = sigmas[k+1] are the stds of the noise in the latents before and after the step, Δ = σ − σ',
-ᾱ = alphas[k]² and ᾱ' = alphas[k+1]²; std[k] is that of the fresh noise which the step adds. DDIM and CPS keep
-noise² + std² = σ'²: where the data is a single point their marginals are exact. The two SDEs keep it to
-first order in Δ only: there their variance after a step is too large by std²Δ/σ + std⁴/(4σ²).
+ᾱ = alphas[k]² and ᾱ' = alphas[k+1]². kept[k] is the std of the estimated noise that stays, std[k] that of the fresh
+noise which the step adds. DDIM and CPS keep kept² + std² = σ'²: where the data is a single point their marginals are
+exact. The two SDEs keep it to first order in Δ only: there their variance after a step is too large by
+std²Δ/σ + std⁴/(4σ²).
 
 Where the data has a spread, every kernel has a bias at few steps, even with a perfect network. It vanishes
 like 1/K for ODE, DDIM and Dance-SDE; Flow-SDE's first step leaves a part that vanishes like K^(−a²). It does
@@ -314,20 +315,20 @@ class Kernel:
             raise ValueError(f'last_step must be "sde" or "ode", not {last_step!r}')
         self.schedule = schedule
         self.prediction_type = prediction_type
-        noise, stds = self._coefficients(schedule)
+        kept, stds = self._coefficients(schedule)
         if self.last_step == "ode":
-            noise[-1], stds[-1] = schedule.sigmas[-1], 0.0
-        self._tabulate(noise, stds)
+            kept[-1], stds[-1] = schedule.sigmas[-1], 0.0
+        self._tabulate(kept, stds)
 
-    def _tabulate(self, noise: Tensor, stds: Tensor) -> None:
-        self._noise, self.stds = noise, stds
+    def _tabulate(self, kept: Tensor, stds: Tensor) -> None:
+        self._kept, self.stds = kept, stds
         self.stochastic = stds > 0
         schedule = self.schedule
         read = _read(self.prediction_type, schedule.alphas[:-1], schedule.sigmas[:-1])
         alphas = schedule.alphas[1:]
-        # the mean α' x̂0 + noise ε̂ in terms of x_k and of the output; std; x̂0 in the same terms
-        mean_from_x = alphas * read.x0_from_x + noise * read.noise_from_x
-        mean_from_output = alphas * read.x0_from_output + noise * read.noise_from_output
+        # the mean α' x̂0 + kept ε̂ in terms of x_k and of the output; std; x̂0 in the same terms
+        mean_from_x = alphas * read.x0_from_x + kept * read.noise_from_x
+        mean_from_output = alphas * read.x0_from_output + kept * read.noise_from_output
         self._table = torch.stack([mean_from_x, mean_from_output, stds, read.x0_from_x, read.x0_from_output])
         if not self._table.isfinite().all():
             raise ValueError(
@@ -337,7 +338,7 @@ class Kernel:
         self._cast: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def _coefficients(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        """``noise [K]`` and ``std [K]`` in float64."""
+        """``kept [K]`` and ``std [K]`` in float64."""
         raise NotImplementedError
 
     def only(self, steps: Iterable[int]) -> "Kernel":
@@ -352,7 +353,7 @@ class Kernel:
                 raise ValueError(f"step {step} is not one of the {len(inside)} steps, which count from 0")
             inside[step] = True
         other = copy.copy(self)
-        other._tabulate(self._noise.where(inside, self.schedule.sigmas[1:]), self.stds.where(inside, 0.0))
+        other._tabulate(self._kept.where(inside, self.schedule.sigmas[1:]), self.stds.where(inside, 0.0))
         return other
 
     def _rows(self, latents: Tensor, step: int | Tensor) -> tuple[Tensor, torch.dtype]:
@@ -436,7 +437,7 @@ class DanceSDE(Kernel):
 
     def _coefficients(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
         before, after = schedule.sigmas[:-1], schedule.sigmas[1:]
-        stds = self._noise_level(before, after) * (before - after).sqrt()
+        stds = self._kept_level(before, after) * (before - after).sqrt()
         return after - stds**2 / (2 * before), stds
 
     @property

@@ -34,7 +34,7 @@ def run_eval(options: argparse.Namespace) -> int:
                 found.config.microbatch,
                 bar.update,
             )
-        table[target] = result.row()
+        table[target] = result.figures()
         for name in result.means:
             row, prompts = table[target], len(found.eval_prompts)
             more = f", {interval(row, f'{name}_prompts')} over {prompts} prompts" if prompts > 1 else ""

@@ -45,19 +45,19 @@ class Evaluation:
     diversity: float
     kl: float
 
-    def row(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """The figures by name, as columns of a table.
 
         A reward ``r`` has five of them: its mean ``r``, the interval over images ``r_low`` and ``r_high``, and the
         interval over prompts ``r_prompts_low`` and ``r_prompts_high``.
         """
-        row: dict[str, float] = {}
+        figures: dict[str, float] = {}
         for name, mean in self.means.items():
-            row[name] = mean
-            row[f"{name}_low"], row[f"{name}_high"] = self.intervals[name]
-            row[f"{name}_prompts_low"], row[f"{name}_prompts_high"] = self.prompt_intervals[name]
-        figures = {"diversity": self.diversity, "kl": self.kl, "images": self.images, "unscored": self.unscored}
-        return {**row, **figures}
+            figures[name] = mean
+            figures[f"{name}_low"], figures[f"{name}_high"] = self.intervals[name]
+            figures[f"{name}_prompts_low"], figures[f"{name}_prompts_high"] = self.prompt_intervals[name]
+        counts = {"images": self.images, "unscored": self.unscored}
+        return {**figures, "diversity": self.diversity, "kl": self.kl, **counts}
 
 
 def sample(

@@ -79,7 +79,7 @@ class Looks:
                 best_of=experiment.agent.best_of if iteration else 1,  # what came before is the base model
                 kl=config.eval_kl,
             )
-        figures = found.row()
+        figures = found.figures()
         self._table.append({"iteration": iteration, "network_calls": spent, **figures})
         self._logger.log(iteration, {f"eval/{name}": value for name, value in figures.items()})
 

@@ -179,14 +179,14 @@ def _train(
                 pending = None
             for iteration in bar:
                 stopping.check()
-                row = _iterate(experiment, iteration, directory)
-                before, spent = spent, spent + int(row["network_calls"])
-                metrics.append({**row, "network_calls": spent})
+                figures = _iterate(experiment, iteration, directory)
+                before, spent = spent, spent + int(figures["network_calls"])
+                metrics.append({**figures, "network_calls": spent})
                 done, pending = iteration, before
                 if iteration == rest[0] and writes:
-                    after_first(iteration, int(row["network_calls"]), row["seconds"])
-                logger.log(iteration, {**row, "network_calls": spent})
-                bar.set_postfix({name: f"{row[name]:.3g}" for name in _SHOWN if name in row}, refresh=False)
+                    after_first(iteration, int(figures["network_calls"]), figures["seconds"])
+                logger.log(iteration, {**figures, "network_calls": spent})
+                bar.set_postfix({name: f"{figures[name]:.3g}" for name in _SHOWN if name in figures}, refresh=False)
                 last = iteration == config.iterations or spent >= budget
                 looks.after(iteration, before, spent, last)
                 pending = None
@@ -247,17 +247,17 @@ def _iterate(experiment: Experiment, iteration: int, directory: Path | None = No
         generators = row_generators(agent.mine(seeds))
         rollout = collect(experiment.mdp, experiment.policy, generators, agent.mine(prompts), **options)
     errors = _write_errors(directory, iteration, rollout, agent.ranks.rank)
-    row = {"iteration": iteration, **_reward_figures(agent, rollout)}
-    if row["unscored"] > config.max_unscored * rows:
+    figures = {"iteration": iteration, **_reward_figures(agent, rollout)}
+    if figures["unscored"] > config.max_unscored * rows:
         raise RuntimeError(
-            f"iteration {iteration}: {row['unscored']} of {rows} images could not be scored, more than "
+            f"iteration {iteration}: {figures['unscored']} of {rows} images could not be scored, more than "
             f"max_unscored = {config.max_unscored:g} allows: {errors or 'the reward returned NaN'}"
         )
     with _to_its_end(experiment.policy):
-        row |= agent.update(rollout, iteration)
-    row["network_calls"] = (experiment.policy.network_calls - before) * agent.ranks.size
+        figures |= agent.update(rollout, iteration)
+    figures["network_calls"] = (experiment.policy.network_calls - before) * agent.ranks.size
     seconds = time.perf_counter() - started
-    return {**row, "seconds": seconds, "images_per_second": rows / seconds}
+    return {**figures, "seconds": seconds, "images_per_second": rows / seconds}
 
 
 def _write_errors(directory: Path | None, iteration: int, rollout: Rollout, rank: int) -> str:

@@ -50,7 +50,7 @@ class Config:
     two foretells the shapes it was seen with, and held-out captions get one of those."""
     ema: float = 0.995
     """Decay of the averaged weights, which are the ones saved."""
-    evaluate: int = 1008
+    eval_images: int = 1008
     """Samples per split that the verifier reads at the end; 0 for none."""
     threads: int = 1
     """CPU threads; another number adds in another order, and gives slightly different weights."""
@@ -278,11 +278,11 @@ def pretrain(config: Config) -> StableDiffusionPipeline:
     size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
     print(f"autoencoder error {error:.5f}, denoiser loss {loss:.4f}, {size / 1e6:.2f} MB")
     print(f"trained in {time.perf_counter() - started:.0f} s")
-    if config.evaluate:
+    if config.eval_images:
         for name, captions in (("train", TRAIN), ("held out", HELD_OUT)):
-            shares = share_right(pipe, captions, config.evaluate, generator)
+            shares = share_right(pipe, captions, config.eval_images, generator)
             report = ", ".join(f"{key} {share:.3f}" for key, share in shares.items())
-            print(f"{name}, {config.evaluate} samples: {report}")
+            print(f"{name}, {config.eval_images} samples: {report}")
     return pipe
 
 

@@ -81,7 +81,7 @@ def test_a_tiny_run_writes_a_loadable_pipeline(tmp_path, capsys):
             "8",
             "--pictures",
             "60",
-            "--evaluate",
+            "--eval-images",
             "12",
             "--seed",
             "3",
@@ -95,7 +95,7 @@ def test_a_tiny_run_writes_a_loadable_pipeline(tmp_path, capsys):
 
 
 def test_runs_with_one_seed_agree(tmp_path):
-    args = ["--vae-steps", "3", "--steps", "3", "--batch-size", "4", "--pictures", "20", "--evaluate", "0"]
+    args = ["--vae-steps", "3", "--steps", "3", "--batch-size", "4", "--pictures", "20", "--eval-images", "0"]
     for name in ("first", "second"):
         main(["--out", str(tmp_path / name), *args])
     first, second = (

@@ -54,7 +54,7 @@ def test_the_interval_leaves_unscored_images_out(over):
 def test_both_intervals_are_columns_and_one_prompt_has_no_interval_over_prompts(points):
     policy = DenoisingPolicy(points)
     found = evaluate(points, policy, [p.text for p in points.prompts], 16, seed=5)
-    row, (low, high), (far_low, far_high) = found.row(), found.intervals["points"], found.prompt_intervals["points"]
+    row, (low, high), (far_low, far_high) = found.figures(), found.intervals["points"], found.prompt_intervals["points"]
     assert [row[f"points{end}"] for end in ("_low", "_high", "_prompts_low", "_prompts_high")] == [
         low,
         high,
@@ -62,7 +62,7 @@ def test_both_intervals_are_columns_and_one_prompt_has_no_interval_over_prompts(
         far_high,
     ]
     assert far_low < low < row["points"] < high < far_high
-    alone = evaluate(points, policy, ["ring"], 16, seed=5).row()
+    alone = evaluate(points, policy, ["ring"], 16, seed=5).figures()
     assert np.isnan([alone["points_prompts_low"], alone["points_prompts_high"]]).all()
     assert alone["points_low"] < alone["points"] < alone["points_high"]
 
@@ -106,7 +106,7 @@ def test_rows_go_through_the_network_in_full_microbatches_and_a_smaller_last_one
     assert calls["reward"] == [128] * 6 + [18]
     whole = evaluate(points, DenoisingPolicy(points), [p.text for p in points.prompts], 131, seed=5, microbatch=786)
     assert calls["network"][70:] == [786] * 10
-    assert found.row() == pytest.approx(whole.row(), abs=1e-5, nan_ok=True)
+    assert found.figures() == pytest.approx(whole.figures(), abs=1e-5, nan_ok=True)
 
 
 def test_the_candidates_of_the_best_of_n_keep_to_the_microbatch(points, calls):
@@ -117,7 +117,7 @@ def test_the_candidates_of_the_best_of_n_keep_to_the_microbatch(points, calls):
     points.microbatch = 20
     whole = evaluate(points, DenoisingPolicy(points), ["ring", "line"], 3, microbatch=300, **options)
     assert calls["reward"][5:] == [20] * 15
-    assert found.row() == pytest.approx(whole.row(), abs=1e-5)
+    assert found.figures() == pytest.approx(whole.figures(), abs=1e-5)
 
 
 def test_without_a_microbatch_whole_prompts_go_together(points, calls):
