@@ -437,7 +437,7 @@ class DanceSDE(Kernel):
 
     def _coefficients(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
         before, after = schedule.sigmas[:-1], schedule.sigmas[1:]
-        stds = self._kept_level(before, after) * (before - after).sqrt()
+        stds = self._noise_level(before, after) * (before - after).sqrt()
         return after - stds**2 / (2 * before), stds
 
     @property
