@@ -142,14 +142,16 @@ def test_a_prompt_file_that_has_changed(here, capsys):
 def test_a_folder_is_no_package(here, capsys, monkeypatch, name):
     """Weights & Biases leaves a folder of its name in the working directory."""
     (here / name).mkdir()
-    others = {module: found for module, found in sys.modules.items() if module.partition(".")[0] != name}
-    monkeypatch.setattr(sys, "modules", others)
+    for module in [module for module in sys.modules if name in module.split(".") and "agents" not in module]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "path", [str(here)])
     from agents.training.config import TrainConfig
     from agents.training.logging import Logger
 
     with pytest.raises(ValueError, match=f"{name} is not installed.*pip install {name}"):
         Logger(here / "run", TrainConfig(model="points", **{name: True}))
+    for module in [module for module in sys.modules if name in module.split(".")]:
+        del sys.modules[module]
 
 
 def test_a_thousand_runs(here, capsys):
