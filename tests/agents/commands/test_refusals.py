@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from agents import cli
+from agents.training.config import TrainConfig
+from agents.training.logging import Logger
 
 TINY = ["--preset", "points", "--iterations", "1", "--agent.group-size", "2", "--eval-images-per-prompt", "1"]
 OWN = {
@@ -144,12 +146,10 @@ def test_a_folder_is_no_package(here, capsys, monkeypatch, name):
     (here / name).mkdir()
     for module in [module for module in sys.modules if name in module.split(".") and "agents" not in module]:
         monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setattr(sys, "path", [str(here)])
-    from agents.training.config import TrainConfig
-    from agents.training.logging import Logger
-
+    config = TrainConfig(model="points", **{name: True})
+    monkeypatch.setattr(sys, "path", [str(here), *(path for path in sys.path if "site-packages" not in path)])
     with pytest.raises(ValueError, match=f"{name} is not installed.*pip install {name}"):
-        Logger(here / "run", TrainConfig(model="points", **{name: True}))
+        Logger(here / "run", config)
     for module in [module for module in sys.modules if name in module.split(".")]:
         del sys.modules[module]
 
