@@ -64,9 +64,7 @@ def build(
         raise ValueError("eval_points divides the network_budget: give one")
     if config.microbatch is not None and config.microbatch < 1:
         raise ValueError(f"microbatch must be at least 1, not {config.microbatch}")
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(config.device)
     rows = config.prompts_per_iteration * config.agent_options.group_size
     ranks = ranks or Ranks()
     updates = getattr(config.agent_options, "updates_per_rollout", 1)  # an agent that does not learn has none
@@ -106,6 +104,21 @@ def build(
     if config.eval_kl:
         mdp.model.keep_reference()
     return Experiment(config, mdp, eval_mdp, policy, agent)
+
+
+def find_device(name: str) -> str:
+    """The name of a device that can be used; "auto" is the GPU where there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # torch raises many kinds, AssertionError and ImportError among them
+        raise ValueError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
 
 
 def warm_up(experiment: Experiment) -> None:
