@@ -70,9 +70,7 @@ def build(
         ValueError: whatever does not fit together, before any work is done.
     """
     check_numbers(config)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(config.device)
     rows = config.prompts_per_iteration * config.agent_options.group_size
     ranks = ranks or Ranks()
     updates = getattr(config.agent_options, "updates_per_rollout", 1)  # an agent that does not learn has none
@@ -176,6 +174,21 @@ _RANGES = {
     "eval_seed": (0, _SEED),
 }
 """A setting's least and largest value; larger ones are mistyped, or no computer could do them."""
+
+
+def find_device(name: str) -> str:
+    """The name of a device that can be used; "auto" is the GPU where there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # torch raises many kinds, AssertionError and ImportError among them
+        raise ValueError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
 
 
 def warm_up(experiment: Experiment) -> None:

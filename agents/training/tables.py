@@ -27,11 +27,17 @@ class Table:
                 path.unlink()
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row; its first column is ``iteration``."""
+        """Write one row; its first column is ``iteration``.
+
+        Raises:
+            RuntimeError: the rows that are there have no such columns.
+        """
         if self.path is None:
             return
         new = not self.columns
         self.columns = self.columns or list(row)
+        if other := [name for name in row if name not in self.columns]:
+            raise RuntimeError(f"the table {self.path} is another run's: it has no {', '.join(other)}")
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, lineterminator="\n")
             if new:

@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from agents import cli
+from agents.training.config import TrainConfig
+from agents.training.logging import Logger
 
 TINY = ["--preset", "points", "--iterations", "1", "--agent.group-size", "2", "--eval-images-per-prompt", "1"]
 OWN = {
@@ -111,6 +113,10 @@ def test_a_damaged_table(run, here, capsys, text):
         (["sample", "points", "--output", "syntax.py/x.png"], "is no directory"),
         (["eval", "points", "--json", "."], "is a directory"),
         (["eval", "points", "--json", ""], "is a directory"),
+        (["train", "--preset", "points", "--device", "tpu"], "the device 'tpu' cannot be used"),
+        (["train", "--preset", "points", "--device", "meta"], "the device 'meta' cannot be used"),
+        (["train", "--preset", "points", "--device", "privateuseone"], "the device 'privateuseone' cannot be used"),
+        (["train", "--preset", "points", "--device", ""], "the device '' cannot be used"),
         (["describe", "points", "--num-steps", "-3"], "--num-steps must be at least 1"),
         (["train", "--resume", ""], "--resume needs the directory of a run"),
         (["train", "--config", ""], "cannot read the configuration ''"),
@@ -148,14 +154,14 @@ def test_a_prompt_file_that_has_changed(here, capsys):
 def test_a_folder_is_no_package(here, capsys, monkeypatch, name):
     """Weights & Biases leaves a folder of its name in the working directory."""
     (here / name).mkdir()
-    others = {module: found for module, found in sys.modules.items() if name not in module.split(".")}
-    monkeypatch.setattr(sys, "modules", others)
-    monkeypatch.setattr(sys, "path", [str(here)])
-    from agents.training.config import TrainConfig
-    from agents.training.logging import Logger
-
+    for module in [module for module in sys.modules if name in module.split(".") and "agents" not in module]:
+        monkeypatch.delitem(sys.modules, module)
+    config = TrainConfig(model="points", **{name: True})
+    monkeypatch.setattr(sys, "path", [str(here), *(path for path in sys.path if "site-packages" not in path)])
     with pytest.raises(ValueError, match=f"{name} is not installed.*pip install {name}"):
-        Logger(here / "run", TrainConfig(model="points", **{name: True}))
+        Logger(here / "run", config)
+    for module in [module for module in sys.modules if name in module.split(".")]:
+        del sys.modules[module]
 
 
 def test_a_thousand_runs(here, capsys):
