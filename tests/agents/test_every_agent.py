@@ -208,10 +208,10 @@ def stop_and_resume(config, directory, monkeypatch, stop):
     """A run that is interrupted in iteration ``stop``, and continued."""
     iterate = loop._iterate
 
-    def stopping(experiment, iteration):
+    def stopping(experiment, iteration, *more):
         if iteration == stop:
             raise KeyboardInterrupt
-        return iterate(experiment, iteration)
+        return iterate(experiment, iteration, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_iterate", stopping)

@@ -16,8 +16,8 @@ def test_a_compiled_run_compiles_once_and_its_checkpoint_is_anybodys(tmp_path, m
     counters.clear()
     graphs, iterate, figures = [], loop._iterate, []
 
-    def counting(experiment, iteration):
-        figures.append(iterate(experiment, iteration))
+    def counting(experiment, iteration, *more):
+        figures.append(iterate(experiment, iteration, *more))
         graphs.append(counters["stats"]["unique_graphs"])
         return figures[-1]
 
