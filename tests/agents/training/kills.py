@@ -124,6 +124,7 @@ def campaign(root, *, kills, interrupts, terminations, iterations, cold=0, seed=
         cold: how many of the processes are started from scratch, which takes seconds each.
         seed: of the moments and of the signals' order.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, as would ours
     PROCESSES.set_forkserver_preload(["agents.commands.train"])
     rng = random.Random(seed)
     log = root / "log.txt"
