@@ -6,8 +6,8 @@ from denoise_env.mdp import DenoisingMDP
 
 def pytest_addoption(parser):
     group = parser.getgroup("fuzz", "random calls and command lines (tests/fuzz)")
-    group.addoption("--fuzz-calls", type=int, default=400, metavar="N", help="calls of environments")
-    group.addoption("--fuzz-commands", type=int, default=40, metavar="N", help="command lines")
+    group.addoption("--fuzz-calls", type=int, default=2000, metavar="N", help="calls of environments")
+    group.addoption("--fuzz-commands", type=int, default=120, metavar="N", help="command lines")
     group.addoption("--fuzz-seed", type=int, default=0, metavar="S", help="seed of both")
 
 
