@@ -84,7 +84,7 @@ PROMPTS = {
     "nul.csv": b"prompt\nri\x00ng\n",
     "none.dat": b"ring\n",
 }
-COUNTS = ["0", "1", "2", "3", "-1", "1.5", "1e3", "nan", "", "x", "9" * 5000, "None", "True"]
+COUNTS = ["0", "1", "2", "3", "-1", "1.5", "1e3", "nan", "", "x", "9999999999", "9" * 5000, "None", "True"]
 FLOATS = ["0", "1", "0.5", "-1", "nan", "inf", "1e400", "x", "", "None", "-inf"]
 FLAGS: dict[str, list[str]] = {
     "--iterations": COUNTS,
