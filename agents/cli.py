@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -25,15 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 the run failed, 2 bad input, 3 a bug, 130 stopped by Ctrl-C, 143 by SIGTERM.
     """
-    stopping = Stopping()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    stopping = Stopping(f"stopped; start again with: {shlex.join(['denoise-env', *words])}")
     if arguments is not None:
         with stopping:
-            return _main(arguments, stopping)
+            return _main(words, stopping)
     stopping.__enter__()  # up to the program's end: there is no moment behind it at which Ctrl-C shows a traceback
     with contextlib.suppress(FileNotFoundError):
         if sys.path[:1] in ([""], [os.getcwd()]):  # from python -m: a file there would pass for a library
             del sys.path[0]
-    return _main(sys.argv[1:], stopping)
+    return _main(words, stopping)
 
 
 def _main(arguments: Sequence[str], stopping: Stopping) -> int:

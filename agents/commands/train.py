@@ -1,7 +1,6 @@
 """``denoise-env train``."""
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +28,6 @@ def run(arguments: Sequence[str], stopping: Stopping) -> int:
         stopping: the signals that ask the program to stop.
     """
     command = ["denoise-env", "train", *arguments]
-    stopping.message = f"stopped, and nothing has been written; start again with: {shlex.join(command)}"
     typed, rest = _first(arguments)
     resume = typed.resume is not None
     if resume:

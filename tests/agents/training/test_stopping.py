@@ -104,7 +104,8 @@ def test_there_is_no_traceback_while_the_program_is_being_imported(delay, tmp_pa
     assert process.returncode == 130
     assert "Traceback" not in error
     if not delay:
-        assert error.strip() == "denoise-env: stopped"
+        again = "denoise-env train --preset points --output-dir run"
+        assert error.strip() == f"denoise-env: stopped; start again with: {again}"
         assert not (tmp_path / "run").exists()
 
 
