@@ -132,7 +132,7 @@ def build(
 def check_numbers(config: TrainConfig) -> None:
     """Raise a ``ValueError`` for a count, a seed or a share that is of another type or out of its range."""
     for name, (least, most) in _RANGES.items():
-        if (value := getattr(config, name)) is not None or name not in ("microbatch", "network_budget"):
+        if (value := getattr(config, name)) is not None or name not in _OPTIONAL:
             _check_integer(name, value, least, most)
     for field in dataclasses.fields(config.agent_options):
         value = getattr(config.agent_options, field.name)
@@ -170,10 +170,12 @@ _RANGES = {
     "microbatch": (1, 10**6),
     "network_budget": (1, 10**15),
     "num_steps": (1, 10**6),
+    "eval_num_steps": (1, 10**6),
     "seed": (0, _SEED),
     "eval_seed": (0, _SEED),
 }
 """A setting's least and largest value; larger ones are mistyped, or no computer could do them."""
+_OPTIONAL = ("microbatch", "network_budget", "eval_num_steps")  # these may be None
 
 
 def find_device(name: str) -> str:

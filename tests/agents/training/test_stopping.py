@@ -42,6 +42,14 @@ with Stopping("the message") as stopping:
 """
 
 
+@pytest.fixture(autouse=True)
+def heeded():
+    """Ctrl-C is heeded here, and by the programs started here, even where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def program(*arguments):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], **pipes)
