@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 
 from agents.commands import TRAINING
-from agents.stopping import Stopping
+from agents.training.stopping import Stopping
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

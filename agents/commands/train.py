@@ -7,13 +7,13 @@ from pathlib import Path
 from agents.commands.cost import Forecast, start
 from agents.commands.look import figure
 from agents.commands.settings import check_model_flags, model_and_agent, parse_config, read_config, run_config
-from agents.stopping import Stopping
 from agents.training.config import TrainConfig
 from agents.training.experiment import build
 from agents.training.loop import train
 from agents.training.presets import make_config
 from agents.training.report import headline
 from agents.training.resuming import check_directory
+from agents.training.stopping import Stopping
 from agents.training.tables import read_table
 from denoise_env.models import find_family
 from denoise_env.rewards import load_reward

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from agents.base import Agent
 from agents.policy import DenoisingPolicy, nothing
 from agents.rollout import Rollout, collect
-from agents.stopping import Stopped, Stopping
 from agents.training import checkpoints
 from agents.training.config import as_dict
 from agents.training.directory import claim
@@ -27,6 +26,7 @@ from agents.training.progress import progress
 from agents.training.report import write_report
 from agents.training.resuming import check_directory, refuse_changes, resume_command, tell_learning_rate
 from agents.training.seeding import epoch_order, row_seeds
+from agents.training.stopping import Stopped, Stopping
 from agents.training.tables import Table, check_table
 from agents.training.versions import check_prompts, prompt_digests, write_versions
 from denoise_env.mdp import row_generators
@@ -70,7 +70,7 @@ def train(
         agents.training.checkpoints.CheckpointError: a checkpoint cannot be read or written.
         RuntimeError: too many images could not be scored.
         FloatingPointError: the policy or its gradient is not finite any more.
-        agents.stopping.Stopped: a signal came; what was trained is saved.
+        agents.training.stopping.Stopped: a signal came; what was trained is saved.
     """
     config, stopping = experiment.config, stopping or Stopping()
     writes = experiment.agent.ranks.rank == 0

@@ -7,11 +7,12 @@ once instead of twice; 6 of the 9 trainable steps instead of all; a higher learn
 """
 
 from agents.training.presets.record import Preset
+from denoise_env.worlds import SHAPES
 
 DEMO: dict[str, Preset] = {
-    "shapes": Preset(
+    SHAPES: Preset(
         "GRPO on the shipped tiny Stable Diffusion: minutes on a laptop. The default.",
-        model="shapes",
+        model=SHAPES,
         agent="grpo",
         agent_options={"lr": 1e-4, "step_weighting": "std", "ema_decay": 0.97},
         settings={"iterations": 130, "eval_images_per_prompt": 64},

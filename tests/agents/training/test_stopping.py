@@ -13,12 +13,12 @@ from kills import assert_same_files, campaign, heeds
 from safetensors.torch import load_file
 from small_runs import run, small
 
-from agents.stopping import Stopped, Stopping
 from agents.training import checkpoints, loop
+from agents.training.stopping import Stopped, Stopping
 
 PROGRAM = """
 import sys, time
-from agents.stopping import Stopped, Stopping
+from agents.training.stopping import Stopped, Stopping
 with Stopping("the message") as stopping:
     if sys.argv[1] == "held":
         with stopping.held():
