@@ -1,9 +1,12 @@
-"""The command ``denoise-env``, also ``python -m denoise_env``."""
+"""The command ``denoise-env``, also ``python -m denoise_env``.
+
+It lies here, outside of the package that it starts, so that it can say when another package hides that one.
+"""
 
 import importlib
 import sys
 
-from denoise_env.shadowing import shadowed
+from denoise_env.shadowing import OURS, shadowed
 
 
 def main() -> int:
@@ -11,7 +14,7 @@ def main() -> int:
     if hidden := shadowed():
         print(f"denoise-env: {hidden}", file=sys.stderr)
         return 2
-    return importlib.import_module("agents.cli").main()
+    return importlib.import_module(f"{OURS.name}.cli").main()
 
 
 if __name__ == "__main__":
