@@ -17,8 +17,8 @@ from agents.advantages import Aggregation, aggregate
 from agents.policy import DenoisingPolicy
 from agents.ranks import Ranks
 from agents.rollout import Rollout
-from agents.training.seeding import generator
 from denoise_env.kernels import Kernel
+from denoise_env.seeding import generator
 from denoise_env.weights import copies, divided, fill, follow, is_sharded, swapped, whole
 
 SharedNoise = Literal["none", "group", "rollout"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from agents.base import Agent, AgentConfig
 from agents.grpo import GRPO, GRPOConfig
 from agents.rollout import Rollout
-from agents.training.seeding import generator
+from denoise_env.seeding import generator
 
 
 @dataclass

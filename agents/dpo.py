@@ -23,7 +23,7 @@ from torch.nn.functional import logsigmoid
 from agents.draws import StepDraws
 from agents.final_samples import Context, FinalSampleAgent, FinalSampleConfig, NoisedBatch, mean_square
 from agents.rollout import Rollout
-from agents.training.seeding import episode_numbers
+from denoise_env.seeding import episode_numbers
 from denoise_env.weights import copies, follow
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from agents.training.seeding import episode_numbers
+from denoise_env.seeding import episode_numbers
 
 StepDraws = Literal["even", "stratified", "logit_normal"]
 

@@ -14,7 +14,7 @@ from agents.advantages import add_losses
 from agents.base import Agent, LearningConfig
 from agents.draws import StepDraws, draw_noise, draw_steps
 from agents.rollout import Rollout
-from agents.training.seeding import row_seeds
+from denoise_env.seeding import row_seeds
 
 Context = Callable[[], contextlib.AbstractContextManager[None]]
 

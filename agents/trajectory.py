@@ -15,8 +15,8 @@ from agents.base import Agent, LearningConfig
 from agents.policy import DenoisingPolicy
 from agents.ranks import Ranks
 from agents.rollout import Rollout
-from agents.training.seeding import episode_numbers
 from denoise_env.kernels import Kernel, Transition
+from denoise_env.seeding import episode_numbers
 
 
 @dataclass

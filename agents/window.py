@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from agents.training.seeding import generator
 from agents.trajectory import TrajectoryAgent
 from denoise_env.kernels import Kernel
+from denoise_env.seeding import generator
 
 Strategy = Literal["progressive", "random", "scattered", "decay", "frozen"]
 Reach = Literal["all", "first_half", "all_but_two"]

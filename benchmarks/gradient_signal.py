@@ -19,10 +19,10 @@ from torch import Tensor
 from agents.algorithms import find_agent
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
-from agents.training.progress import progress
-from agents.training.seeding import epoch_order, row_seeds
 from agents.trajectory import TrajectoryAgent
 from denoise_env.mdp import DenoisingMDP, row_generators
+from denoise_env.progress import progress
+from denoise_env.seeding import epoch_order, row_seeds
 from denoise_env.worlds import DEFAULT
 
 

@@ -44,8 +44,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from agents.policy import DenoisingPolicy
-from agents.training.progress import progress
 from denoise_env.mdp import DenoisingMDP
+from denoise_env.progress import progress
 
 Policies = Literal["any", "gaussian"]
 

@@ -28,8 +28,8 @@ from agents.training.evaluation import evaluate
 from agents.training.experiment import build, load_run
 from agents.training.loop import train
 from agents.training.presets import make_config
-from agents.training.progress import progress
 from agents.training.tables import read_table
+from denoise_env.progress import progress
 
 _PROCESSES = multiprocessing.get_context("forkserver")  # imports once, forks for every run
 _PROCESSES.set_forkserver_preload(["__main__", __name__])

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from agents.algorithms import AGENTS, find_agent
-from agents.training.seeding import generator
 from benchmarks.runs import Run
+from denoise_env.seeding import generator
 from denoise_env.shapes import TRAIN
 from denoise_env.worlds import SHAPES
 

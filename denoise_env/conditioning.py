@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from tqdm import tqdm
 
 from denoise_env.arguments import number
 from denoise_env.models import DenoisingModel
+from denoise_env.progress import progress
 from denoise_env.prompts import Prompt, check_prompts
 
 GIB = 2**30
@@ -156,7 +156,10 @@ class ConditioningStore:
             alike.setdefault(prompt.negative is not None, []).append(key)
         size = ENCODED_TOGETHER
         batches = [keys[i : i + size] for keys in alike.values() for i in range(0, len(keys), size)]
-        with self.model.encoding(), tqdm(total=len(prompts), desc="encode prompts", disable=len(prompts) < 1024) as bar:
+        with (
+            self.model.encoding(),
+            progress(total=len(prompts), desc="encode prompts", disable=len(prompts) < 1024) as bar,
+        ):
             for keys in batches:
                 rows = self.model.split(self.model.encode([prompts[key] for key in keys]))
                 self.encoded += len(keys)

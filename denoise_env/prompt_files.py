@@ -23,9 +23,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tqdm import tqdm
-
 from denoise_env.naming import load_attribute, suggest
+from denoise_env.progress import progress
 from denoise_env.prompts import Prompt, PromptImage, check_prompts
 
 
@@ -71,7 +70,7 @@ def _read_images(source: str, first: Mapping[Path, int]) -> dict[Path, PromptIma
     images = {}
     with ThreadPoolExecutor() as pool:
         made = pool.map(PromptImage, first)
-        for path, number in tqdm(first.items(), f"images of {Path(source).name}", disable=len(first) < 1024):
+        for path, number in progress(first.items(), f"images of {Path(source).name}", disable=len(first) < 1024):
             with _at(source, number):
                 images[path] = next(made)
     return images

@@ -6,8 +6,8 @@ from agents.grpo import GRPO, GRPOConfig
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
 from agents.training.evaluation import evaluate
-from agents.training.seeding import epoch_order, row_seeds
 from denoise_env.mdp import DenoisingMDP, row_generators
+from denoise_env.seeding import epoch_order, row_seeds
 from denoise_env.shapes.grammar import HELD_OUT, TRAIN
 
 parser = argparse.ArgumentParser(description=__doc__)

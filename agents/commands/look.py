@@ -11,8 +11,8 @@ from agents.training.config import TrainConfig
 from agents.training.evaluation import evaluate, sample
 from agents.training.experiment import Experiment, build, load_run
 from agents.training.pictures import grid
-from agents.training.progress import progress
 from agents.training.report import interval
+from denoise_env.progress import progress
 from denoise_env.worlds import DEFAULT, WORLDS
 
 

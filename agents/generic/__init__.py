@@ -13,7 +13,7 @@ from gymnasium import Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from tqdm import tqdm
 
-from agents.training.progress import progress
+from denoise_env.progress import progress
 
 __all__ = ["GenericAgent", "RandomAgent", "ScriptedAgent", "check_rewards", "run"]
 

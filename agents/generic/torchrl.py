@@ -18,7 +18,7 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
 from agents.generic import check_rewards
-from agents.training.progress import progress
+from denoise_env.progress import progress
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""What a run needs beside an algorithm: experiment, loop, evaluation, report, checkpoints, logging, seeding."""
+"""What a run needs beside an algorithm: experiment, loop, evaluation, report, checkpoints, logging, signals."""

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from agents.policy import DenoisingPolicy
 from agents.rollout import begin, denoise
-from agents.training.seeding import row_seeds
 from denoise_env.kernels import Transition
 from denoise_env.mdp import DenoisingMDP, row_generators
 from denoise_env.prompts import Prompt
+from denoise_env.seeding import row_seeds
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from agents.policy import DenoisingPolicy
 from agents.ranks import Ranks
 from agents.training import checkpoints
 from agents.training.config import TrainConfig
-from agents.training.progress import progress
 from denoise_env.mdp import DenoisingMDP
 from denoise_env.models import DenoisingModel
+from denoise_env.progress import progress
 from denoise_env.prompt_files import load_prompts
 from denoise_env.prompts import Prompt
 from denoise_env.rewards import load_reward

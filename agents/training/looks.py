@@ -9,8 +9,8 @@ from agents.training.evaluation import evaluate, sample
 from agents.training.experiment import Experiment
 from agents.training.logging import Logger
 from agents.training.pictures import grid
-from agents.training.progress import progress
 from agents.training.tables import Table
+from denoise_env.progress import progress
 
 GRID_PROMPTS, GRID_COLUMNS = 6, 8
 

@@ -22,15 +22,15 @@ from agents.training.directory import claim
 from agents.training.experiment import Experiment, restore, warm_up
 from agents.training.logging import Logger
 from agents.training.looks import Looks
-from agents.training.progress import progress
 from agents.training.report import write_report
 from agents.training.resuming import check_directory, refuse_changes, resume_command, tell_learning_rate
-from agents.training.seeding import epoch_order, row_seeds
 from agents.training.stopping import Stopped, Stopping
 from agents.training.tables import Table, check_table
 from agents.training.versions import check_prompts, prompt_digests, write_versions
 from denoise_env.mdp import row_generators
 from denoise_env.models import DenoisingModel
+from denoise_env.progress import progress
+from denoise_env.seeding import epoch_order, row_seeds
 from denoise_env.weights import is_sharded
 
 

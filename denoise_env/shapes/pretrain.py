@@ -15,10 +15,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
-from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from denoise_env.models.pipeline import save_pipeline
+from denoise_env.progress import progress
 from denoise_env.shapes.grammar import ALL, HELD_OUT, TRAIN, parse
 from denoise_env.shapes.renderer import BASE_SIZE, render
 from denoise_env.shapes.tokenizer import build_tokenizer
@@ -131,7 +131,7 @@ def train_vae(vae: AutoencoderKL, steps: int, generator: torch.Generator) -> flo
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
     schedule = OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     error = torch.zeros(())
-    for _ in (bar := tqdm(range(steps), desc="autoencoder")):
+    for _ in (bar := progress(range(steps), desc="autoencoder")):
         pictures, _ = draw(TRAIN, 16, generator)
         posterior = vae.encode(pictures).latent_dist
         error = F.mse_loss(vae.decode(posterior.sample(generator)).sample, pictures)
@@ -158,7 +158,7 @@ def encode_pictures(vae: AutoencoderKL, n: int, generator: torch.Generator) -> t
         Latents ``[n, 4, 8, 8]`` and ``[n]`` places in `TRAIN`.
     """
     latents, places = [], []
-    for start in tqdm(range(0, n, 250), desc="latents"):
+    for start in progress(range(0, n, 250), desc="latents"):
         pictures, index = draw(TRAIN, min(250, n - start), generator)
         latents.append(vae.encode(pictures).latent_dist.sample(generator))
         places.append(index)
@@ -188,7 +188,7 @@ def train_denoiser(pipe: StableDiffusionPipeline, config: Config, generator: tor
     schedule = OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.1)
     ema = EMAModel(parameters, decay=config.ema)
     losses: list[float] = []
-    for _ in (bar := tqdm(range(config.steps), desc="denoiser")):
+    for _ in (bar := progress(range(config.steps), desc="denoiser")):
         rows = torch.randint(len(latents), (config.batch_size,), generator=generator)
         draws = torch.rand(3, config.batch_size, generator=generator)
         lost = (draws[:2] < config.drop_words).long()

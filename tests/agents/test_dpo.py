@@ -8,8 +8,8 @@ import torch
 from agents.dpo import DCPO, DPO, DCPOConfig, DPOConfig
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
-from agents.training.seeding import row_seeds
 from denoise_env.mdp import Scores, row_generators
+from denoise_env.seeding import row_seeds
 
 NAN = float("nan")
 

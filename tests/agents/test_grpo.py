@@ -12,10 +12,10 @@ from agents.grpo import GRPO, GRPOConfig
 from agents.policy import DenoisingPolicy
 from agents.ppo import PPO, PPOConfig
 from agents.rollout import collect
-from agents.training.seeding import row_seeds
 from agents.trajectory import Batch, kl_estimate
 from denoise_env.kernels import Transition
 from denoise_env.mdp import DenoisingMDP, Scores, row_generators
+from denoise_env.seeding import row_seeds
 
 
 def make(points, **changes):

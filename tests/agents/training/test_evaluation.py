@@ -7,8 +7,8 @@ import torch
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
 from agents.training.evaluation import bootstrap, evaluate, sample
-from agents.training.seeding import row_seeds
 from denoise_env.mdp import row_generators
+from denoise_env.seeding import row_seeds
 
 
 def test_the_interval_covers_as_often_as_it_says():

@@ -4,7 +4,7 @@ import torch
 from agents.algorithms import AGENTS
 from agents.training.experiment import build
 from agents.training.presets import PRESETS, make_config
-from agents.training.seeding import row_seeds
+from denoise_env.seeding import row_seeds
 
 
 def test_the_dancegrpo_preset_is_danceGRPOs_setting():

@@ -1,4 +1,4 @@
-from agents.training.seeding import epoch_order, row_seeds
+from denoise_env.seeding import epoch_order, row_seeds
 
 
 def test_every_prompt_comes_once_an_epoch_whatever_the_reading():
