@@ -54,7 +54,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About ``count`` round numbers from ``low`` to ``high``.
 
     >>> ticks(0, 0.9), ticks(3, 130)
-    ([0.0, 0.2, 0.4, 0.6, 0.8], [50, 100])
+    ([0.0, 0.2, 0.4, 0.6, 0.8], [50.0, 100.0])
     """
     raw = (high - low) / count or 1.0
     power = 10.0 ** math.floor(math.log10(raw))

@@ -187,7 +187,7 @@ class Points(DenoisingModel):
         Samples outside the square lie on its border.
         """
         side = torch.linspace(-2, 2, 160)
-        means = torch.tensor(MIXTURES[prompt.text])
+        means = self.network.means[self.encode([prompt])["prompt_id"][0]].cpu()
         gap = (side[None, :, None] - means[:, 0]) ** 2 + (-side[:, None, None] - means[:, 1]) ** 2
         density = (-gap / (2 * COMPONENT_STD**2)).exp().sum(-1)
         picture = torch.full((160, 160, 3), 255.0)
