@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import faulthandler
 import itertools
 import math
 import threading
@@ -384,6 +385,7 @@ def continued(config, path, wrap=None, ranks=None):
 
 
 def process(rank, size, directory):
+    faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{directory}/meeting", rank=rank, world_size=size)
     ranks = Ranks.present()
@@ -393,6 +395,7 @@ def process(rank, size, directory):
         after = continued(config, directory / f"{name}, 1" / "000002", wrap, ranks)  # from what one process saved
         if rank == 0:
             torch.save((found, after), directory / f"{name}.pt")
+    dist.barrier()  # nobody leaves while another still speaks
     dist.destroy_process_group()
 
 
