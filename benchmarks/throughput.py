@@ -124,6 +124,7 @@ def kept_share(mdp: DenoisingMDP) -> float:
 def modes_figures(options: argparse.Namespace) -> dict[str, float]:
     figures: dict[str, float] = {}
     for size, batch in (("shipped", options.batch), ("30 times larger", max(1, options.batch // 8))):
+        torch.compiler.reset()  # a function is compiled a limited number of times, for all models together
         modes: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
         for dtype in ("fp32", "bf16"):
             for compiled in (False, True):
