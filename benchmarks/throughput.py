@@ -8,7 +8,7 @@ and backward passes with an optimizer step. A speed of 0.95 means that ours take
 and ours alternate, and each ratio is the median over the repeats.
 
 ``--modes`` compares eager, compiled, bf16 and compiled bf16 instead: one forward pass, and one forward and backward
-pass, of the shipped network and of one 30 times larger with random weights, all modes in turn in one run. Beside the
+pass, of the shipped network and of one about 30 times larger with random weights, all modes in turn in one run. Beside the
 times stands how far compiling takes the first ratio from 1: rollout and update are compiled apart.
 """
 
@@ -267,7 +267,7 @@ RANDOM = {
 }
 """Real sizes, random weights: Stable Diffusion 1.x."""
 LARGER = 5.5
-"""How much wider a network of the shipped kind is that has 30 times its parameters."""
+"""How much wider a network of the shipped kind is that has about 30 times its parameters."""
 
 
 def make_mdp(options: argparse.Namespace, wider: float | None = None) -> DenoisingMDP:
