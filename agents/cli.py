@@ -98,6 +98,8 @@ def _set_up(verbose: bool) -> None:
 
 def _run(typed: Sequence[str], stopping: Stopping) -> int:
     parser = _parser()
+    if empty := next((flag for flag in typed if flag.startswith("--") and flag.endswith("=--")), None):
+        parser.error(f"{empty} has no value")  # argparse would make a list of it
     with contextlib.suppress(FileNotFoundError):  # the directory may be gone
         sys.path.append(os.getcwd())  # where models, rewards and agents of one's own ("module:name") usually are
     if list(typed) in (["train", "-h"], ["train", "--help"]):

@@ -8,8 +8,8 @@ and backward passes with an optimizer step. A speed of 0.95 means that ours take
 and ours alternate, and each ratio is the median over the repeats.
 
 ``--modes`` compares eager, compiled, bf16 and compiled bf16 instead: one forward pass, and one forward and backward
-pass, of the shipped network and of one about 30 times larger with random weights, all modes in turn in one run. Beside the
-times stands how far compiling takes the first ratio from 1: rollout and update are compiled apart.
+pass, of the shipped network and of one about 30 times larger with random weights, all modes in turn in one run. Beside
+the times stands how far compiling takes the first ratio from 1: rollout and update are compiled apart.
 """
 
 import argparse

@@ -205,3 +205,10 @@ def test_v_shows_the_traceback_of_a_refusal(here, capsys):
     told = capsys.readouterr().err
     assert 'raising.py", line 1' in told
     assert told.splitlines()[-1].startswith("denoise-env: cannot load the reward 'raising:reward'")
+
+
+def test_a_flag_without_a_value(here, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["describe", "points", "--num-steps=--"])
+    assert stopped.value.code == 2
+    assert "--num-steps=-- has no value" in capsys.readouterr().err
