@@ -19,14 +19,15 @@ _METHOD = f"""\
 Rewards are interquartile means over runs (Agarwal et al. 2021) at the end of the budget, with 95 % bootstrap
 intervals; over all environments, the mean of each one's. Where the base model's reward has an interval, every seed has
 evaluation noise of its own, the same for all agents: intervals are over training seeds and evaluation noise, and the
-base model's over the latter alone. Where it has none, all seeds share one evaluation noise. Above each table stands the
-code that made it: settings that an agent has had since then are not in it. A network call is the forward of one row; forward and backward count as three. KL is the trajectory's, to the base model, summed
-over dimensions, in nats. *Reward at KL* follows each run's path to where it first spends that much; *calls to target*
-is the median over runs of the first crossing, where a run that never crosses counts as later than the budget.
-*P(> {REFERENCE})* is the probability that a run gains more than one of {REFERENCE}. Settings were searched by one rule
-for every agent, on a seed and evaluation noise of their own: the same number of trials under the same budget, and up to
-two more where the best learning rate was the lowest or the highest tried. Seconds are of training alone, and of the
-machine. With three seeds an interval is the range of the runs and no more.
+base model's over the latter alone. Where it has none, all seeds share one evaluation noise. Above each table stands
+the code that made it: settings that an agent has had since then are not in it. A network call is the forward of one
+row; forward and backward count as three. KL is the trajectory's, to the base model, summed over dimensions, in nats.
+*Reward at KL* follows each run's path to where it first spends that much; *calls to target* is the median over runs of
+the first crossing, where a run that never crosses counts as later than the budget. *P(> {REFERENCE})* is the
+probability that a run gains more than one of {REFERENCE}. Settings were searched by one rule for every agent, on a
+seed and evaluation noise of their own: the same number of trials under the same budget, and up to two more where the
+best learning rate was the lowest or the highest tried. Seconds are of training alone, and of the machine. With three
+seeds an interval is the range of the runs and no more.
 """
 
 
