@@ -19,17 +19,16 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from agents.advantages import StdForm, StdOver
 from agents.draws import StepDraws
 from agents.final_samples import FinalSampleConfig, NoisedBatch, mean_square, precise
-from agents.normalisation import NormalisationConfig, Normalised
+from agents.normalisation import Normalised, RolloutNormalisationConfig
 from agents.old_weights import OldWeights, OldWeightsConfig
 from agents.rollout import Rollout
 from agents.surrogate import clipped
 
 
 @dataclass
-class AWMConfig(NormalisationConfig, OldWeightsConfig, FinalSampleConfig):
+class AWMConfig(RolloutNormalisationConfig, OldWeightsConfig, FinalSampleConfig):
     """AWM's settings."""
 
     group_size: int = 24
@@ -54,14 +53,6 @@ class AWMConfig(NormalisationConfig, OldWeightsConfig, FinalSampleConfig):
     """Weight γ of mean |output − the slow weights' output|²; with 0 there are no slow weights."""
     clip_range: float = 1.0
     """The ratio of the likelihoods exp(ℓ) is clipped to 1 ± this value, ε."""
-    advantage_std: StdOver = "rewards"
-    """Which std divides the advantages: that of the group ("group"), that of all the rollout's gaps to their group's
-    mean ("batch"), or that of all the rollout's rewards ("rewards", as published)."""
-    std_form: StdForm = "population"
-    """The std's divisor: the number of values less one ("unbiased"), or the number of values ("population", as
-    published)."""
-    std_epsilon: float = 1e-4
-    """Added to the std that divides the advantages."""
     advantage_clip: float = 5.0
     """Advantages are clipped to the range from minus this to plus this."""
     unit_advantages: bool = True

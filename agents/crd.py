@@ -21,17 +21,16 @@ from typing import Any, Literal
 from tensordict import TensorDict
 from torch import Tensor
 
-from agents.advantages import StdForm, StdOver
 from agents.comparing import ComparingAgent
 from agents.final_samples import Context, FinalSampleConfig, NoisedBatch, mean_square
-from agents.normalisation import NormalisationConfig, Normalised
+from agents.normalisation import Normalised, RolloutNormalisationConfig
 from agents.old_weights import OldWeightsConfig
 from agents.rollout import Rollout
 from denoise_env.weights import copies, follow
 
 
 @dataclass
-class CRDConfig(NormalisationConfig, OldWeightsConfig, FinalSampleConfig):
+class CRDConfig(RolloutNormalisationConfig, OldWeightsConfig, FinalSampleConfig):
     """CRD's settings."""
 
     group_size: int = 24
@@ -52,14 +51,6 @@ class CRDConfig(NormalisationConfig, OldWeightsConfig, FinalSampleConfig):
     """Weight κ_min of it for the worst samples."""
     advantage_clip: float = 5.0
     """Advantages are clipped to the range from minus this to plus this, A_max."""
-    advantage_std: StdOver = "rewards"
-    """Which std divides the advantages: that of the group ("group"), that of all the rollout's gaps to their group's
-    mean ("batch"), or that of all the rollout's rewards ("rewards", as published)."""
-    std_form: StdForm = "population"
-    """The std's divisor: the number of values less one ("unbiased"), or the number of values ("population", as
-    published)."""
-    std_epsilon: float = 1e-4
-    """Added to the std that divides the advantages."""
     old_decay: float = 0.999
     """Largest share of the old weights that an iteration keeps, η; the rest comes from the trained weights."""
     old_decay_start: float = 0.25

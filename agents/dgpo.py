@@ -19,16 +19,15 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from agents.advantages import StdForm
 from agents.comparing import ComparingAgent
 from agents.final_samples import Context, FinalSampleConfig, NoisedBatch, mean_square
-from agents.normalisation import NormalisationConfig, Normalised
+from agents.normalisation import Normalised, PopulationNormalisationConfig
 from agents.old_weights import OldWeightsConfig
 from agents.rollout import Rollout
 
 
 @dataclass
-class DGPOConfig(NormalisationConfig, OldWeightsConfig, FinalSampleConfig):
+class DGPOConfig(PopulationNormalisationConfig, OldWeightsConfig, FinalSampleConfig):
     """DGPO's settings."""
 
     lr: float = 3e-4
@@ -50,11 +49,6 @@ class DGPOConfig(NormalisationConfig, OldWeightsConfig, FinalSampleConfig):
     """The ratio exp(d_old − d) ends a sample's pull outside 1 ± this value, ε."""
     advantage_clip: float = 5.0
     """Advantages are clipped to the range from minus this to plus this."""
-    std_form: StdForm = "population"
-    """The std's divisor: the number of values less one ("unbiased"), or the number of values ("population", as
-    published)."""
-    std_epsilon: float = 1e-4
-    """Added to the std that divides the advantages."""
     old_rolls_out_after: int = 500
     """After how many optimizer steps the old weights collect the rollouts, instead of the trained ones."""
 

@@ -15,15 +15,15 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from agents.advantages import StdForm, StdOver
 from agents.base import SharedNoise
 from agents.grpo import GRPO, GRPOConfig
+from agents.normalisation import RolloutNormalisationConfig
 from agents.rollout import Rollout
 from denoise_env.kernels import Transition
 
 
 @dataclass
-class FlowGRPOConfig(GRPOConfig):
+class FlowGRPOConfig(RolloutNormalisationConfig, GRPOConfig):
     """Flow-GRPO's settings."""
 
     group_size: int = 24
@@ -34,14 +34,6 @@ class FlowGRPOConfig(GRPOConfig):
     """Share of the trainable steps that each update trains, drawn at random."""
     lr: float = 3e-4
     """AdamW's learning rate (published for LoRA)."""
-    advantage_std: StdOver = "rewards"
-    """Which std divides the advantages: that of the group ("group"), that of all the rollout's gaps to their group's
-    mean ("batch"), or that of all the rollout's rewards ("rewards", the published code's default)."""
-    std_form: StdForm = "population"
-    """The std's divisor: the number of values less one ("unbiased"), or the number of values ("population", as
-    published)."""
-    std_epsilon: float = 1e-4
-    """Added to the std that divides the advantages."""
     drop_zero_advantages: bool = True
     """Leave samples whose advantage is exactly 0 out of the update, as the published code does: the KL does not pull at
     them, and the loss is the mean over the others."""

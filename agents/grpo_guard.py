@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from agents.advantages import StdForm
 from agents.base import SharedNoise
 from agents.grpo import GRPO, GRPOConfig
+from agents.normalisation import PopulationNormalisationConfig
 from agents.trajectory import Batch
 
 
 @dataclass
-class GRPOGuardConfig(GRPOConfig):
+class GRPOGuardConfig(PopulationNormalisationConfig, GRPOConfig):
     """GRPO-Guard's settings."""
 
     group_size: int = 24
@@ -32,11 +32,6 @@ class GRPOGuardConfig(GRPOConfig):
     """Share of the trainable steps that each update trains, drawn at random."""
     lr: float = 1e-4
     """AdamW's learning rate (published for LoRA)."""
-    std_form: StdForm = "population"
-    """The std's divisor: the number of values less one ("unbiased"), or the number of values ("population", as
-    published)."""
-    std_epsilon: float = 1e-4
-    """Added to the std that divides the advantages."""
     clip_range: float = 2e-6
     """The normalised ratio is clipped to 1 ± this value, ε."""
     balance: bool = True

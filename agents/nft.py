@@ -15,15 +15,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from agents.advantages import StdForm, StdOver
 from agents.final_samples import FinalSampleConfig, NoisedBatch, mean_square
-from agents.normalisation import NormalisationConfig, Normalised
+from agents.normalisation import Normalised, RolloutNormalisationConfig
 from agents.old_weights import OldWeights, OldWeightsConfig
 from agents.rollout import Rollout
 
 
 @dataclass
-class NFTConfig(NormalisationConfig, OldWeightsConfig, FinalSampleConfig):
+class NFTConfig(RolloutNormalisationConfig, OldWeightsConfig, FinalSampleConfig):
     """DiffusionNFT's settings."""
 
     group_size: int = 24
@@ -39,14 +38,6 @@ class NFTConfig(NormalisationConfig, OldWeightsConfig, FinalSampleConfig):
     """How far the positive and the negative policy lie from the sampling policy, b."""
     advantage_clip: float = 5.0
     """Advantages are clipped to the range from minus this to plus this, A_max."""
-    advantage_std: StdOver = "rewards"
-    """Which std divides the advantages: that of the group ("group"), that of all the rollout's gaps to their group's
-    mean ("batch"), or that of all the rollout's rewards ("rewards", as published)."""
-    std_form: StdForm = "population"
-    """The std's divisor: the number of values less one ("unbiased"), or the number of values ("population", as
-    published)."""
-    std_epsilon: float = 1e-4
-    """Added to the std that divides the advantages."""
     adaptive: bool = True
     """Divide the squared error of each sample's x̂0 by its mean absolute error, w±."""
     old_decay: float = 0.5

@@ -33,6 +33,26 @@ class NormalisationConfig:
     """Added to the std that divides the advantages."""
 
 
+@dataclass
+class PopulationNormalisationConfig(NormalisationConfig):
+    """The same with the defaults of Flow-GRPO's code and of what was built on it."""
+
+    std_form: StdForm = "population"
+    """The std's divisor: the number of values less one ("unbiased"), or the number of values ("population", as
+    published)."""
+    std_epsilon: float = 1e-4
+    """Added to the std that divides the advantages."""
+
+
+@dataclass
+class RolloutNormalisationConfig(PopulationNormalisationConfig):
+    """The same with one std for all of a rollout's rewards."""
+
+    advantage_std: StdOver = "rewards"
+    """Which std divides the advantages: that of the group ("group"), that of all the rollout's gaps to their group's
+    mean ("batch"), or that of all the rollout's rewards ("rewards", as published)."""
+
+
 class Normalised(Agent):
     """Mixin for agents that compare the samples of a group; their config is a `NormalisationConfig` too."""
 

@@ -12,14 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from agents.advantages import StdForm
 from agents.grpo import GRPO, GRPOConfig
+from agents.normalisation import PopulationNormalisationConfig
 from agents.window import Strategy, WindowConfig, Windowed
 from denoise_env.kernels import Kernel
 
 
 @dataclass
-class TempFlowConfig(WindowConfig, GRPOConfig):
+class TempFlowConfig(PopulationNormalisationConfig, WindowConfig, GRPOConfig):
     """TempFlow-GRPO's settings."""
 
     group_size: int = 6
@@ -35,11 +35,6 @@ class TempFlowConfig(WindowConfig, GRPOConfig):
     step_weighting: Literal["uniform", "std"] = "std"
     """Weigh every step's policy loss alike ("uniform"), or by the step's std divided by the mean std of the trainable
     steps ("std")."""
-    std_form: StdForm = "population"
-    """The std's divisor: the number of values less one ("unbiased"), or the number of values ("population", as
-    published)."""
-    std_epsilon: float = 1e-4
-    """Added to the std that divides the advantages."""
     kl_coef: float = 0.004
     """Weight β of the KL to the model before training, in the log-prob's reduction; with 0 the reference is not
     computed."""
