@@ -16,12 +16,13 @@ from denoise_env.worlds import WORLDS
 if TYPE_CHECKING:
     from denoise_env.checks import check_denoising_env, check_vector_env
     from denoise_env.gymnasium_env import DenoiseEnv, DenoiseVectorEnv
-    from denoise_env.kernels import CPS, DDIM, KERNELS, ODE, DanceSDE, FlowSDE, Kernel, Schedule, Transition
+    from denoise_env.kernels import CPS, DDIM, KERNELS, ODE, DanceSDE, FlowSDE, Kernel, Transition
     from denoise_env.mdp import DenoisingMDP, Scores, State
     from denoise_env.models import DenoisingModel, Family, ModelOptions, load_model
     from denoise_env.prompt_files import load_prompts
     from denoise_env.prompts import Prompt
     from denoise_env.rewards import Reward, load_reward
+    from denoise_env.schedules import Schedule
     from denoise_env.torchrl_env import DenoiseTorchRLEnv
     from denoise_env.wrappers import ControlAction, FlatObservation, NoiseAction
 
@@ -60,12 +61,13 @@ __all__ = [
 _HOMES = {
     "checks": ("check_denoising_env", "check_vector_env"),
     "gymnasium_env": ("DenoiseEnv", "DenoiseVectorEnv"),
-    "kernels": ("CPS", "DDIM", "KERNELS", "ODE", "DanceSDE", "FlowSDE", "Kernel", "Schedule", "Transition"),
+    "kernels": ("CPS", "DDIM", "KERNELS", "ODE", "DanceSDE", "FlowSDE", "Kernel", "Transition"),
     "mdp": ("DenoisingMDP", "Scores", "State"),
     "models": ("DenoisingModel", "Family", "ModelOptions", "load_model"),
     "prompt_files": ("load_prompts",),
     "prompts": ("Prompt",),
     "rewards": ("Reward", "load_reward"),
+    "schedules": ("Schedule",),
     "torchrl_env": ("DenoiseTorchRLEnv",),
     "wrappers": ("ControlAction", "FlatObservation", "NoiseAction"),
 }

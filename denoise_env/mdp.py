@@ -23,12 +23,13 @@ from torch import Tensor
 
 from denoise_env.arguments import boolean, integer, number
 from denoise_env.conditioning import GIB, ConditioningStore
-from denoise_env.kernels import KERNELS, Kernel, check_num_steps
+from denoise_env.kernels import KERNELS, Kernel
 from denoise_env.models import DenoisingModel, ModelOptions, find_family, load_model
 from denoise_env.naming import suggest
 from denoise_env.prompt_files import load_prompts
 from denoise_env.prompts import Prompt
 from denoise_env.rewards import Reward, check_reward, load_reward
+from denoise_env.schedules import check_num_steps
 from denoise_env.worlds import DEFAULT, PROMPT_SETS, WORLDS
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from denoise_env.kernels import Schedule
+from denoise_env.schedules import Schedule
 
 
 class DPMSolver:

@@ -12,10 +12,10 @@ import torch
 from tensordict import TensorDict
 
 from denoise_env.conditioning import ConditioningStore, fingerprint
-from denoise_env.kernels import Schedule
 from denoise_env.mdp import DenoisingMDP, row_generators
 from denoise_env.models.base import DenoisingModel
 from denoise_env.prompts import Prompt
+from denoise_env.schedules import Schedule
 
 TOKENS, FEATURES = 512, 4096  # T5-XXL's
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
-from denoise_env.kernels import CPS, DDIM, KERNELS, ODE, DanceSDE, FlowSDE, Kernel, Schedule, Transition
+from denoise_env.kernels import CPS, DDIM, KERNELS, ODE, DanceSDE, FlowSDE, Kernel, Transition
+from denoise_env.schedules import Schedule
 
 F64 = torch.float64
 
@@ -724,7 +725,7 @@ def test_a_deterministic_step_has_no_density(step: int | Tensor) -> None:
         (lambda: FlowSDE(Schedule.flow(4), "epsilon"), "does not go with prediction_type 'epsilon'"),
         (lambda: ODE(cosine(4), "flow_prediction"), "does not go with prediction_type 'flow_prediction'"),
         (lambda: ODE(cosine(4), "noise"), "prediction_type must be one of"),
-        (lambda: flow_kernel(DanceSDE, 4, eta=-0.1), "finite number ≥ 0, not -0.1"),
+        (lambda: flow_kernel(DanceSDE, 4, eta=-0.1), "eta must be at least 0, not -0.1"),
         (lambda: flow_kernel(DanceSDE, 4, eta=math.nan), "finite number"),
         (lambda: flow_kernel(CPS, 4, eta=1.01), r"CPS's eta must lie in \[0, 1\]"),
         (lambda: DDIM(cosine(4), "epsilon", 1.01), r"DDIM's eta must lie in \[0, 1\]"),
@@ -737,7 +738,7 @@ def test_a_deterministic_step_has_no_density(step: int | Tensor) -> None:
             lambda: Schedule(torch.ones(2), torch.ones(3), torch.tensor([1, 0.5, 0.5]), "flow"),
             "decrease strictly",
         ),
-        (lambda: Schedule.flow(4, math.inf), "shift must be positive and finite, not inf"),
+        (lambda: Schedule.flow(4, math.inf), "shift must be a finite number, not inf"),
         (lambda: Schedule(torch.ones(0), torch.ones(1), torch.zeros(1), "flow"), "at least 1, not 0"),
         (
             lambda: Schedule(torch.tensor([math.inf]), torch.tensor([0.0, 1]), torch.tensor([1.0, 0]), "flow"),

@@ -9,13 +9,13 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from denoise_env.kernels import Schedule
 from denoise_env.mdp import DenoisingMDP, State, row_generators
 from denoise_env.models.base import DenoisingModel, Family, ModelOptions
 from denoise_env.models.points import MIXTURES, Points
 from denoise_env.prompts import Prompt
 from denoise_env.rewards import load_reward
 from denoise_env.rewards.points import PointsReward
+from denoise_env.schedules import Schedule
 
 PROMPTS = list(MIXTURES)
 

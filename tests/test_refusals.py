@@ -21,12 +21,12 @@ from denoise_env import (
     NoiseAction,
 )
 from denoise_env.conventions import Control, Flat, Noise
-from denoise_env.kernels import Schedule
 from denoise_env.models import load_model
 from denoise_env.models.stable_diffusion import StableDiffusion, StableDiffusionOptions
 from denoise_env.prompts import Prompt
 from denoise_env.rewards.points import PointsReward
 from denoise_env.sb3 import SB3VecEnv
+from denoise_env.schedules import Schedule
 from denoise_env.torchrl_transforms import ActionTransform
 
 K, N = 2, 4

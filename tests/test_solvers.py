@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from denoise_env.kernels import ODE, Schedule
+from denoise_env.kernels import ODE
+from denoise_env.schedules import Schedule
 from denoise_env.solvers import DPMSolver, spread_steps
 
 

@@ -11,8 +11,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from denoise_env.kernels import PredictionType, Schedule
+from denoise_env.kernels import PredictionType
 from denoise_env.prompts import Prompt
+from denoise_env.schedules import Schedule
 from denoise_env.weights import copies, reshard, swapped
 
 

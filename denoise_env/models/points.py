@@ -17,9 +17,10 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from denoise_env.arguments import MAX_SEED, integer
-from denoise_env.kernels import PredictionType, Schedule, check_num_steps
+from denoise_env.kernels import PredictionType
 from denoise_env.models.base import DenoisingModel, Family, ModelOptions
 from denoise_env.prompts import Prompt
+from denoise_env.schedules import Schedule, check_num_steps
 
 TRAIN_STEPS = 1000
 FLOW: Literal["flow"] = "flow"

@@ -10,10 +10,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from denoise_env.arguments import integer, number
-from denoise_env.kernels import Schedule, check_num_steps
 from denoise_env.models.base import Family
 from denoise_env.models.pipeline import PipelineModel, PipelineOptions, quiet
 from denoise_env.prompts import Prompt
+from denoise_env.schedules import Schedule, check_num_steps
 
 
 @dataclass
