@@ -78,7 +78,7 @@ class DenoisingPolicy(TensorDictModuleBase):
             guidance: the scale of classifier-free guidance, instead of the model's own.
         """
         self.before_call()
-        rows = self.model.rows_per_sample if guidance is None else 2
+        rows = self.model.rows_per_sample if guidance is None else self.model.rows_guided
         self.network_calls += len(latents) * rows * (3 if torch.is_grad_enabled() else 1)
         timestep = self.timesteps[step if isinstance(step, int) else step.to(self.timesteps.device)]
         if self.model.compiled:  # a stride is part of a shape: one compiled form serves every step

@@ -167,7 +167,7 @@ def test_a_prompt_that_is_too_long_is_named_and_cut(make_shapes):
         ({"dtype": "fp64"}, "dtype must be one of"),
         ({"guidance_scale": 0.5}, "at least 1"),
         ({"lora_rank": -1}, "lora_rank"),
-        ({"height": 30}, "multiples of 4"),
+        ({"height": 30}, "height must be a multiple of 4 .* 28 and 32 are the nearest"),
         ({"num_steps": 0}, "num_steps must be at least 1"),
         ({"num_steps": 1001}, "at most 999"),
     ],

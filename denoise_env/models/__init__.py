@@ -15,6 +15,7 @@ from denoise_env.worlds import WORLDS
 FAMILIES = (
     "denoise_env.models.points:FAMILY",
     "denoise_env.models.stable_diffusion:FAMILY",
+    "denoise_env.models.flux:FAMILY",
 )
 """Where the families' records are; a new family is a file and a line here."""
 

@@ -68,7 +68,9 @@ class DenoisingModel(ABC):
         rows_per_sample: how many rows `predict` gives the network per row of latents; with guidance 2.
         vocabulary: the only prompts the model knows, or ``None`` where any text is a prompt. ``("",)`` for a model
             without prompts.
-        guidance_scale: w of classifier-free guidance, 1 for none, or ``None`` where the model cannot guide.
+        guidance_scale: w of classifier-free guidance, 1 for none; or the scale that a network is told which was
+            distilled to be guided by it (FLUX); or ``None`` where the model cannot guide.
+        rows_guided: as ``rows_per_sample``, where `predict` is given another guidance scale than the model's.
         images_per_prompt: how many images a prompt must carry.
         masks: entry of the conditioning → its mask. Such an entry is a sequence ``[P, L, ...]`` with mask ``[P, L]``
             bool, True first: it is kept without its padding, and padded to the longest of every batch. Entries
@@ -85,6 +87,7 @@ class DenoisingModel(ABC):
     rows_per_sample: int = 1
     vocabulary: tuple[str, ...] | None = None
     guidance_scale: float | None = None
+    rows_guided: int = 2
     images_per_prompt: ClassVar[int] = 0
     masks: ClassVar[Mapping[str, str]] = {}
     longest: int | None = None
@@ -162,7 +165,8 @@ class DenoisingModel(ABC):
 
     def split(self, conditioning: TensorDict) -> list[dict[str, Tensor]]:
         """The rows of ``encode``'s conditioning, each without padding and with storage of its own."""
-        lengths = {entry: conditioning[mask].sum(1).tolist() for entry, mask in self.masks.items()}
+        masks = {entry: mask for entry, mask in self.masks.items() if entry in conditioning.keys()}  # noqa: SIM118
+        lengths = {entry: conditioning[mask].sum(1).tolist() for entry, mask in masks.items()}
         kept = [name for name in conditioning.keys() if name not in self.masks.values()]  # noqa: SIM118
         return [
             {

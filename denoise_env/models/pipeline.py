@@ -2,7 +2,8 @@
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -40,6 +41,10 @@ class PipelineOptions(ModelOptions):
     """Decode large images in overlapping tiles. It takes less memory, but seams may show."""
     seed: int | None = None
     """Seed of the adapters' first weights. Default: the run's seed, or 0."""
+    height: int | None = None
+    """Image height in pixels; default: what the checkpoint was trained for."""
+    width: int | None = None
+    """Image width in pixels; default: what the checkpoint was trained for."""
 
 
 class PipelineModel(DenoisingModel):
@@ -101,7 +106,7 @@ class PipelineModel(DenoisingModel):
         local = Path(checkpoint).is_dir()
         try:
             with quiet():
-                check_parts(checkpoint, kind.load_config(checkpoint, local_files_only=local))
+                cls._check_parts(checkpoint, kind.load_config(checkpoint, local_files_only=local))
                 pipeline = kind.from_pretrained(
                     checkpoint, local_files_only=local, use_safetensors=True, **cls.pipeline_arguments
                 )
@@ -125,7 +130,7 @@ class PipelineModel(DenoisingModel):
         parts = dict(cls.pipeline_arguments)
         try:
             with quiet():
-                for name, entry in check_parts(checkpoint, kind.load_config(checkpoint)).items():
+                for name, entry in cls._check_parts(checkpoint, kind.load_config(checkpoint)).items():
                     if name in parts:
                         continue
                     part = getattr(importlib.import_module(entry[0]), entry[1])
@@ -143,6 +148,14 @@ class PipelineModel(DenoisingModel):
             raise ValueError(f"cannot read the {cls.title} checkpoint {checkpoint!r}: {error}") from error
         options = type(options)(**{**vars(options), "lora": None})
         return cls(pipeline, options, "meta")
+
+    @classmethod
+    def _check_parts(cls, checkpoint: str, index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+        parts = check_parts(checkpoint, index)
+        for name in cls.encoder_names:
+            if name not in parts:
+                raise ValueError(f"it has no {name}, which reads the prompts")
+        return parts
 
     def encoders(self) -> dict[str, nn.Module]:
         """As in `DenoisingModel.encoders`."""
@@ -204,6 +217,40 @@ class PipelineModel(DenoisingModel):
             self.pipeline.vae.enable_slicing()
         if options.vae_tiling:
             self.pipeline.vae.enable_tiling()
+
+    def latent_size(self, trained: tuple[int, int], factor: int, patch: int = 1) -> tuple[int, int]:
+        """Height and width of the latents, of the options' size in pixels or of the one ``trained`` on.
+
+        Args:
+            trained: height and width in pixels, used where the options have none.
+            factor: pixels to a latent, along one axis.
+            patch: latents to a token of the network, along one axis.
+
+        Raises:
+            ValueError: a size that latents and tokens do not divide; it names the nearest that they do.
+        """
+        found = []
+        for name, default in zip(("height", "width"), trained, strict=True):
+            given = getattr(self.options, name)
+            pixels = default if given is None else integer(given, name, at_least=1)
+            step = factor * patch
+            if pixels % step:
+                below, above = pixels // step * step, -(-pixels // step) * step
+                nearest = f"{below} and {above} are" if below else f"{above} is"
+                raise ValueError(
+                    f"{name} must be a multiple of {step} for {self.title}, not {pixels}: {nearest} the nearest"
+                )
+            found.append(pixels // factor)
+        return found[0], found[1]
+
+    def warn_of_cut(self, texts: Sequence[str], lengths: Sequence[int], limit: int) -> None:
+        """Warn of texts whose token ``lengths`` are beyond what the text encoder reads."""
+        for text, length in zip(texts, lengths, strict=True):
+            if length > limit:
+                warnings.warn(
+                    f"the text encoder reads {limit} tokens; the end of this prompt of {length} is cut off: {text!r}",
+                    stacklevel=3,
+                )
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which the network computes in its dtype."""
