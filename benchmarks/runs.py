@@ -161,15 +161,20 @@ def _held_out(directory: Path, config: TrainConfig) -> dict[str, float | None]:
 
 @functools.cache
 def code() -> str:
-    """The repository's revision, and a digest of the library's and the agents' sources as they are now."""
-    files = sorted(file for folder in ("denoise_env", "agents") for file in (REPOSITORY / folder).rglob("*.py"))
+    """The repository's revision, "-dirty" where its sources have changed since, and a digest of these sources."""
+    folders = ("denoise_env", "agents")
+    files = sorted(file for folder in folders for file in (REPOSITORY / folder).rglob("*.py"))
     digest = hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:8]
-    git = ["git", "describe", "--always", "--dirty"]
     try:
-        found = subprocess.run(git, cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+        found = _git("describe", "--always").stdout.strip()
+        dirty = bool(_git("status", "--porcelain", "--", *(f":(glob){folder}/**/*.py" for folder in folders)).stdout)
     except OSError:
         found = ""
-    return f"{found or 'unknown'} {digest}"
+    return f"{found}{'-dirty' * dirty} {digest}" if found else f"unknown {digest}"
+
+
+def _git(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *command], cwd=REPOSITORY, capture_output=True, text=True)
 
 
 def made_by(directory: Path) -> str:

@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from denoise_env.models.pipeline import save_pipeline
 from denoise_env.progress import progress
 from denoise_env.shapes.grammar import ALL, HELD_OUT, TRAIN, parse
+from denoise_env.shapes.pretraining import Source, encode_pictures, step, train_vae
 from denoise_env.shapes.renderer import BASE_SIZE, render
 from denoise_env.shapes.tokenizer import build_tokenizer
 from denoise_env.shapes.verifier import Verifier
+
+SOURCE = Source(TRAIN, render)
 
 
 @dataclass
@@ -116,57 +119,6 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def draw(captions: Sequence[str], n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Render n random captions.
-
-    Returns:
-        Pictures ``[n, 3, 32, 32]`` in [-1, 1], and ``[n]`` places in ``captions``.
-    """
-    index = torch.randint(len(captions), (n,), generator=generator)
-    return render([captions[i] for i in index.tolist()], generator) * 2 - 1, index
-
-
-def train_vae(vae: AutoencoderKL, steps: int, generator: torch.Generator) -> float:
-    """Fit the autoencoder by squared error with a slight pull to a normal prior; returns the last error."""
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
-    schedule = OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    error = torch.zeros(())
-    for _ in (bar := progress(range(steps), desc="autoencoder")):
-        pictures, _ = draw(TRAIN, 16, generator)
-        posterior = vae.encode(pictures).latent_dist
-        error = F.mse_loss(vae.decode(posterior.sample(generator)).sample, pictures)
-        loss = error + 1e-6 * posterior.kl().mean()
-        step(loss, optimizer, schedule, vae.parameters())
-        bar.set_postfix_str(f"error {error.item():.4f}", refresh=False)
-    return error.item()
-
-
-def step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: OneCycleLR, parameters: Iterable[Tensor]) -> None:
-    """One clipped optimiser step."""
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    schedule.step()
-
-
-@torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Latents of n rendered training pictures, scaled to unit standard deviation; sets the scaling factor.
-
-    Returns:
-        Latents ``[n, 4, 8, 8]`` and ``[n]`` places in `TRAIN`.
-    """
-    latents, places = [], []
-    for start in progress(range(0, n, 250), desc="latents"):
-        pictures, index = draw(TRAIN, min(250, n - start), generator)
-        latents.append(vae.encode(pictures).latent_dist.sample(generator))
-        places.append(index)
-    stacked = torch.cat(latents)
-    vae.register_to_config(scaling_factor=round(1 / stacked.std().item(), 5))
-    return stacked * vae.config.scaling_factor, torch.cat(places)
-
-
 def shorter(caption: str) -> list[str]:
     """The caption, without its background, without its colour, and with its shape alone."""
     scene = parse(caption)
@@ -180,7 +132,7 @@ def train_denoiser(pipe: StableDiffusionPipeline, config: Config, generator: tor
     Returns:
         The mean loss of the last hundred steps.
     """
-    latents, places = encode_pictures(pipe.vae, config.pictures, generator)
+    latents, places = encode_pictures(pipe.vae, SOURCE, config.pictures, generator)
     captions = [*(text for caption in TRAIN for text in shorter(caption)), ""]
     tokens = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
     parameters = [*pipe.unet.parameters(), *pipe.text_encoder.parameters()]
@@ -269,7 +221,7 @@ def pretrain(config: Config) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    error = train_vae(pipe.vae, config.vae_steps, generator)
+    error = train_vae(pipe.vae, SOURCE, config.vae_steps, generator)
     pipe.vae.requires_grad_(False)
     generator.manual_seed(config.seed + 1)
     loss = train_denoiser(pipe, config, generator)

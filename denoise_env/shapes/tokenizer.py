@@ -1,10 +1,10 @@
-"""A CLIP tokenizer with a small byte-pair vocabulary of its own."""
+"""Small tokenizers of the embedded world: CLIP's byte pairs and T5's words."""
 
 import json
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 MAX_LENGTH = 16
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -28,3 +28,17 @@ def build_tokenizer(corpus: Iterable[str], max_length: int = MAX_LENGTH) -> CLIP
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(pair) for pair in merges), BOS, EOS]
     return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges, model_max_length=max_length)
+
+
+def build_t5_tokenizer(corpus: Iterable[str], max_length: int = MAX_LENGTH) -> T5Tokenizer:
+    """A T5 tokenizer whose pieces are the corpus' words, and for all others single bytes' characters.
+
+    Args:
+        corpus: the texts that the words are of.
+        max_length: tokens of a padded prompt, the special one included.
+    """
+    words = sorted({word for text in corpus for word in text.lower().split()})
+    letters = sorted({*pre_tokenizers.ByteLevel.alphabet(), *"".join(words)})
+    scored = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0), ("▁", -10.0)]
+    scored += [(f"▁{word}", -1.0) for word in words] + [(letter, -10.0) for letter in letters]
+    return T5Tokenizer(vocab=scored, extra_ids=0, model_max_length=max_length)

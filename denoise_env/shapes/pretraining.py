@@ -1,0 +1,70 @@
+"""What the embedded world's pretraining scripts share: pictures to learn from, the autoencoder, an optimiser step."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import OneCycleLR
+
+from denoise_env.progress import progress
+
+
+@dataclass(frozen=True)
+class Source:
+    """Captions, and a renderer (captions, generator) → ``[n, 3, 32, 32]`` in [0, 1]."""
+
+    captions: Sequence[str]
+    render: Callable[[Sequence[str], torch.Generator], Tensor]
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Render n random captions.
+
+        Returns:
+            Pictures ``[n, 3, 32, 32]`` in [-1, 1], and ``[n]`` places among the captions.
+        """
+        index = torch.randint(len(self.captions), (n,), generator=generator)
+        return self.render([self.captions[i] for i in index.tolist()], generator) * 2 - 1, index
+
+
+def train_vae(vae: AutoencoderKL, source: Source, steps: int, generator: torch.Generator) -> float:
+    """Fit the autoencoder by squared error with a slight pull to a normal prior; returns the last error."""
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
+    schedule = OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    error = torch.zeros(())
+    for _ in (bar := progress(range(steps), desc="autoencoder")):
+        pictures, _ = source.draw(16, generator)
+        posterior = vae.encode(pictures).latent_dist
+        error = F.mse_loss(vae.decode(posterior.sample(generator)).sample, pictures)
+        loss = error + 1e-6 * posterior.kl().mean()
+        step(loss, optimizer, schedule, vae.parameters())
+        bar.set_postfix_str(f"error {error.item():.4f}", refresh=False)
+    return error.item()
+
+
+def step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: OneCycleLR, parameters: Iterable[Tensor]) -> None:
+    """One clipped optimiser step."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    schedule.step()
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, source: Source, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Latents of n rendered pictures, scaled to unit standard deviation; sets the scaling factor.
+
+    Returns:
+        Latents ``[n, channels, 8, 8]`` and ``[n]`` places among the source's captions.
+    """
+    latents, places = [], []
+    for start in progress(range(0, n, 250), desc="latents"):
+        pictures, index = source.draw(min(250, n - start), generator)
+        latents.append(vae.encode(pictures).latent_dist.sample(generator))
+        places.append(index)
+    stacked = torch.cat(latents)
+    vae.register_to_config(scaling_factor=round(1 / stacked.std().item(), 5))
+    return stacked * vae.config.scaling_factor, torch.cat(places)
