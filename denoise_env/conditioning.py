@@ -231,7 +231,7 @@ class _Files:
             raise ValueError(f"the conditioning cache {self.directory} cannot be used: {error!r}") from error
         if found != self._checkpoint:
             raise ValueError(
-                f"the conditioning cache {self.directory} was made by another checkpoint or in another precision: "
+                f"the conditioning cache {self.directory} was made by another checkpoint, precision or length: "
                 "choose another directory for this one"
             )
 
@@ -280,12 +280,12 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def fingerprint(model: DenoisingModel) -> str:
-    """What tells the conditioning of one checkpoint from that of another: a digest of its encoders, and the dtype.
+    """What tells the conditioning of one checkpoint from that of another: a digest of its encoders, dtype and length.
 
     Of every parameter its name, shape and up to 64 entries are read, so that billions of them take well under a
     second.
     """
-    digest = hashlib.sha256(f"{type(model).__name__} {model.dtype}".encode())
+    digest = hashlib.sha256(f"{type(model).__name__} {model.dtype} {model.longest}".encode())
     for name, encoder in model.encoders().items():
         for key, tensor in encoder.state_dict().items():
             digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +16,14 @@ FAMILIES = (
     "denoise_env.models.points:FAMILY",
     "denoise_env.models.stable_diffusion:FAMILY",
     "denoise_env.models.flux:FAMILY",
+    "denoise_env.models.stable_diffusion_3:FAMILY",
+    "denoise_env.models.stable_diffusion_xl:FAMILY",
+    "denoise_env.models.flux2:FAMILY",
+    "denoise_env.models.qwen_image:FAMILY",
+    "denoise_env.models.z_image:FAMILY",
 )
 """Where the families' records are; a new family is a file and a line here."""
+INDEX = "model_index.json"
 
 
 def families() -> list[Family]:
@@ -47,6 +53,10 @@ def find_family(model: str) -> tuple[Family, str | None, dict[str, Any]]:
         family = load_attribute(target, "model family")
         if not isinstance(family, Family):
             raise ValueError(f"{target!r} must be a denoise_env.models.Family, not {type(family).__name__}")
+        indexed = checkpoint and (Path(checkpoint) / INDEX).is_file()
+        if indexed and family.classes and (name := _class_of(checkpoint)) not in family.classes:
+            other = _recognise(checkpoint).name
+            raise ValueError(f"{checkpoint!r} holds a {name}, which is of the family {other}, not {family.name}")
         return family, checkpoint or None, {}
     raise ValueError(
         f"unknown model {model!r}; {suggest(model, WORLDS)} Or give the directory or hub id of a checkpoint."
@@ -54,31 +64,36 @@ def find_family(model: str) -> tuple[Family, str | None, dict[str, Any]]:
 
 
 def _recognise(checkpoint: str) -> Family:
-    path = Path(checkpoint)
-    index = path / "model_index.json"
-    if not path.is_dir():
-        from huggingface_hub import hf_hub_download
-
-        try:
-            index = Path(hf_hub_download(checkpoint, index.name))
-        except Exception as error:  # the hub's client raises many kinds, network errors of its libraries among them
-            raise ValueError(
-                f"cannot find {checkpoint!r} on the hub ({type(error).__name__}): check the name and the connection, "
-                "or give the directory of a downloaded checkpoint"
-            ) from error
-    elif (path / "pytorch_lora_weights.safetensors").is_file() and not index.is_file():
-        raise ValueError(f"{checkpoint!r} holds LoRA weights: give the model that they adapt, and --model.lora {path}")
-    try:
-        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except FileNotFoundError:
-        raise ValueError(f"{checkpoint!r} is no checkpoint: there is no model_index.json in it") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the model_index.json of {checkpoint!r} cannot be read: {error!r}") from error
+    name = _class_of(checkpoint)
     for family in families():
         if name in family.classes:
             return family
     known = {cls: family.name for family in families() for cls in family.classes}
     raise ValueError(f"{checkpoint!r} holds a {name}, which no family claims; there are {known}")
+
+
+def _class_of(checkpoint: str) -> str:
+    """The ``_class_name`` in a checkpoint's ``model_index.json``."""
+    path = Path(checkpoint)
+    index = path / INDEX
+    if not path.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            index = Path(hf_hub_download(checkpoint, INDEX))
+        except Exception as error:  # the hub's client raises many kinds, network errors of its libraries among them
+            raise ValueError(
+                f"cannot find {checkpoint!r} on the hub ({type(error).__name__}): check the name and the connection, "
+                "or give the directory of a downloaded checkpoint (--model DIRECTORY)"
+            ) from error
+    elif (path / "pytorch_lora_weights.safetensors").is_file() and not index.is_file():
+        raise ValueError(f"{checkpoint!r} holds LoRA weights: give the model that they adapt, and --model.lora {path}")
+    try:
+        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except FileNotFoundError:
+        raise ValueError(f"{checkpoint!r} is no checkpoint: there is no {INDEX} in it") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the {INDEX} of {checkpoint!r} cannot be read: {error!r}") from error
 
 
 def model_options(model: str, **changes: Any) -> ModelOptions:
@@ -87,9 +102,7 @@ def model_options(model: str, **changes: Any) -> ModelOptions:
     Raises:
         ValueError: no such model, or an option that its family lacks.
     """
-    family, _, options = find_family(model)
-    check_options(family.options, changes)
-    return family.options(**{**options, **changes})
+    return _chosen(model, None, changes)[2]
 
 
 def check_options(options: type[ModelOptions], names: Iterable[str]) -> None:
@@ -114,8 +127,21 @@ def load_model(
     Raises:
         ValueError: no such model, an option that its family lacks, or a checkpoint that cannot be loaded.
     """
-    family, checkpoint, _ = find_family(model)
-    return family.load(checkpoint, options or model_options(model, **changes), device)
+    family, checkpoint, options = _chosen(model, options, changes)
+    return family.load(checkpoint, options, device)
+
+
+def _chosen(
+    model: str, options: ModelOptions | None, changes: Mapping[str, Any]
+) -> tuple[Family, str | None, ModelOptions]:
+    """A model's family, checkpoint and options; a ``ValueError`` where these are another family's."""
+    family, checkpoint, own = find_family(model)
+    if options is None:
+        check_options(family.options, changes)
+        options = family.options(**{**own, **changes})
+    elif not isinstance(options, family.options):
+        raise ValueError(f"{model!r} is of the family {family.name}, and the options given are of {options.family}")
+    return family, checkpoint, options
 
 
 def outline(model: str, options: ModelOptions | None = None) -> DenoisingModel:
@@ -128,8 +154,7 @@ def outline(model: str, options: ModelOptions | None = None) -> DenoisingModel:
     Raises:
         ValueError: no such model, or a configuration that cannot be read.
     """
-    family, checkpoint, _ = find_family(model)
-    options = options or model_options(model)
+    family, checkpoint, options = _chosen(model, options, {})
     return family.outline(checkpoint, options) if family.outline else family.load(checkpoint, options, "cpu")
 
 

@@ -75,8 +75,8 @@ class DenoisingModel(ABC):
         masks: entry of the conditioning → its mask. Such an entry is a sequence ``[P, L, ...]`` with mask ``[P, L]``
             bool, True first: it is kept without its padding, and padded to the longest of every batch. Entries
             without a mask have one fixed shape: their padding is attended to.
-        longest: how many tokens a masked entry has at most. A compiled model pads to it, so that its network sees one
-            shape.
+        longest: how many tokens of a prompt are read at most, where that is a setting. A compiled model pads masked
+            entries to it, so that its network sees one shape.
         portrait_size: how many samples one `portrait` shows; 0 where samples are looked at one by one (`render`).
     """
 

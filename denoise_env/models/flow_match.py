@@ -8,7 +8,7 @@ from torch import Tensor
 
 from denoise_env.arguments import number
 from denoise_env.models.pipeline import PipelineOptions
-from denoise_env.schedules import Schedule
+from denoise_env.schedules import Schedule, check_num_steps
 
 ScheduleName = Literal["pipeline", "linspace"]
 
@@ -54,14 +54,21 @@ def flow_schedule(
         timestep_scale: the network is told σ times this.
 
     Raises:
-        ValueError: fewer than 1 step, or levels that do not make a `Schedule`.
+        ValueError: fewer than 1 step, or than 2 where the levels end at one of the checkpoint's own above 0; or levels
+            that do not make a `Schedule`.
     """
+    check_num_steps(num_steps)
     if options.schedule == "linspace":
         return Schedule.flow(num_steps, 3.0 if options.shift is None else options.shift, timestep_scale)
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     changes = {} if options.shift is None else {"shift": options.shift, "use_dynamic_shifting": False}
     own = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **changes)
+    if own.config.shift_terminal and num_steps == 1:
+        raise ValueError(
+            f"num_steps must be at least 2, not 1: this checkpoint's last step starts at {own.config.shift_terminal:g} "
+            'and its first at 1; or choose schedule="linspace"'
+        )
     given = dict(settings or {})
     if not own.config.use_dynamic_shifting:
         given.pop("mu", None)
@@ -70,6 +77,20 @@ def flow_schedule(
     else:
         own.set_timesteps(sigmas=list(sigmas), **given)
     return Schedule.from_sigmas(own.sigmas.double(), timestep_scale=timestep_scale)
+
+
+def shifted_by_length(scheduler: Any, options: FlowOptions, num_steps: int, tokens: int) -> Schedule:
+    """As in `flow_schedule`: the straight grid 1, 1 − 1/K, …, 1/K, shifted by m = exp(μ), and 0.
+
+    FLUX.1's pipeline has it so, and those made after it. μ is linear in the number of image ``tokens``, by the
+    scheduler's configuration; a scheduler with a shift of its own has that instead. The network is told σ.
+    """
+    check_num_steps(num_steps)
+    defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    shortest, longest, low, high = ({**defaults, **scheduler.config}[name] for name in defaults)
+    mu = low + (tokens - shortest) * (high - low) / (longest - shortest)
+    sigmas = [(num_steps - k) / num_steps for k in range(num_steps)]
+    return flow_schedule(scheduler, options, num_steps, sigmas=sigmas, settings={"mu": mu})
 
 
 def pack(latents: Tensor) -> Tensor:

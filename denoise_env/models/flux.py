@@ -4,18 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from denoise_env.arguments import integer, number
 from denoise_env.models.base import Family
-from denoise_env.models.flow_match import FlowOptions, check_schedule, flow_schedule, pack, unpack
+from denoise_env.models.flow_match import FlowOptions, check_schedule, pack, shifted_by_length, unpack
 from denoise_env.models.guidance import GuidedModel
 from denoise_env.models.pipeline import quiet
 from denoise_env.prompts import Prompt
-from denoise_env.schedules import Schedule, check_num_steps
+from denoise_env.schedules import Schedule
 
 LONGEST = 512
 
@@ -58,7 +57,7 @@ class Flux(GuidedModel):
     def __init__(self, pipeline: Any, options: Any = None, device: str | torch.device = "cpu") -> None:
         options = options or FluxOptions()
         check_schedule(options)
-        integer(options.max_sequence_length, "max_sequence_length", 1, LONGEST)
+        self.longest = integer(options.max_sequence_length, "max_sequence_length", 1, LONGEST)
         number(options.guidance_scale, "guidance_scale", at_least=0)
         number(options.true_cfg_scale, "true_cfg_scale", at_least=1)
         self.distilled = bool(pipeline.transformer.config.guidance_embeds)
@@ -77,14 +76,7 @@ class Flux(GuidedModel):
 
     def schedule(self, num_steps: int) -> Schedule:
         """As in `DenoisingModel.schedule`; the network is told σ."""
-        check_num_steps(num_steps)
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-        defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-        config = {**defaults, **self.pipeline.scheduler.config}
-        mu = calculate_shift(len(self._image_ids), *(config[name] for name in defaults))
-        sigmas = np.linspace(1.0, 1 / num_steps, num_steps).tolist()
-        return flow_schedule(self.pipeline.scheduler, self.options, num_steps, sigmas=sigmas, settings={"mu": mu})
+        return shifted_by_length(self.pipeline.scheduler, self.options, num_steps, len(self._image_ids))
 
     def check_prompt(self, prompt: Prompt) -> None:
         """As in `DenoisingModel.check_prompt`; a negative text needs ``true_cfg_scale``."""

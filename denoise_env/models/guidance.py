@@ -9,7 +9,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from denoise_env.arguments import number
 from denoise_env.models.pipeline import PipelineModel
 from denoise_env.prompts import Prompt
 
@@ -30,6 +32,11 @@ class GuidedModel(PipelineModel):
 
     default_negative: ClassVar[str] = ""
     entries: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
+
+    def guide_by(self, scale: float) -> None:
+        """Set the scale w of classifier-free guidance, 1 for none; a ``ValueError`` below."""
+        self.guidance_scale = number(scale, "guidance_scale", at_least=1)
+        self.rows_per_sample = 1 if scale == 1 else 2
 
     @cached_property
     def _unconditional(self) -> dict[str, Tensor]:
@@ -87,17 +94,33 @@ class GuidedModel(PipelineModel):
         """The output at ``scale``, or without guidance where it is ``None``; both halves are ``told [B]`` the same."""
         told = told or {}
         timestep = timestep.to(latents.device).expand(len(latents))
-        positive = {name: conditioning[name] for name in self.entries}
         if scale is None:
+            positive = {name: conditioning[name] for name in self.entries}
             with self.autocast():
                 return self.call(latents, timestep, {**positive, **told})
-        negative = self._negative(conditioning, len(latents))
-        both = {name: _joined(negative[name], positive[name]) for name in self.entries}
-        both |= {name: torch.cat([tensor, tensor]) for name, tensor in told.items()}
+        both = {**self._halves(conditioning), **{name: torch.cat([tensor, tensor]) for name, tensor in told.items()}}
         with self.autocast():
             output = self.call(torch.cat([latents, latents]), torch.cat([timestep, timestep]), both)
         unconditional, conditional = output.float().chunk(2)
         return self.combine(unconditional, conditional, scale)
+
+    @cached_property
+    def _kept_halves(self) -> WeakTensorKeyDictionary:
+        return WeakTensorKeyDictionary()
+
+    def _halves(self, conditioning: TensorDict) -> dict[str, Tensor]:
+        """The entries of both halves, joined once for all the steps that are taken with the same conditioning."""
+        first, *others = (
+            conditioning[name]
+            for name in conditioning.keys()  # noqa: SIM118
+            if name.removeprefix(NEGATIVE) in self.entries
+        )
+        kept = self._kept_halves.get(first)
+        if kept is None or [id(other) for other in kept[0]] != [id(other) for other in others]:
+            negative = self._negative(conditioning, len(first))
+            joined = {name: _joined(negative[name], conditioning[name]) for name in self.entries}
+            self._kept_halves[first] = kept = others, joined
+        return kept[1]
 
     def _negative(self, conditioning: TensorDict, rows: int) -> dict[str, Tensor]:
         if f"{NEGATIVE}{self.entries[0]}" in conditioning.keys():  # noqa: SIM118

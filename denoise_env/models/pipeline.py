@@ -5,6 +5,7 @@ import importlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -55,15 +56,25 @@ class PipelineModel(DenoisingModel):
         options: the family's options.
         device: where the network and the VAE live; encoders come there while they encode.
 
+    Attributes:
+        title: the family's name in messages.
+        pipeline_class: the pipeline's class in diffusers; or several, of which the checkpoint's ``model_index.json``
+            names one.
+        network_name: the pipeline's part that is the network.
+        encoder_names: its parts that read prompts.
+        lora_targets: the modules that get adapters, by the ends of their names or by one regular expression.
+        pipeline_arguments: what the pipeline is made with beside its parts.
+
     Raises:
         ValueError: an option out of range, or one that this network does not have.
     """
 
     title: ClassVar[str]
-    pipeline_class: ClassVar[str]
+    pipeline_class: ClassVar[str | tuple[str, ...]]
     network_name: ClassVar[str] = "transformer"
     encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
-    lora_targets: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
+    optional_encoders: ClassVar[tuple[str, ...]] = ()
+    lora_targets: ClassVar[list[str] | str] = ["to_q", "to_k", "to_v", "to_out.0"]
     pipeline_arguments: ClassVar[Mapping[str, Any]] = {}
     network: Any
 
@@ -84,7 +95,10 @@ class PipelineModel(DenoisingModel):
             for frozen in self.frozen().values():
                 frozen.requires_grad_(False).to(self.dtype).eval()
             pipeline.vae.to(device)
-            self.network = getattr(pipeline, self.network_name).to(device).eval()
+            self.network = getattr(pipeline, self.network_name).eval()
+            if options.lora or options.lora_rank:
+                self.network.requires_grad_(False).to(self.dtype)  # first: the device need not hold it in float32
+            self.network.to(device)
             if options.lora or options.lora_rank:
                 self._adapt(options)
             self._save_memory(options)
@@ -96,19 +110,23 @@ class PipelineModel(DenoisingModel):
         It is read as data: weights from safetensors alone, and parts of diffusers' and transformers' own classes.
 
         Raises:
-            ValueError: nothing that can be loaded is there, or it would run code.
+            ValueError: nothing that can be loaded is there, it would run code, or an option does not fit it. Whatever
+                the configuration files can tell is told before any weights are read.
         """
         assert checkpoint is not None
-        with quiet():
-            import diffusers
-
-            kind = getattr(diffusers, cls.pipeline_class)
+        cls.outline(checkpoint, options)
         local = Path(checkpoint).is_dir()
+        dtype = DTYPES[options.dtype]
+        dtypes = {"default": dtype, cls.network_name: dtype if options.lora or options.lora_rank else torch.float32}
         try:
             with quiet():
-                cls._check_parts(checkpoint, kind.load_config(checkpoint, local_files_only=local))
+                kind, index = cls._read_index(checkpoint, local)
                 pipeline = kind.from_pretrained(
-                    checkpoint, local_files_only=local, use_safetensors=True, **cls.pipeline_arguments
+                    checkpoint,
+                    local_files_only=local,
+                    use_safetensors=True,
+                    torch_dtype=dtypes,
+                    **cls._arguments(cls._check_parts(checkpoint, index)),
                 )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as error:
             raise ValueError(f"cannot load a {cls.title} checkpoint from {checkpoint!r}: {error}") from error
@@ -120,17 +138,18 @@ class PipelineModel(DenoisingModel):
         """The model on the meta device, from the checkpoint's configuration files alone: shapes, no weights.
 
         Raises:
-            ValueError: a configuration cannot be read.
+            ValueError: a configuration cannot be read, is of another class or would run code, or an option does not
+                fit it.
         """
         assert checkpoint is not None
-        with quiet():
-            import diffusers
-
-            kind = getattr(diffusers, cls.pipeline_class)
-        parts = dict(cls.pipeline_arguments)
         try:
             with quiet():
-                for name, entry in cls._check_parts(checkpoint, kind.load_config(checkpoint)).items():
+                kind, index = cls._read_index(checkpoint)
+                found = cls._check_parts(checkpoint, index)
+                plain = {name for name, value in index.items() if isinstance(value, int | float | str)}
+                parts = {name: index[name] for name in plain & signature(kind).parameters.keys()}
+                parts |= cls._arguments(found)
+                for name, entry in found.items():
                     if name in parts:
                         continue
                     part = getattr(importlib.import_module(entry[0]), entry[1])
@@ -141,25 +160,47 @@ class PipelineModel(DenoisingModel):
                         if entry[0] == "diffusers":
                             module = part.from_config(part.load_config(checkpoint, subfolder=name))
                         else:
-                            module = part(part.config_class.from_pretrained(checkpoint, subfolder=name))
+                            # Other attention asks its mask whether all is attended to, which has no answer on meta.
+                            settings = {"subfolder": name, "attn_implementation": "eager"}
+                            module = part(part.config_class.from_pretrained(checkpoint, **settings))
                     parts.setdefault(name, module)
                 pipeline = kind(**parts)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise ValueError(f"cannot read the {cls.title} checkpoint {checkpoint!r}: {error}") from error
+            raise ValueError(f"cannot load a {cls.title} checkpoint from {checkpoint!r}: {error}") from error
         options = type(options)(**{**vars(options), "lora": None})
         return cls(pipeline, options, "meta")
+
+    @classmethod
+    def _read_index(cls, checkpoint: str, local: bool = False) -> tuple[Any, dict[str, Any]]:
+        """The pipeline's class in diffusers, and the checkpoint's ``model_index.json``."""
+        import diffusers
+
+        index = diffusers.DiffusionPipeline.load_config(checkpoint, local_files_only=local)
+        name = cls.pipeline_class
+        if not isinstance(name, str):
+            if index.get("_class_name") not in name:
+                raise ValueError(f"it holds a {index.get('_class_name')}, not one of {list(name)}")
+            name = index["_class_name"]
+        return getattr(diffusers, name), index
 
     @classmethod
     def _check_parts(cls, checkpoint: str, index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
         parts = check_parts(checkpoint, index)
         for name in cls.encoder_names:
-            if name not in parts:
+            if name not in parts and name not in cls.optional_encoders:
                 raise ValueError(f"it has no {name}, which reads the prompts")
         return parts
 
+    @classmethod
+    def _arguments(cls, found: Mapping[str, Any]) -> dict[str, Any]:
+        """What the pipeline is given instead of parts of the checkpoint: ``None`` where it lacks an encoder."""
+        absent = [name for name in cls.optional_encoders if name not in found]
+        absent += [name.replace("text_encoder", "tokenizer") for name in absent]
+        return {**cls.pipeline_arguments, **dict.fromkeys(absent)}
+
     def encoders(self) -> dict[str, nn.Module]:
         """As in `DenoisingModel.encoders`."""
-        return {name: getattr(self.pipeline, name) for name in self.encoder_names}
+        return {name: part for name in self.encoder_names if (part := getattr(self.pipeline, name)) is not None}
 
     def frozen(self) -> dict[str, nn.Module]:
         """As in `DenoisingModel.frozen`."""
@@ -169,7 +210,6 @@ class PipelineModel(DenoisingModel):
         from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
 
-        self.network.requires_grad_(False).to(self.dtype)
         if options.lora:
             try:
                 self.pipeline.load_lora_weights(options.lora, adapter_name="default", use_safetensors=True)

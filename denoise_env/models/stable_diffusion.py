@@ -8,7 +8,6 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from denoise_env.arguments import number
 from denoise_env.models.base import Family
 from denoise_env.models.guidance import GuidedModel
 from denoise_env.models.pipeline import PipelineOptions, quiet
@@ -40,10 +39,7 @@ class StableDiffusion(GuidedModel):
 
     def __init__(self, pipeline: Any, options: Any = None, device: str | torch.device = "cpu") -> None:
         options = options or StableDiffusionOptions()
-        if number(options.guidance_scale, "guidance_scale") < 1:
-            raise ValueError(f"guidance_scale must be at least 1 (no guidance), not {options.guidance_scale}")
-        self.guidance_scale = options.guidance_scale
-        self.rows_per_sample = 1 if options.guidance_scale == 1 else 2
+        self.guide_by(options.guidance_scale)
         self.prediction_type = pipeline.scheduler.config.prediction_type
         super().__init__(pipeline, options, device)
         factor, config = pipeline.vae_scale_factor, pipeline.unet.config

@@ -7,6 +7,7 @@ from typing import Any
 import pipelines
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
+from torch.nn.functional import pixel_unshuffle
 
 from denoise_env.models.flow_match import pack, unpack
 from denoise_env.shapes import WEIGHTS
@@ -47,6 +48,8 @@ class Case:
         size: height and width in pixels.
         step: height and width must be multiples of it.
         tolerance: of latents against the plain pipeline's.
+        negative: negative texts as the plain pipeline's arguments.
+        family: the family's name; default: the case's.
     """
 
     build: Callable[..., Any]
@@ -56,6 +59,8 @@ class Case:
     size: tuple[int, int] = (64, 48)
     step: int = 16
     tolerance: float = 1e-4
+    negative: Callable[[Any, list[str]], Mapping[str, Any]] = lambda pipeline, texts: {"negative_prompt": texts}
+    family: str | None = None
 
 
 def brightness(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
@@ -65,6 +70,16 @@ def brightness(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
 
 def stable_diffusion() -> Any:
     return StableDiffusionPipeline.from_pretrained(WEIGHTS, safety_checker=None, local_files_only=True)
+
+
+def normalised(latents: Tensor, height: int, width: int) -> Tensor:
+    """FLUX.2-klein's latents as the network sees them, of those that it gives to its VAE."""
+    std = (pipelines.FLUX2_VARIANCE + 1e-4).sqrt()
+    return (pixel_unshuffle(latents, 2) - pipelines.FLUX2_MEAN[:, None, None]) / std[:, None, None]
+
+
+def encoded_negative(pipeline: Any, texts: list[str]) -> Mapping[str, Any]:
+    return {"negative_prompt_embeds": pipeline.encode_prompt(texts, max_sequence_length=40)[0]}
 
 
 CASES: dict[str, Case] = {
@@ -96,6 +111,85 @@ CASES: dict[str, Case] = {
         },
         given=pack,
         returned=unpack,
+    ),
+    "stable-diffusion-3": Case(
+        pipelines.stable_diffusion_3,
+        {
+            "guided": Variant({"max_sequence_length": 16}, {"guidance_scale": 7.0, "max_sequence_length": 16}, rows=2),
+            "negative": Variant(
+                {"max_sequence_length": 16}, {"guidance_scale": 7.0, "max_sequence_length": 16}, "blurry", rows=2
+            ),
+            "plain": Variant(
+                {"guidance_scale": 1.0, "max_sequence_length": 16}, {"guidance_scale": 1.0, "max_sequence_length": 16}
+            ),
+        },
+    ),
+    "stable-diffusion-xl": Case(
+        pipelines.stable_diffusion_xl,
+        {
+            "guided": Variant({}, {"guidance_scale": 5.0}, rows=2),
+            "negative": Variant({}, {"guidance_scale": 5.0}, "blurry", rows=2),
+            "plain": Variant({"guidance_scale": 1.0}, {"guidance_scale": 1.0}),
+        },
+        step=8,
+    ),
+    "flux-2": Case(
+        pipelines.flux2_klein,
+        {
+            "klein": Variant({"max_sequence_length": 40}, {"max_sequence_length": 40}, rows=2),
+            "klein, negative": Variant(
+                {"max_sequence_length": 40, "guidance_scale": 2.5},
+                {"max_sequence_length": 40, "guidance_scale": 2.5},
+                "blurry",
+                rows=2,
+            ),
+            "klein, unguided": Variant(
+                {"max_sequence_length": 40, "guidance_scale": 1.0}, {"max_sequence_length": 40, "guidance_scale": 1.0}
+            ),
+            "klein, distilled": Variant(
+                {"max_sequence_length": 40}, {"max_sequence_length": 40}, pipeline={"is_distilled": True}
+            ),
+        },
+        returned=normalised,
+        negative=encoded_negative,
+    ),
+    "flux-2-dev": Case(
+        pipelines.flux2_dev,
+        {
+            "dev": Variant({"max_sequence_length": 64}, {"max_sequence_length": 64}),
+            "dev, told 1": Variant(
+                {"max_sequence_length": 64, "guidance_scale": 1.0}, {"max_sequence_length": 64, "guidance_scale": 1.0}
+            ),
+        },
+        returned=lambda tokens, height, width: tokens.mT.unflatten(2, (height, width)),
+        family="flux-2",
+    ),
+    "qwen-image": Case(
+        pipelines.qwen_image,
+        {
+            "guided": Variant({"guidance_scale": 4.0}, {"true_cfg_scale": 4.0, "negative_prompt": [" "] * 3}, rows=2),
+            "negative": Variant({"guidance_scale": 4.0}, {"true_cfg_scale": 4.0}, "blurry", rows=2),
+            "plain, cut": Variant({"guidance_scale": 1.0, "max_sequence_length": 8}, {"max_sequence_length": 8}),
+        },
+        given=pack,
+        returned=unpack,
+    ),
+    "z-image": Case(
+        pipelines.z_image,
+        {
+            "guided": Variant({"guidance_scale": 5.0}, {"guidance_scale": 5.0}, rows=2),
+            "negative": Variant({"guidance_scale": 5.0}, {"guidance_scale": 5.0}, "blurry", rows=2),
+            "normalised, truncated": Variant(
+                {"guidance_scale": 5.0, "cfg_normalization": 0.9, "cfg_truncation": 0.5},
+                {"guidance_scale": 5.0, "cfg_normalization": 0.9, "cfg_truncation": 0.5},
+                rows=2,
+            ),
+            "turbo, cut": Variant(
+                {"guidance_scale": 0.0, "max_sequence_length": 12},
+                {"guidance_scale": 0.0, "max_sequence_length": 12},
+                pipeline={"dynamic": False},
+            ),
+        },
     ),
 }
 """Name → case."""
