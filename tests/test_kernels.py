@@ -9,13 +9,12 @@ import math
 
 import pytest
 import torch
+from grids import F64, cosine, qwen, sd35, stable_diffusion, wan
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
 from denoise_env.kernels import CPS, DDIM, KERNELS, ODE, DanceSDE, FlowSDE, Kernel, Transition
 from denoise_env.schedules import Schedule
-
-F64 = torch.float64
 
 
 def column(*values: float) -> Tensor:
@@ -26,108 +25,8 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def stable_diffusion(num_steps: int = 50) -> Schedule:
-    """Scaled-linear betas, "leading" spacing with offset 1, set_alpha_to_one False."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=F64) ** 2
-    products = (1 - betas).cumprod(0)
-    timesteps = torch.arange(num_steps - 1, -1, -1) * (1000 // num_steps) + 1
-    return Schedule.diffusion(products, timesteps, products[0].item())
-
-
-def cosine(num_steps: int) -> Schedule:
-    """A diffusion for any number of steps: √ᾱ is a cosine from nearly 0 to 1."""
-    products = torch.cos(torch.linspace(0.98, 0, num_steps + 1, dtype=F64) * math.pi / 2) ** 2
-    return Schedule.diffusion(products[:-1].flip(0), torch.arange(num_steps - 1, -1, -1), 1.0)
-
-
 def flow_kernel(kernel: type[Kernel], num_steps: int, shift: float = 1, **options: object) -> Kernel:
     return kernel(Schedule.flow(num_steps, shift), "flow_prediction", **options)
-
-
-# --- Schedules ---
-
-
-def test_shifted_flow_sigmas() -> None:
-    first = [
-        1,
-        0.978261,
-        0.954545,
-        0.928571,
-        0.9,
-        0.868421,
-        0.833333,
-        0.794118,
-        0.75,
-        0.7,
-        0.642857,
-        0.576923,
-    ]
-    rest = [0.5, 0.409091, 0.3, 0.166667, 0]
-    assert Schedule.flow(16, 3).sigmas.tolist() == pytest.approx(first + rest, abs=1e-6)
-
-
-@pytest.mark.parametrize("schedule", [Schedule.flow(7, 2), stable_diffusion(), cosine(9)], ids=lambda s: s.path)
-def test_a_schedule_stays_on_its_path(schedule: Schedule) -> None:
-    a, s = schedule.alphas, schedule.sigmas
-    unit = a + s if schedule.path == "flow" else a**2 + s**2
-    torch.testing.assert_close(unit, torch.ones_like(unit), rtol=0, atol=1e-14)
-
-
-def shifted(u: Tensor, m: float) -> Tensor:
-    return m * u / (1 + (m - 1) * u)
-
-
-def sd35(num_steps: int, shift: float = 3.0) -> Tensor:
-    """What FlowMatchEuler visits where a pipeline gives it no sigmas: shifted twice, to its smallest σ and then 0."""
-    u = torch.linspace(1, shifted(torch.tensor(1e-3, dtype=F64), shift).item(), num_steps, dtype=F64)
-    return torch.cat([shifted(u, shift), torch.zeros(1, dtype=F64)])
-
-
-def qwen(num_steps: int, shift: float = 2.001, terminal: float = 0.02) -> Tensor:
-    """Qwen-Image's: shifted, 1 − σ stretched so that the last σ above 0 is ``terminal``, then 0."""
-    sigmas = shifted(torch.linspace(1, 1 / num_steps, num_steps, dtype=F64), shift)
-    stretched = 1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[-1])
-    return torch.cat([stretched, torch.zeros(1, dtype=F64)])
-
-
-def wan(num_steps: int, shift: float = 5.0) -> Tensor:
-    """Wan's as published: a first σ just below 1."""
-    sigmas = shifted(torch.linspace(1, 1e-3, num_steps + 1, dtype=F64)[:-1], shift)
-    sigmas[0] -= 1e-6
-    return torch.cat([sigmas, torch.zeros(1, dtype=F64)])
-
-
-@pytest.mark.parametrize("num_steps", [2, 10, 40])
-def test_explicit_sigmas_are_the_familys_own(num_steps: int) -> None:
-    schedule = Schedule.from_sigmas(sd35(num_steps), timestep_scale=1000)
-    assert schedule.num_steps == num_steps
-    assert schedule.path == "flow"
-    assert schedule.sigmas[-2].item() == pytest.approx(0.00893, abs=5e-6)  # shift 3, whatever K
-    assert schedule.timesteps[0] == 1000
-    assert schedule.timesteps.dtype == torch.float32
-    gap = (schedule.sigmas - Schedule.flow(num_steps, 3).sigmas).abs().max().item()
-    assert gap > 0.05
-    stretched = Schedule.from_sigmas(qwen(num_steps).tolist())  # a list does as well
-    assert stretched.sigmas[-2].item() == pytest.approx(0.02)
-    assert torch.equal(stretched.sigmas + stretched.alphas, torch.ones(num_steps + 1, dtype=F64))
-
-
-def test_explicit_sigmas_may_have_timesteps_of_their_own() -> None:
-    sigmas = wan(4)
-    schedule = Schedule.from_sigmas(sigmas, timesteps=(1000 * sigmas[:-1]).long())
-    assert schedule.timesteps.tolist()[0] == 999  # cut off, not rounded
-    assert schedule.timesteps.dtype == torch.int64
-    assert schedule.sigmas[0].item() == 1 - 1e-6
-    sigmas[0] = 0
-    assert schedule.sigmas[0].item() == 1 - 1e-6  # the caller's tensor stays the caller's
-
-
-def test_explicit_products_are_a_diffusion_with_timesteps_of_its_own() -> None:
-    whole = stable_diffusion(50)
-    again = Schedule.from_alphas_cumprod(whole.alphas**2, whole.timesteps + 0.25)
-    torch.testing.assert_close(again.alphas, whole.alphas, rtol=0, atol=1e-15)
-    torch.testing.assert_close(again.sigmas, whole.sigmas, rtol=0, atol=1e-12)
-    assert again.timesteps[0] == 981.25
 
 
 def test_pure_noise_at_the_start_is_read_where_the_output_tells_of_it() -> None:
@@ -138,18 +37,6 @@ def test_pure_noise_at_the_start_is_read_where_the_output_tells_of_it() -> None:
     torch.testing.assert_close(kernel.transition(x, v, 0).mean, -v * 0.3**0.5, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="'ddim' cannot read 'epsilon' on this schedule"):
         DDIM(schedule, "epsilon", 1.0)
-
-
-@pytest.mark.parametrize("shift", [0.05, 0.1, 0.3, 0.9, 1.1, 3.0, 7.0])
-def test_a_flow_begins_at_pure_noise_whatever_its_shift(shift: float) -> None:
-    schedule = Schedule.flow(10, shift)
-    assert schedule.sigmas[0] == 1
-    assert FlowSDE(schedule, "flow_prediction").stds.max() < 2
-
-
-def test_flow_timesteps_are_scaled_sigmas() -> None:
-    schedule = Schedule.flow(4, timestep_scale=1000)
-    assert schedule.timesteps.tolist() == [1000, 750, 500, 250]
 
 
 # --- Published numbers ---
@@ -198,11 +85,6 @@ def test_ddim_fixtures(timestep: int, mean: float, std: float, log_prob: float) 
     gaussian = DDIM(schedule, "epsilon", 1.0).transition(column(0.3), column(-0.7), step)
     got = [gaussian.mean.item(), gaussian.std.item(), gaussian.log_prob(column(0.25)).item()]
     assert got == pytest.approx([mean, std, log_prob], abs=1e-6)
-
-
-def test_stable_diffusion_table() -> None:
-    products = stable_diffusion().alphas[:2] ** 2
-    assert products.tolist() == pytest.approx([0.005775500139, 0.007281727141], abs=1e-12)
 
 
 # --- Published formulas ---
@@ -731,35 +613,6 @@ def test_a_deterministic_step_has_no_density(step: int | Tensor) -> None:
         (lambda: DDIM(cosine(4), "epsilon", 1.01), r"DDIM's eta must lie in \[0, 1\]"),
         (lambda: flow_kernel(ODE, 4, eta=0.1), "eta must be 0"),
         (lambda: flow_kernel(CPS, 4, last_step="euler"), "last_step must be"),
-        (lambda: Schedule.flow(0), "at least 1, not 0"),
-        (lambda: Schedule.flow(4, 0), "shift must be positive"),
-        (lambda: Schedule(torch.ones(2), torch.ones(2), torch.ones(2), "flow"), r"K \+ 1 alphas"),
-        (
-            lambda: Schedule(torch.ones(2), torch.ones(3), torch.tensor([1, 0.5, 0.5]), "flow"),
-            "decrease strictly",
-        ),
-        (lambda: Schedule.flow(4, math.inf), "shift must be a finite number, not inf"),
-        (lambda: Schedule(torch.ones(0), torch.ones(1), torch.zeros(1), "flow"), "at least 1, not 0"),
-        (
-            lambda: Schedule(torch.tensor([math.inf]), torch.tensor([0.0, 1]), torch.tensor([1.0, 0]), "flow"),
-            "timesteps",
-        ),
-        (lambda: Schedule(torch.ones(1), torch.tensor([0.5, 1]), torch.tensor([1.0, 0]), "flow"), r"α \+ σ must be 1"),
-        (
-            lambda: Schedule(torch.ones(1), torch.tensor([0.5, 1]), torch.tensor([0.5, 0]), "diffusion"),
-            "α² \\+ σ² must",
-        ),
-        (lambda: Schedule.from_sigmas([math.nan, 0.0]), r"sigmas must be finite numbers, not \[nan, 0.0\]"),
-        (lambda: Schedule.from_sigmas([1.0, 0.5, 0.02]), "sigmas must end at 0, not 0.02: append the 0"),
-        (lambda: Schedule.from_sigmas([1.0, 0.5, 0.5, 0.0]), "decrease strictly"),
-        (lambda: Schedule.from_sigmas([1.5, 0.5, 0.0]), r"lie in \[0, 1\]"),
-        (lambda: Schedule.from_sigmas([1.0, -0.5, 0.0]), r"lie in \[0, 1\]"),
-        (lambda: Schedule.from_sigmas([0.0]), "num_steps must be at least 1, not 0"),
-        (lambda: Schedule.from_sigmas([]), r"K \+ 1 alphas"),
-        (lambda: Schedule.from_sigmas([1.0, 0.5, 0.0], torch.ones(3)), r"K \+ 1 alphas"),
-        (lambda: Schedule.from_alphas_cumprod([0.5, math.nan], torch.ones(1)), "sigmas must be finite"),
-        (lambda: Schedule.from_alphas_cumprod([0.5, 1.1], torch.ones(1)), "finite"),
-        (lambda: Schedule.from_alphas_cumprod([0.5, 0.2], torch.ones(1)), "decrease strictly"),
         (
             lambda: flow_kernel(CPS, 4).transition(column(1), column(1), 0).log_prob(column(1), "max"),
             "reduction must",
