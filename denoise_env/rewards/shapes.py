@@ -1,12 +1,13 @@
 """Rewards of the embedded world: does the picture show what its caption says?"""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from denoise_env.rewards.base import score_captions
 from denoise_env.shapes.grammar import parse
 from denoise_env.shapes.verifier import Verifier
 
@@ -16,29 +17,13 @@ def _verifier(device: torch.device) -> Verifier:
     return Verifier().to(device)
 
 
-def _captioned(prompts: Sequence[str]) -> list[int]:
-    rows = []
-    for i, prompt in enumerate(prompts):
-        try:
-            parse(prompt)
-        except ValueError:
-            continue
-        rows.append(i)
-    return rows
-
-
 class ShapesReward:
     """The verifier's probability of the right caption, in [0, 1]; NaN where the prompt is no caption."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         """Score pictures ``[B, 3, H, W]`` in [0, 1]: ``[B]`` float32."""
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images need as many prompts, not {len(prompts)}.")
-        scores = torch.full((len(images),), torch.nan, device=images.device)
-        if rows := _captioned(prompts):
-            scores[rows] = self._score(_verifier(images.device), images[rows], [prompts[i] for i in rows])
-        return scores
+        return score_captions(images, prompts, parse, partial(self._score, _verifier(images.device)))
 
     def _score(self, verifier: Verifier, images: Tensor, captions: Sequence[str]) -> Tensor:
         return verifier.score(images, captions)

@@ -11,6 +11,21 @@ from denoise_env.shapes.grammar import BACKGROUNDS, COLOURS, SHAPES, parse
 from denoise_env.shapes.renderer import BASE_SIZE, mask_grid
 
 
+def resample(images: Tensor, like: Tensor) -> Tensor:
+    """Pictures as ``[B, 3, 32, 32]`` of another tensor's dtype and device; other sizes than 32 are averaged by area.
+
+    Raises:
+        ValueError: if the images are not floating ``[B, 3, H, W]``.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"images must be a floating tensor [B, 3, H, W] in [0, 1], "
+            f"not {images.dtype} of shape {list(images.shape)}."
+        )
+    x = images.to(like)
+    return x if x.shape[-2:] == (BASE_SIZE, BASE_SIZE) else F.interpolate(x, size=(BASE_SIZE, BASE_SIZE), mode="area")
+
+
 @dataclass(frozen=True)
 class Reading:
     """Posterior over what B pictures show.
@@ -85,15 +100,7 @@ class Verifier(nn.Module):
         Raises:
             ValueError: if the images are not floating ``[B, 3, H, W]``.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(
-                f"images must be a floating tensor [B, 3, H, W] in [0, 1], "
-                f"not {images.dtype} of shape {list(images.shape)}."
-            )
-        x = images.to(self.masks)
-        if x.shape[-2:] != (BASE_SIZE, BASE_SIZE):
-            x = F.interpolate(x, size=(BASE_SIZE, BASE_SIZE), mode="area")
-        x = x.flatten(2)
+        x = resample(images, self.masks).flatten(2)
         empty = (x[:, None] - self.backgrounds[:, :, None]).square().mean((2, 3))  # [B, 3]
         sums = x @ self.masks  # [B, rgb, M]
         excess = torch.baddbmm(self.offset[None], self.contrast.expand(len(x), -1, -1), sums, alpha=-2)
