@@ -15,7 +15,8 @@ FLUX = "black-forest-labs/FLUX.1-dev"
 
 _MEMORY: dict[str, Any] = {"dtype": "bf16", "gradient_checkpointing": True}
 _AT_512: dict[str, Any] = {"height": 512, "width": 512, **_MEMORY}
-_AT_720: dict[str, Any] = {"height": 720, "width": 720, "guidance_scale": 3.5, "shift": 3.0, **_MEMORY}
+_AT_720: dict[str, Any] = {"height": 720, "width": 720, **_MEMORY}
+_DANCE_GRID: dict[str, Any] = {"guidance_scale": 3.5, "schedule": "linspace", "shift": 3.0}
 _LORA: dict[str, Any] = {"lora_rank": 32, "lora_alpha": 64.0}
 _RUN: dict[str, Any] = {"microbatch": 8, "eval_images_per_prompt": 4}
 _DDIM: dict[str, Any] = {"num_steps": 50, "kernel": "ddim", "eta": 1.0, **_RUN}
@@ -35,7 +36,8 @@ def _sd35(description: str, agent: str, agent_options: dict, settings: dict, **c
 
 
 def _flux(description: str, agent: str, agent_options: dict, settings: dict, **changes: Any) -> Preset:
-    return Preset(description, FLUX, agent, agent_options, {**_RUN, **settings}, {**_AT_720, **changes}, "flux")
+    options = {**_DANCE_GRID, **_AT_720, **changes}
+    return Preset(description, FLUX, agent, agent_options, {**_RUN, "microbatch": 4, **settings}, options, "flux")
 
 
 _POPULATION: dict[str, Any] = {"std_form": "population", "std_epsilon": 1e-4}
@@ -71,6 +73,13 @@ _DANCE: dict[str, Any] = {
     "std_form": "unbiased",
     "std_epsilon": 1e-8,
 }
+_DANCE_FLUX: dict[str, Any] = {
+    **_DANCE,
+    "group_size": 12,
+    "updates_per_rollout": 2,
+    "timestep_fraction": 0.6,
+    "timestep_rounding": "int",
+}
 _MIX: dict[str, Any] = {
     **_DANCE,
     "group_size": 12,
@@ -101,8 +110,16 @@ PUBLISHED: dict[str, Preset] = {
     "dancegrpo-flux": _flux(
         "DanceGRPO on FLUX.1-dev: 16 steps of its SDE, groups of 12 from shared noise, every weight.",
         "grpo",
-        {**_DANCE, "group_size": 12, "updates_per_rollout": 2, "timestep_fraction": 0.6, "timestep_rounding": "int"},
+        _DANCE_FLUX,
         {"num_steps": 16, "kernel": "dance_sde", "eta": 0.3, "iterations": 300, "prompts_per_iteration": 16},
+    ),
+    "dancegrpo-flux-lora": _flux(
+        "DanceGRPO on FLUX.1-dev with LoRA: 12 steps of its SDE, groups of 12 from shared noise; one GPU of 80 GB.",
+        "grpo",
+        {**_DANCE_FLUX, "lr": 3e-4},
+        {"num_steps": 12, "kernel": "dance_sde", "eta": 0.3, "iterations": 301, "prompts_per_iteration": 16},
+        lora_rank=128,
+        lora_alpha=256.0,
     ),
     "flow-grpo": _sd35(
         "Flow-GRPO on Stable Diffusion 3.5 medium (GenEval): 10 noisy steps, a KL to the base model, LoRA.",
@@ -116,7 +133,7 @@ PUBLISHED: dict[str, Preset] = {
         "flow-grpo",
         {**_FLOW_GRPO, "kl_coef": 0.0},
         {**_NOISY_END, "num_steps": 6, "eval_num_steps": 28, "eta": 0.9},
-        {"guidance_scale": 3.5, "lora_rank": 64, "lora_alpha": 128.0, **_AT_512},
+        {"guidance_scale": 3.5, "max_sequence_length": 128, "lora_rank": 64, "lora_alpha": 128.0, **_AT_512},
         "flux",
     ),
     "flow-grpo-fast": _sd35(

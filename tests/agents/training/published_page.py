@@ -11,8 +11,10 @@ from agents.algorithms import find_agent
 from agents.training.config import TrainConfig
 from agents.training.presets import PRESETS
 from agents.training.presets.published import PUBLISHED
+from denoise_env.models import families
 from denoise_env.models.pipeline import PipelineOptions
 
+FAMILIES = {family.name: family.options for family in families()}
 HERE = Path(__file__).parent
 PAGE = HERE.parents[2] / "docs" / "published-settings.md"
 DATA = tomllib.loads((HERE / "published_settings.toml").read_text(encoding="utf-8"))
@@ -51,7 +53,7 @@ def effective(name):
     preset = PRESETS[name]
     agent = find_agent(preset.agent).config_type(**preset.agent_options)
     run = {f.name: f.default for f in dataclasses.fields(TrainConfig)} | preset.settings
-    model = vars(PipelineOptions()) | preset.model_options
+    model = vars(FAMILIES.get(preset.family, PipelineOptions)()) | preset.model_options
     return (
         {**run, "model": preset.model, "agent": preset.agent}
         | {f"model.{key}": value for key, value in model.items()}
