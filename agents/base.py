@@ -465,8 +465,16 @@ class Agent(ABC):
         return self.weights(self.average)
 
     def _learned(self) -> dict[str, Tensor]:
-        """All parameters that the optimizer may train, by name."""
-        return {**self.trained, **{f"modules.{name}": p for name, p in self.modules.named_parameters()}}
+        """The parameters that the optimizer trains, by name."""
+        trained = {p for group in self.optimizer.param_groups for p in group["params"]}
+        named = {**self.trained, **{f"modules.{name}": p for name, p in self.modules.named_parameters()}}
+        return {name: p for name, p in named.items() if p in trained}
+
+    def _adam(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The optimizer's state of a parameter; all zeros before its first step, as AdamW itself begins."""
+        if state := self.optimizer.state.get(parameter):
+            return state
+        return {"step": torch.zeros(()), **{key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}}
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs to continue, by name: whole tensors, even where the policy's are sharded."""
@@ -475,7 +483,7 @@ class Agent(ABC):
         for word, kept in self.kept.items():
             tensors |= {f"{word}.{name}": t for name, t in kept.items()}
         for name, p in self._learned().items():
-            tensors |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state.get(p, {}).items()}
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in self._adam(p).items()}
         return {name: whole(tensor) for name, tensor in tensors.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -498,8 +506,8 @@ class Agent(ABC):
         sets: dict[str, Mapping[str, Tensor]] = {"weights": self.trained, **self.kept}
         expected = {f"{word}.{name}": _form(t) for word, kept in sets.items() for name, t in kept.items()}
         expected |= {f"modules.{name}": _form(t) for name, t in self.modules.state_dict().items()}
-        for name in states.keys() & learned.keys():
-            like = _form(learned[name])
+        for name, p in learned.items():
+            like = _form(p)
             forms = {"step": (torch.Size(), torch.float32), "exp_avg": like, "exp_avg_sq": like}
             expected |= {f"optimizer.{name}.{key}": form for key, form in forms.items()}
         found = {name: _form(t) for name, t in tensors.items()}

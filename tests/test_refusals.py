@@ -267,6 +267,27 @@ def test_a_refused_call_changes_nothing(name, played, model):
     assert goes_on(face, played) == goes_on(twin, played)
 
 
+KNOWN = {
+    "a seed that Gymnasium refuses": ("Single", lambda f: f.env.reset(seed=[1])),
+    "group_size=True": ("Vector", lambda f: f.env.reset(seed=7, options={"group_size": True})),
+    "set_seed(-1) of TorchRL": ("TorchRL", lambda f: f.env.set_seed(-1)),
+    "seed of Stable-Baselines3": ("SB3", lambda f: f.env.seed(-1)),
+    "set_options of Stable-Baselines3": ("SB3", lambda f: f.env.set_options({"group_size": True})),
+}
+"""Calls that once were accepted, or were refused when something had changed already."""
+
+
+@pytest.mark.parametrize("what", KNOWN)
+def test_a_known_call_is_refused_and_changes_nothing(what, model):
+    name, call = KNOWN[what]
+    face, twin = prepared(name, model, 1), prepared(name, model, 1)
+    before = face.state()
+    with pytest.raises(ValueError, match=r"seed|group_size"):
+        call(face)
+    assert face.state() == before
+    assert goes_on(face, 1) == goes_on(twin, 1)
+
+
 @pytest.mark.parametrize(
     "name", [name for name in FACES if name not in ("SameStep", "NextStep", "ControlSameStep", "SB3")]
 )

@@ -140,6 +140,13 @@ def test_a_prompt_file_that_begins_with_a_dash_survives_its_configuration(here, 
     assert cli.main(["train", "--resume=-run", "--iterations", "2"]) == 0
 
 
+@pytest.mark.parametrize(("name", "encoding"), [("p.txt", "utf-16"), ("p.jsonl", "utf-16"), ("p.csv", "latin-1")])
+def test_a_prompt_file_that_does_not_decode(here, capsys, name, encoding):
+    (here / name).write_text("prompt\nfünf\n", encoding=encoding)
+    for flag in ("--prompts", "--eval-prompts"):
+        assert f"{name}, line" in refused(capsys, here, "train", *TINY, flag, name)
+
+
 def test_a_prompt_file_that_has_changed(here, capsys):
     (here / "p.txt").write_text("ring\nline\n")
     assert cli.main(["train", *TINY, "--prompts", "p.txt", "--eval-prompts", "points", "--output-dir", "run"]) == 0
