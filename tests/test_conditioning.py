@@ -121,9 +121,9 @@ def test_prompts_with_and_without_a_negative_text_are_encoded_apart(make_shapes)
     plain, negative = "a red circle on gray", Prompt("a red circle on gray", negative="a blue square on gray")
     store = mdp.conditioning
     both = store.rows(store.index([plain, negative, Prompt(plain, negative="")]))
-    assert torch.equal(both["negative_embeds"][0], both["negative_embeds"][2])
+    assert torch.equal(both["negative_prompt_embeds"][0], both["negative_prompt_embeds"][2])
     assert torch.equal(
-        both["negative_embeds"][1], store.rows(store.index(["a blue square on gray"]))["prompt_embeds"][0]
+        both["negative_prompt_embeds"][1], store.rows(store.index(["a blue square on gray"]))["prompt_embeds"][0]
     )
     latents = torch.randn(1, 4, 8, 8).expand(3, -1, -1, -1)
     output = mdp.model.predict(latents, mdp.schedule.timesteps[0], both)

@@ -121,13 +121,12 @@ class PipelineModel(DenoisingModel):
         try:
             with quiet():
                 kind, index = cls._read_index(checkpoint, local)
-                pipeline = kind.from_pretrained(
-                    checkpoint,
-                    local_files_only=local,
-                    use_safetensors=True,
-                    torch_dtype=dtypes,
-                    **cls._arguments(cls._check_parts(checkpoint, index)),
-                )
+                parts = cls._arguments(cls._check_parts(checkpoint, index))
+                with warnings.catch_warnings():  # older releases know the argument by no other name
+                    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
+                    pipeline = kind.from_pretrained(
+                        checkpoint, local_files_only=local, use_safetensors=True, torch_dtype=dtypes, **parts
+                    )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as error:
             raise ValueError(f"cannot load a {cls.title} checkpoint from {checkpoint!r}: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
