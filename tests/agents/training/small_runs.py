@@ -1,7 +1,6 @@
 """A small run on Points, and what makes two runs the same."""
 
 import csv
-import dataclasses
 
 import torch
 from safetensors.torch import load_file
@@ -21,19 +20,18 @@ TIMING = {"seconds", "images_per_second"}
 
 
 def small(**changes):
-    options = GRPOConfig(group_size=4, lr=1e-3, ema_decay=0.9, kl_coef=0.01)
-    base = TrainConfig(
-        model="points",
-        agent_options=options,
-        iterations=6,
-        prompts_per_iteration=2,
-        microbatch=None,
-        checkpoint_every=2,
-        eval_every=3,
-        eval_images_per_prompt=4,
-        num_steps=5,
-    )
-    return dataclasses.replace(base, **changes)
+    settings = {
+        "model": "points",
+        "agent_options": GRPOConfig(group_size=4, lr=1e-3, ema_decay=0.9, kl_coef=0.01),
+        "iterations": 6,
+        "prompts_per_iteration": 2,
+        "microbatch": None,
+        "checkpoint_every": 2,
+        "eval_every": 3,
+        "eval_images_per_prompt": 4,
+        "num_steps": 5,
+    }
+    return TrainConfig(**{**settings, **changes})
 
 
 def deterministic(path):
