@@ -1,6 +1,6 @@
 """Denoising with diffusion and flow models as a reinforcement-learning environment.
 
-Importing this registers ``denoise_env/Shapes-v0`` and ``denoise_env/Points-v0`` with Gymnasium and imports
+Importing this registers the worlds (``denoise_env/Shapes-v0``, …) with Gymnasium and imports
 nothing heavy; the names in ``__all__`` are loaded when they are first used.
 """
 
