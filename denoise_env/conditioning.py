@@ -87,9 +87,7 @@ class ConditioningStore:
     def check(self, prompts: Sequence[str | Prompt]) -> list[Prompt]:
         """The prompts, as `index` takes them; it raises the same ``ValueError``."""
         found = check_prompts(prompts, allow_empty="" in (self.model.vocabulary or ()))
-        for prompt in found:
-            if prompt not in self._places:
-                self.model.check_prompt(prompt)
+        self.model.check_prompts([prompt for prompt in dict.fromkeys(found) if prompt not in self._places])
         return found
 
     def rows(self, index: Tensor) -> TensorDict:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from agents.grpo import GRPO, GRPOConfig
 from agents.policy import DenoisingPolicy
 from agents.rollout import begin, collect, denoise
+from denoise_env.conditioning import ConditioningStore
 from denoise_env.kernels import DDIM, ODE
 from denoise_env.mdp import DenoisingMDP, row_generators
 from denoise_env.models import load_model
@@ -157,8 +159,23 @@ def test_lora_trains_only_its_adapters(make_shapes):
 def test_a_prompt_that_is_too_long_is_named_and_cut(make_shapes):
     model = make_shapes().model
     long = "a red circle on gray " * 10
-    with pytest.warns(UserWarning, match=r"reads 16 tokens.*cut off: 'a red circle on gray a red"):
-        assert model.encode([Prompt(long)])["prompt_embeds"].shape == (1, 16, model.network.config.cross_attention_dim)
+    with pytest.warns(UserWarning, match=r"reads 16 tokens.*cut off: 'a red circle on gray a red.*\(52\)"):
+        model.check_prompts([Prompt("a red circle"), Prompt(long)])
+    assert model.encode([Prompt(long)])["prompt_embeds"].shape == (1, 16, model.network.config.cross_attention_dim)
+
+
+def test_prompts_that_are_too_long_are_named_before_any_is_encoded(make_shapes):
+    """The first ten of them, once, negative texts too."""
+    store = ConditioningStore(make_shapes().model)
+    words = ["a", "red", "blue", "green", "on", "gray", "circle", "square", "cross"] * 2
+    prompts = [Prompt("red", negative=f"{'a red circle on gray ' * 4}{word} {i}") for i, word in enumerate(words)]
+    with pytest.warns(UserWarning, match=r"cut off: (.*\(2\d\)){10} and 8 more$") as caught:
+        store.index(prompts)
+    assert len(caught) == 1
+    assert store.encoded == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        store.index(prompts)
 
 
 @pytest.mark.parametrize(

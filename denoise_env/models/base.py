@@ -139,6 +139,11 @@ class DenoisingModel(ABC):
                 f"{prompt.text!r} has {len(prompt.images) or 'none'}"
             )
 
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """`check_prompt` for each; and a warning that names the prompts of which ``encode`` cuts the end off."""
+        for prompt in prompts:
+            self.check_prompt(prompt)
+
     def encoders(self) -> dict[str, nn.Module]:
         """The frozen modules that ``encode`` calls, by name.
 

@@ -1,5 +1,6 @@
 """FLUX.1: dev, schnell and what is derived from them."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +26,10 @@ class FluxOptions(FlowOptions):
 
     family = "flux"
 
-    guidance_scale: float = 3.5
+    guidance_scale: float | None = None
     """The scale that the network is told. FLUX.1-dev was distilled to be guided by it, with one row a sample; 1 is a
-    scale like any other. A network that was not distilled so (FLUX.1-schnell) is told nothing."""
+    scale like any other. A network that was not distilled so (FLUX.1-schnell) is told nothing. Default: 3.5 where it
+    was."""
     true_cfg_scale: float = 1.0
     """Scale w of classifier-free guidance beside the embedded one, un + w (cond − un), with the prompts' negative
     texts; 1 for none. It doubles the compute."""
@@ -58,10 +60,17 @@ class Flux(GuidedModel):
         options = options or FluxOptions()
         check_schedule(options)
         self.longest = integer(options.max_sequence_length, "max_sequence_length", 1, LONGEST)
-        number(options.guidance_scale, "guidance_scale", at_least=0)
         number(options.true_cfg_scale, "true_cfg_scale", at_least=1)
         self.distilled = bool(pipeline.transformer.config.guidance_embeds)
-        self.guidance_scale = options.guidance_scale if self.distilled else None
+        if self.distilled:
+            scale = 3.5 if options.guidance_scale is None else options.guidance_scale
+            self.guidance_scale = number(scale, "guidance_scale", at_least=0)
+        elif options.guidance_scale is not None:
+            warnings.warn(
+                f"this FLUX.1 was not distilled to be guided: guidance_scale={options.guidance_scale} has no effect. "
+                "true_cfg_scale guides it, at twice the compute",
+                stacklevel=2,
+            )
         self.rows_per_sample = self.rows_guided = 1 if options.true_cfg_scale == 1 else 2
         super().__init__(pipeline, options, device)
         trained, factor = pipeline.vae.config.sample_size, pipeline.vae_scale_factor
@@ -87,14 +96,17 @@ class Flux(GuidedModel):
             )
         super().check_prompt(prompt)
 
+    def count_tokens(self, texts: Sequence[str]) -> tuple[list[int], int]:
+        """As in `PipelineModel.count_tokens`; T5 reads more of them than CLIP."""
+        tokens = self.pipeline.tokenizer_2(list(texts)).input_ids
+        return [len(ids) for ids in tokens], self.options.max_sequence_length
+
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """``prompt_embeds [P, tokens, 4096]`` of T5 and ``pooled_prompt_embeds [P, 768]`` of CLIP."""
-        longest = self.options.max_sequence_length
-        self.warn_of_cut(texts, [len(ids) for ids in self.pipeline.tokenizer_2(list(texts)).input_ids], longest)
         with quiet():
             embeds, pooled, _ = self.pipeline.encode_prompt(
-                list(texts), None, device=self.device, max_sequence_length=longest
+                list(texts), None, device=self.device, max_sequence_length=self.options.max_sequence_length
             )
         return {"prompt_embeds": embeds.to(self.dtype), "pooled_prompt_embeds": pooled.to(self.dtype)}
 

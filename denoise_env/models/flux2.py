@@ -101,13 +101,12 @@ class Flux2(GuidedModel):
     def embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """``prompt_embeds [P, tokens, features]``: three layers of a language model's states, one after another."""
         longest = self.options.max_sequence_length
-        self.warn_of_cut(texts, self._lengths(texts), longest)
         with quiet():
             embeds, _ = self.pipeline.encode_prompt(list(texts), device=self.device, max_sequence_length=longest)
         return {"prompt_embeds": embeds.to(self.dtype)}
 
-    def _lengths(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text in the chat that the pipeline makes of it."""
+    def count_tokens(self, texts: Sequence[str]) -> tuple[list[int], int]:
+        """As in `PipelineModel.count_tokens`, in the chat that the pipeline makes of a text."""
         tokenizer = self.pipeline.tokenizer
         if self.klein:
             chats = [[{"role": "user", "content": text}] for text in texts]
@@ -118,7 +117,8 @@ class Flux2(GuidedModel):
             chats, settings = format_input(list(texts), self.pipeline.system_message), {}
         whole = tokenizer.apply_chat_template(chats, tokenize=False, **settings)
         tokenizer = tokenizer if self.klein else tokenizer.tokenizer
-        return [len(ids) for ids in tokenizer(whole, add_special_tokens=False).input_ids]
+        tokens = tokenizer(whole, add_special_tokens=False).input_ids
+        return [len(ids) for ids in tokens], self.options.max_sequence_length
 
     def pool(self, conditioning: TensorDict) -> Tensor:
         """The mean of the token features ``[B, features]``, padding included."""

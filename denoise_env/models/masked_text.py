@@ -31,7 +31,7 @@ class MaskedTextModel(GuidedModel):
 
     @abstractmethod
     def features(self, texts: Sequence[str]) -> list[Tensor]:
-        """The token features ``[L, E]`` of each text; a text with too many tokens is cut, with a warning."""
+        """The token features ``[L, E]`` of each text; a text with too many tokens is cut."""
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> dict[str, Tensor]:

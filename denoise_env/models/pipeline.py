@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 
 from denoise_env.arguments import MAX_SEED, boolean, integer, number
 from denoise_env.models.base import DenoisingModel, ModelOptions
+from denoise_env.prompts import Prompt
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+NAMED = 10
+"""The most prompts that a warning names."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -282,14 +286,23 @@ class PipelineModel(DenoisingModel):
             found.append(pixels // factor)
         return found[0], found[1]
 
-    def warn_of_cut(self, texts: Sequence[str], lengths: Sequence[int], limit: int) -> None:
-        """Warn of texts whose token ``lengths`` are beyond what the text encoder reads."""
-        for text, length in zip(texts, lengths, strict=True):
-            if length > limit:
-                warnings.warn(
-                    f"the text encoder reads {limit} tokens; the end of this prompt of {length} is cut off: {text!r}",
-                    stacklevel=3,
-                )
+    @abstractmethod
+    def count_tokens(self, texts: Sequence[str]) -> tuple[list[int], int]:
+        """How many tokens each text has, with the special ones around it; and how many of them are read at most."""
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """As in `DenoisingModel.check_prompts`."""
+        super().check_prompts(prompts)
+        texts = list(dict.fromkeys(text for p in prompts for text in (p.text, p.negative) if text is not None))
+        counts, limit = self.count_tokens(texts) if texts else ([], 0)
+        cut = [f"{text!r} ({count})" for text, count in zip(texts, counts, strict=True) if count > limit]
+        if cut:
+            more = f" and {len(cut) - NAMED} more" * (len(cut) > NAMED)
+            warnings.warn(
+                f"the text encoder reads {limit} tokens; of longer prompts the end is cut off: "
+                f"{', '.join(cut[:NAMED])}{more}",
+                stacklevel=2,
+            )
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which the network computes in its dtype."""

@@ -67,13 +67,16 @@ class QwenImage(MaskedTextModel):
         tokens = self.latent_shape[1] * self.latent_shape[2] // 4
         return shifted_by_length(self.pipeline.scheduler, self.options, num_steps, tokens)
 
-    def features(self, texts: Sequence[str]) -> list[Tensor]:
-        """Qwen2.5-VL's last hidden states ``[L, 3584]`` of each text in its template, without the template's start."""
+    def count_tokens(self, texts: Sequence[str]) -> tuple[list[int], int]:
+        """As in `PipelineModel.count_tokens`, without those of the template's start."""
         pipeline, start = self.pipeline, self.pipeline.prompt_template_encode_start_idx
         tokens = pipeline.tokenizer([pipeline.prompt_template_encode.format(text) for text in texts]).input_ids
-        self.warn_of_cut(texts, [len(ids) - start for ids in tokens], self.longest)
+        return [len(ids) - start for ids in tokens], self.longest
+
+    def features(self, texts: Sequence[str]) -> list[Tensor]:
+        """Qwen2.5-VL's last hidden states ``[L, 3584]`` of each text in its template, without the template's start."""
         with quiet():
-            embeds, mask = pipeline.encode_prompt(list(texts), self.device, max_sequence_length=self.longest)
+            embeds, mask = self.pipeline.encode_prompt(list(texts), self.device, max_sequence_length=self.longest)
         return list(embeds) if mask is None else [row[kept] for row, kept in zip(embeds, mask.bool(), strict=True)]
 
     def call(self, latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:

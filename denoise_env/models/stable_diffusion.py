@@ -56,11 +56,14 @@ class StableDiffusion(GuidedModel):
         scheduler.set_timesteps(num_steps)
         return Schedule.diffusion(scheduler.alphas_cumprod, scheduler.timesteps, float(scheduler.final_alpha_cumprod))
 
+    def count_tokens(self, texts: Sequence[str]) -> tuple[list[int], int]:
+        """As in `PipelineModel.count_tokens`."""
+        tokenizer = self.pipeline.tokenizer
+        return [len(ids) for ids in tokenizer(list(texts)).input_ids], tokenizer.model_max_length
+
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """``prompt_embeds [P, tokens, features]``."""
-        tokenizer = self.pipeline.tokenizer
-        self.warn_of_cut(texts, [len(ids) for ids in tokenizer(list(texts)).input_ids], tokenizer.model_max_length)
         with quiet():
             embeds, _ = self.pipeline.encode_prompt(
                 list(texts), self.device, num_images_per_prompt=1, do_classifier_free_guidance=False

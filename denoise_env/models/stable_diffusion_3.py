@@ -82,26 +82,25 @@ class StableDiffusion3(GuidedModel):
             settings["mu"] = calculate_shift(tokens, *(scheduler.config[name] for name in names))
         return flow_schedule(scheduler, self.options, num_steps, settings=settings, timestep_scale=1000)
 
-    @torch.no_grad()
-    def embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """``prompt_embeds [P, tokens, 4096]`` of both CLIPs, then T5; ``pooled_prompt_embeds [P, 2048]`` of the CLIPs.
-
-        A text is cut where T5 stops to read; without T5, where CLIP does.
-        """
-        pipeline, longest = self.pipeline, self.options.max_sequence_length
+    def count_tokens(self, texts: Sequence[str]) -> tuple[list[int], int]:
+        """As in `PipelineModel.count_tokens`: T5's, or without T5 CLIP's."""
+        pipeline, limit = self.pipeline, self.options.max_sequence_length
+        tokenizer = pipeline.tokenizer_3
         if pipeline.text_encoder_3 is None:
             tokenizer, limit = pipeline.tokenizer, pipeline.tokenizer_max_length
-        else:
-            tokenizer, limit = pipeline.tokenizer_3, longest
-        self.warn_of_cut(texts, [len(ids) for ids in tokenizer(list(texts)).input_ids], limit)
+        return [len(ids) for ids in tokenizer(list(texts)).input_ids], limit
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """``prompt_embeds [P, tokens, 4096]`` of both CLIPs, then T5; ``pooled_prompt_embeds [P, 2048]``."""
         with quiet():
-            embeds, _, pooled, _ = pipeline.encode_prompt(
+            embeds, _, pooled, _ = self.pipeline.encode_prompt(
                 list(texts),
                 None,
                 None,
                 device=self.device,
                 do_classifier_free_guidance=False,
-                max_sequence_length=longest,
+                max_sequence_length=self.options.max_sequence_length,
             )
         return {"prompt_embeds": embeds.to(self.dtype), "pooled_prompt_embeds": pooled.to(self.dtype)}
 

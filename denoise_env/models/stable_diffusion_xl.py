@@ -75,11 +75,14 @@ class StableDiffusionXL(GuidedModel):
         euler.set_timesteps(num_steps)
         return Schedule.from_alphas_cumprod(1 / (1 + euler.sigmas.double() ** 2), euler.timesteps)
 
+    def count_tokens(self, texts: Sequence[str]) -> tuple[list[int], int]:
+        """As in `PipelineModel.count_tokens`; the second encoder cuts at the same token."""
+        tokenizer = self.pipeline.tokenizer
+        return [len(ids) for ids in tokenizer(list(texts)).input_ids], tokenizer.model_max_length
+
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """``prompt_embeds [P, tokens, 2048]`` of both CLIPs and ``pooled_prompt_embeds [P, 1280]`` of the second."""
-        tokenizer = self.pipeline.tokenizer  # the second cuts at the same token
-        self.warn_of_cut(texts, [len(ids) for ids in tokenizer(list(texts)).input_ids], tokenizer.model_max_length)
         with quiet():
             embeds, _, pooled, _ = self.pipeline.encode_prompt(
                 list(texts), device=self.device, do_classifier_free_guidance=False

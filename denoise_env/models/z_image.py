@@ -72,14 +72,17 @@ class ZImage(MaskedTextModel):
         found = shifted_by_length(self.pipeline.scheduler, self.options, num_steps, tokens)
         return replace(found, timesteps=found.alphas[:-1].float())
 
-    def features(self, texts: Sequence[str]) -> list[Tensor]:
-        """Qwen3's hidden states before its last layer, ``[L, 2560]``, of each text in the chat template."""
+    def count_tokens(self, texts: Sequence[str]) -> tuple[list[int], int]:
+        """As in `PipelineModel.count_tokens`, in the chat template."""
         chats = [[{"role": "user", "content": text}] for text in texts]
         tokenizer = self.pipeline.tokenizer
         templated = tokenizer.apply_chat_template(
             chats, tokenize=False, add_generation_prompt=True, enable_thinking=True
         )
-        self.warn_of_cut(texts, [len(ids) for ids in tokenizer(templated).input_ids], self.longest)
+        return [len(ids) for ids in tokenizer(templated).input_ids], self.longest
+
+    def features(self, texts: Sequence[str]) -> list[Tensor]:
+        """Qwen3's hidden states before its last layer, ``[L, 2560]``, of each text in the chat template."""
         with quiet():  # the pipeline writes into the list that it is given
             found, _ = self.pipeline.encode_prompt(
                 list(texts), self.device, do_classifier_free_guidance=False, max_sequence_length=self.longest

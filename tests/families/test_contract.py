@@ -274,5 +274,7 @@ def test_a_missing_text_encoder_is_named(checkpoints, tmp_path, name):
 @pytest.mark.parametrize("name", CASES)
 def test_a_long_prompt_is_named_and_cut(load, name):
     long = "a red circle on gray " * 200
+    model = load(name)
     with pytest.warns(UserWarning, match="cut off: 'a red circle on gray a red"):
-        load(name).encode([Prompt(long)])
+        model.check_prompts([Prompt(long)])
+    assert model.encode([Prompt(long)]).batch_size == (1,)

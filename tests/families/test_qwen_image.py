@@ -115,9 +115,9 @@ def test_only_a_prompt_that_is_cut_is_named(load):
     fitting = load(NAME, max_sequence_length=9 + 5)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        rows_of(fitting, LONG)
-    with pytest.warns(UserWarning, match=f"reads 13 tokens; the end of this prompt of 14 is cut off: '{LONG}'"):
-        rows_of(load(NAME, max_sequence_length=13), SHORT, LONG)
+        fitting.check_prompts([Prompt(LONG)])
+    with pytest.warns(UserWarning, match=rf"reads 13 tokens; of longer prompts the end is cut off: '{LONG}' \(14\)$"):
+        load(NAME, max_sequence_length=13).check_prompts([Prompt(SHORT), Prompt(LONG)])
 
 
 def test_adapters_reach_the_text_stream(load):

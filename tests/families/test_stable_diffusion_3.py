@@ -28,7 +28,7 @@ def made(pipeline=None, **options):
 def cuts(model, text):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model.encode([Prompt(text)])
+        model.check_prompts([Prompt(text)])
     return [str(warning.message) for warning in caught if "cut off" in str(warning.message)]
 
 

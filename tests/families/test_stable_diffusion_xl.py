@@ -82,7 +82,7 @@ def test_both_encoders_are_saved_as_older_releases_read_them(tmp_path):
 def test_a_long_prompt_is_named_once():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        made().encode([Prompt("a red circle on gray " * 10), Prompt("blue")])
+        made().check_prompts([Prompt("a red circle on gray " * 10), Prompt("blue")])
     (found,) = [str(warning.message) for warning in caught if "cut off" in str(warning.message)]
     assert "reads 24 tokens" in found
 
