@@ -1,6 +1,7 @@
 """Step the denoising process by hand, through Gymnasium and through TorchRL.
 
     python examples/step_by_hand.py                   # the tiny Stable Diffusion
+    python examples/step_by_hand.py --env ShapesFlux-v0   # the tiny FLUX, a rectified flow
     python examples/step_by_hand.py --env Points-v0   # 2-D Gaussian mixtures
 
 The environment holds the state: latents, step, prompt. The policy proposes the next latents: a network, a
@@ -16,11 +17,11 @@ import torch
 
 import denoise_env  # noqa: F401 - registers the environments
 from agents.training.pictures import grid
-from denoise_env.kernels import DDIM
+from denoise_env.kernels import DDIM, DanceSDE
 from denoise_env.torchrl_env import DenoiseTorchRLEnv
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--env", default="Shapes-v0", choices=("Shapes-v0", "Points-v0"))
+parser.add_argument("--env", default="Shapes-v0", choices=("Shapes-v0", "ShapesFlux-v0", "Points-v0"))
 parser.add_argument("--rows", type=int, default=8, help="episodes side by side")
 parser.add_argument("--num-steps", type=int, default=10, help="denoising steps")
 parser.add_argument("--seed", type=int, default=0)
@@ -41,7 +42,8 @@ for i, prompt in enumerate(infos["prompt"]):
     print(f"row {i}: {prompt}")
 
 # 2. The policy's two halves: the model's network, and a Gaussian kernel on its noise schedule.
-kernel = DDIM(mdp.schedule, mdp.model.prediction_type, eta=1.0)
+kind = DDIM if mdp.schedule.path == "diffusion" else DanceSDE
+kernel = kind(mdp.schedule, mdp.model.prediction_type)
 generator = torch.Generator().manual_seed(options.seed)
 film = [torch.stack([torch.from_numpy(frame) for frame in env.render()])]
 
@@ -69,5 +71,5 @@ from agents.policy import DenoisingPolicy  # noqa: E402
 
 torchrl_env = DenoiseTorchRLEnv.from_mdp(mdp, num_envs=options.rows)
 torchrl_env.set_seed(options.seed)
-rollout = torchrl_env.rollout(options.num_steps, DenoisingPolicy(mdp, kernel="ddim", eta=1.0))
+rollout = torchrl_env.rollout(options.num_steps, DenoisingPolicy(mdp, kernel.name))
 print("TorchRL rollout", tuple(rollout.batch_size), "reward", float(rollout["next", "reward"][:, -1].mean()))

@@ -2,8 +2,9 @@
 
 ``python -m denoise_env.shapes.pretrain_flux --out DIR``
 
-Three stages: the autoencoder, the flow, and guidance. Like FLUX.1-dev the network is distilled to be guided by a scale
-that it is told (Meng et al. 2023): a frozen copy is guided, un + w (cond − un), and the network learns its answers.
+Four stages: the text encoders, which learn to tell what a caption says and then stay as they are, as FLUX.1's own; the
+autoencoder; the flow; and guidance. Like FLUX.1-dev the network is distilled to be guided by a scale that it is told
+(Meng et al. 2023): a frozen copy is guided, un + w (cond − un), and the network learns its answers.
 """
 
 import copy
@@ -16,7 +17,7 @@ import torch
 import tyro
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
@@ -26,6 +27,7 @@ from denoise_env.models.pipeline import save_pipeline
 from denoise_env.progress import progress
 from denoise_env.shapes.compositions import ALL, HELD_OUT, TRAIN, Verifier, render
 from denoise_env.shapes.compositions.grammar import PRETRAIN, parse
+from denoise_env.shapes.compositions.renderer import encode
 from denoise_env.shapes.pretraining import Source, encode_pictures, step, train_vae
 from denoise_env.shapes.renderer import BASE_SIZE
 from denoise_env.shapes.tokenizer import build_t5_tokenizer, build_tokenizer
@@ -34,6 +36,8 @@ TOKENS = 16
 """Length of a padded prompt; the longest caption has 12 words."""
 WIDTH = 64
 """Of the text encoders."""
+LATENTS = 8
+"""Channels of the latents."""
 OFTEN = {"one": 20, "count": 12, "relation": 1}
 """How often a caption of each kind is drawn, of which there are 60, 180 and 6,048."""
 SOURCE = Source([caption for caption in PRETRAIN for _ in range(OFTEN[parse(caption).kind])], render)
@@ -47,13 +51,15 @@ class Config:
     """Directory to write the pipeline to, in the diffusers layout."""
     seed: int = 0
     """Seed of weights, pictures and noise."""
+    text_steps: int = 500
+    """Optimiser steps of the text encoders, 128 captions each."""
     vae_steps: int = 2000
     """Optimiser steps of the autoencoder, 16 pictures each."""
-    steps: int = 5000
-    """Optimiser steps of the flow and its text encoders."""
-    distill_steps: int = 1000
+    steps: int = 4500
+    """Optimiser steps of the flow."""
+    distill_steps: int = 500
     """Optimiser steps in which the network learns to be guided."""
-    batch_size: int = 96
+    batch_size: int = 64
     """Latents per step."""
     lr: float = 2e-3
     """Peak of the one-cycle learning rate."""
@@ -82,9 +88,9 @@ def build_pipeline() -> FluxPipeline:
         text_encoder_2=build_t5(t5),
         tokenizer_2=t5,
         transformer=FluxTransformer2DModel(
-            in_channels=32,
-            num_layers=2,
-            num_single_layers=4,
+            in_channels=4 * LATENTS,
+            num_layers=1,
+            num_single_layers=5,
             attention_head_dim=32,
             num_attention_heads=3,
             joint_attention_dim=WIDTH,
@@ -100,8 +106,8 @@ def build_vae() -> AutoencoderKL:
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 48),
-        latent_channels=8,
+        block_out_channels=(16, 16, 48),
+        latent_channels=LATENTS,
         norm_num_groups=8,
         sample_size=BASE_SIZE,
         shift_factor=0.0,
@@ -109,19 +115,19 @@ def build_vae() -> AutoencoderKL:
         use_post_quant_conv=False,
     )
     # The second half of the moments is a log-variance: at 0 its noise would drown the young latents.
-    torch.nn.init.constant_(vae.encoder.conv_out.bias[8:], -6.0)
+    torch.nn.init.constant_(vae.encoder.conv_out.bias[LATENTS:], -6.0)
     return vae
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A CLIP text encoder of one layer, whose pooled output the network is modulated with."""
+    """A CLIP text encoder of two layers, whose pooled output the network is modulated with."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=WIDTH,
             intermediate_size=2 * WIDTH,
             projection_dim=WIDTH,
-            num_hidden_layers=1,
+            num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
@@ -132,14 +138,14 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
-    """A T5 encoder of two layers, whose tokens the network attends to."""
+    """A T5 encoder of three layers, whose tokens the network attends to."""
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
             d_model=WIDTH,
             d_kv=16,
             d_ff=2 * WIDTH,
-            num_layers=2,
+            num_layers=3,
             num_heads=4,
             dropout_rate=0.0,
             feed_forward_proj="gated-gelu",
@@ -148,8 +154,8 @@ def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
     )
 
 
-class Flow:
-    """The denoiser and its text encoders as one function to train.
+class Texts:
+    """The text encoders as a function from captions to what the network reads.
 
     Args:
         pipe: the pipeline that they are of.
@@ -157,44 +163,78 @@ class Flow:
 
     def __init__(self, pipe: FluxPipeline) -> None:
         self.pipe = pipe
-        places = torch.cartesian_prod(torch.arange(4), torch.arange(4))
-        self.image_ids = F.pad(places, (1, 0)).float()
 
-    @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """All that is trained."""
-        modules = (self.pipe.transformer, self.pipe.text_encoder, self.pipe.text_encoder_2)
-        return [parameter for module in modules for parameter in module.parameters()]
-
-    def tokens(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """CLIP's and T5's token ids, ``[n, 16]`` each."""
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """CLIP's pooled features ``[n, 64]`` and T5's of every token ``[n, 16, 64]``."""
         padded = {"padding": "max_length", "max_length": TOKENS, "return_tensors": "pt"}
         clip, t5 = (kind(list(captions), **padded) for kind in (self.pipe.tokenizer, self.pipe.tokenizer_2))
-        return clip.input_ids, t5.input_ids
+        return (
+            self.pipe.text_encoder(clip.input_ids).pooler_output,
+            self.pipe.text_encoder_2(t5.input_ids).last_hidden_state,
+        )
 
-    def __call__(self, noisy: Tensor, sigma: Tensor, tokens: tuple[Tensor, Tensor], guidance: Tensor) -> Tensor:
+
+def train_texts(pipe: FluxPipeline, steps: int, generator: torch.Generator) -> float:
+    """Fit the text encoders to tell every part of a caption's scene, from the pooled features and from every token.
+
+    Returns the share of captions of which the pooled features and all tokens tell everything, in the last steps.
+    """
+    texts, told = Texts(pipe), encode(SOURCE.captions) + 1  # 0: there is no such object or relation
+    classes = (told.amax(0) + 1).tolist()
+    readers = nn.ModuleList([nn.Linear(WIDTH, sum(classes)) for _ in range(2)])
+    parameters = [*pipe.text_encoder.parameters(), *pipe.text_encoder_2.parameters(), *readers.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-3)
+    schedule, right = OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1), [0.0]
+    for _ in (bar := progress(range(steps), desc="texts")):
+        rows = torch.randint(len(told), (128,), generator=generator)
+        pooled, tokens = texts([SOURCE.captions[i] for i in rows.tolist()])
+        answers = torch.cat([readers[0](pooled)[:, None], readers[1](tokens)], 1).split(classes, -1)
+        truth = told[rows][:, None].expand(-1, 1 + TOKENS, -1)
+        losses = [F.cross_entropy(a.flatten(0, 1), t.flatten()) for a, t in zip(answers, truth.unbind(-1), strict=True)]
+        step(torch.stack(losses).sum(), optimizer, schedule, parameters)
+        hits = torch.stack([a.argmax(-1) == t for a, t in zip(answers, truth.unbind(-1), strict=True)])
+        right = [*right[-19:], hits.all(0).all(-1).float().mean().item()]
+        bar.set_postfix_str(f"right {sum(right) / len(right):.4f}", refresh=False)
+    return sum(right) / len(right)
+
+
+class Flow:
+    """The denoiser as a function to train.
+
+    Args:
+        transformer: the pipeline's network.
+    """
+
+    def __init__(self, transformer: FluxTransformer2DModel) -> None:
+        self.transformer = transformer
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+        self.image_ids = F.pad(places, (1, 0)).float()
+        self.parameters = list(transformer.parameters())
+
+    def __call__(self, noisy: Tensor, sigma: Tensor, texts: tuple[Tensor, Tensor], guidance: Tensor) -> Tensor:
         """The packed velocity of packed latents ``[n, 16, 32]`` at σ ``[n]``, told the guidance ``[n]``."""
-        return self.pipe.transformer(
+        return self.transformer(
             hidden_states=noisy,
             timestep=sigma,
             guidance=guidance,
-            pooled_projections=self.pipe.text_encoder(tokens[0]).pooler_output,
-            encoder_hidden_states=self.pipe.text_encoder_2(tokens[1]).last_hidden_state,
+            pooled_projections=texts[0],
+            encoder_hidden_states=texts[1],
             txt_ids=torch.zeros(TOKENS, 3),
             img_ids=self.image_ids,
         ).sample
 
 
 def train_flow(pipe: FluxPipeline, config: Config, generator: torch.Generator) -> float:
-    """Fit network and text encoders to the velocity ε − x0, then to guidance; leave their averages in the pipeline.
+    """Fit the network to the velocity ε − x0, then to guidance; leave the average of its weights in the pipeline.
 
     Noise levels are logit-normal (Esser et al. 2024), and even in the second stage. Returns the mean loss of the last
     hundred steps of the first.
     """
     latents, places = encode_pictures(pipe.vae, SOURCE, config.pictures, generator)
-    latents, flow, n = pack(latents), Flow(pipe), config.batch_size
-    clip, t5 = flow.tokens([*SOURCE.captions, ""])
-    empty = len(clip) - 1
+    latents, flow, n = pack(latents), Flow(pipe.transformer), config.batch_size
+    with torch.no_grad():
+        pooled, tokens = Texts(pipe)([*SOURCE.captions, ""])
+    empty = len(pooled) - 1
 
     def batch(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = torch.randint(len(latents), (n,), generator=generator)
@@ -209,14 +249,14 @@ def train_flow(pipe: FluxPipeline, config: Config, generator: torch.Generator) -
         sigma = torch.randn(n, generator=generator).sigmoid()
         noisy, velocity, shown = batch(sigma)
         shown = shown.masked_fill(torch.rand(n, generator=generator) < config.drop, empty)
-        loss = F.mse_loss(flow(noisy, sigma, (clip[shown], t5[shown]), torch.ones(n)), velocity)
+        loss = F.mse_loss(flow(noisy, sigma, (pooled[shown], tokens[shown]), torch.ones(n)), velocity)
         step(loss, optimizer, schedule, flow.parameters)
         ema.step(flow.parameters)
         losses = [*losses[-99:], loss.item()]
         bar.set_postfix_str(f"loss {sum(losses) / len(losses):.4f}", refresh=False)
     ema.copy_to(flow.parameters)
     if config.distill_steps:
-        distill(flow, config, batch, (clip, t5), generator)
+        distill(flow, config, batch, (pooled, tokens), generator)
     return sum(losses) / len(losses)
 
 
@@ -224,11 +264,11 @@ def distill(
     flow: Flow,
     config: Config,
     batch: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
-    tokens: tuple[Tensor, Tensor],
+    texts: tuple[Tensor, Tensor],
     generator: torch.Generator,
 ) -> None:
     """Teach the network to answer a scale w that it is told with un + w (cond − un) of what it was before."""
-    teacher, n, empty = copy.deepcopy(flow), config.batch_size, len(tokens[0]) - 1
+    teacher, n, empty = Flow(copy.deepcopy(flow.transformer)), config.batch_size, len(texts[0]) - 1
     ema = EMAModel(flow.parameters, decay=config.ema)
     optimizer = torch.optim.AdamW(flow.parameters, lr=config.lr / 4, weight_decay=1e-3)
     schedule = OneCycleLR(optimizer, config.lr / 4, total_steps=config.distill_steps, pct_start=0.1)
@@ -239,17 +279,17 @@ def distill(
         scale = low + (high - low) * draws
         both = torch.cat([shown, torch.full_like(shown, empty)])
         with torch.no_grad():
-            answers = teacher(noisy.repeat(2, 1, 1), sigma.repeat(2), _rows(tokens, both), torch.ones(2 * n))
+            answers = teacher(noisy.repeat(2, 1, 1), sigma.repeat(2), _rows(texts, both), torch.ones(2 * n))
         conditional, unconditional = answers.chunk(2)
         target = unconditional + scale[:, None, None] * (conditional - unconditional)
-        loss = F.mse_loss(flow(noisy, sigma, _rows(tokens, shown), scale), target)
+        loss = F.mse_loss(flow(noisy, sigma, _rows(texts, shown), scale), target)
         step(loss, optimizer, schedule, flow.parameters)
         ema.step(flow.parameters)
     ema.copy_to(flow.parameters)
 
 
-def _rows(tokens: tuple[Tensor, Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
-    return tokens[0][places], tokens[1][places]
+def _rows(texts: tuple[Tensor, Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
+    return texts[0][places], texts[1][places]
 
 
 @torch.no_grad()
@@ -297,13 +337,16 @@ def pretrain(config: Config) -> FluxPipeline:
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     pipe = build_pipeline()
-    error = train_vae(pipe.vae, SOURCE, config.vae_steps, generator)
+    right = train_texts(pipe, config.text_steps, generator)
+    pipe.text_encoder.requires_grad_(False)
+    pipe.text_encoder_2.requires_grad_(False)
+    error = train_vae(pipe.vae, SOURCE, config.vae_steps, generator, lr=4e-3, edges=1.0)
     pipe.vae.requires_grad_(False)
     generator.manual_seed(config.seed + 1)
     loss = train_flow(pipe, config, generator)
     save_pipeline(pipe, config.out)
     size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
-    print(f"autoencoder error {error:.5f}, flow loss {loss:.4f}, {size / 1e6:.2f} MB")
+    print(f"captions read {right:.4f}, autoencoder error {error:.5f}, flow loss {loss:.4f}, {size / 1e6:.2f} MB")
     print(f"trained in {time.perf_counter() - started:.0f} s")
     if config.eval_images:
         for name, captions in (("train", TRAIN), ("held out", HELD_OUT)):

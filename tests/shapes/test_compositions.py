@@ -134,7 +134,7 @@ def test_what_is_held_out_occurs_nowhere_else():
     assert len(counts(PRETRAIN)) + 12 == 72
 
 
-@pytest.mark.parametrize(("captions", "kind"), itertools.product([HELD_OUT, TRAIN], ["count", "relation"]))
+@pytest.mark.parametrize(("captions", "kind"), list(itertools.product([HELD_OUT, TRAIN], ["count", "relation"])))
 def test_the_sets_are_balanced(captions, kind):
     shown = scenes(captions, kind)
     attributes = [
