@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,9 +39,11 @@ WIDTH = 64
 """Of the text encoders."""
 LATENTS = 8
 """Channels of the latents."""
-OFTEN = {"one": 20, "count": 12, "relation": 1}
+OFTEN = {"one": 6, "count": 16, "relation": 1}
 """How often a caption of each kind is drawn, of which there are 60, 180 and 6,048."""
-SOURCE = Source([caption for caption in PRETRAIN for _ in range(OFTEN[parse(caption).kind])], render)
+CAPTIONS = [caption for caption in PRETRAIN for _ in range(OFTEN[parse(caption).kind])]
+SOURCE = Source(CAPTIONS, partial(render, board=True))
+"""Several objects stand on a board. To draw them anywhere, a network of this size would have to learn far longer."""
 
 
 @dataclass

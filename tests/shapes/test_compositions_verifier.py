@@ -69,6 +69,14 @@ def test_reads_fresh_pictures(verifier, generator, kind, n):
     assert right["score"] > 0.9
 
 
+@pytest.mark.parametrize("kind", ["count", "relation"])
+def test_reads_boards(verifier, generator, kind):
+    captions = draw(kind, 400, generator)
+    right = shares(verifier, render(captions, generator, board=True), captions)
+    assert right["all"] >= 0.99
+    assert right["score"] > 0.95
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "number"), [("one", 1), *(("count", n) for n in COUNTS.values()), ("relation", 2)])
 def test_reads_ten_thousand_fresh_pictures(verifier, kind, number):

@@ -22,7 +22,7 @@ DEMO: dict[str, Preset] = {
         model=SHAPES_FLUX,
         agent="grpo",
         agent_options={"lr": 1e-4, "step_weighting": "std", "ema_decay": 0.97},
-        settings={"iterations": 130, "eval_images_per_prompt": 8},
+        settings={"iterations": 100, "eval_images_per_prompt": 4},
     ),
     "points": Preset(
         "GRPO on 2-D Gaussian mixtures: seconds.",

@@ -16,6 +16,8 @@ GAP = 1.5
 """Pixels of a 32-pixel picture between the boxes of two objects, along x or along y."""
 SLOPE = 1 / 3
 """Two related objects are at most this far apart across the relation's axis, as a share of how far along it."""
+CELL = 8
+"""Side of a board's fields in pixels of a 32-pixel picture: an object on a board fills one of its 4 × 4 fields."""
 _TRIES = 64
 
 
@@ -28,7 +30,9 @@ def encode(captions: Sequence[str]) -> Tensor:
     return torch.tensor([parse(text).indices for text in captions], dtype=torch.long).reshape(-1, 2 + 2 * MAX_OBJECTS)
 
 
-def place(exists: Tensor, relation: Tensor, radius: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def place(
+    exists: Tensor, relation: Tensor, radius: Tensor, generator: torch.Generator | None = None, board: bool = False
+) -> Tensor:
     """Draw places uniformly from those where the objects lie apart and as they are related.
 
     Args:
@@ -36,6 +40,7 @@ def place(exists: Tensor, relation: Tensor, radius: Tensor, generator: torch.Gen
         relation: ``[B]`` place in `RELATIONS` of the first two objects' relation, −1 for none.
         radius: ``[B, 4]`` in pixels of a 32-pixel picture.
         generator: the CPU source of randomness.
+        board: whether the places are the middles of a board's fields.
 
     Returns:
         ``[B, 4, 2]`` x and y of the centres in pixels of a 32-pixel picture.
@@ -48,7 +53,11 @@ def place(exists: Tensor, relation: Tensor, radius: Tensor, generator: torch.Gen
     rows = torch.arange(len(radius))
     while len(rows):
         reach = radius[rows, None, :, None] + MARGIN
-        draws = reach + torch.rand(len(rows), _TRIES, MAX_OBJECTS, 2, generator=generator) * (BASE_SIZE - 2 * reach)
+        draws = torch.rand(len(rows), _TRIES, MAX_OBJECTS, 2, generator=generator)
+        if board:
+            draws = (draws * (BASE_SIZE // CELL)).floor() * CELL + CELL / 2
+        else:
+            draws = reach + draws * (BASE_SIZE - 2 * reach)
         apart = (draws[:, :, i] - draws[:, :, j]).abs().amax(-1) >= least[rows, None]
         valid = (apart | ~pairs[rows, None]).all(-1)
         direction = directions[rows, None]
@@ -62,7 +71,9 @@ def place(exists: Tensor, relation: Tensor, radius: Tensor, generator: torch.Gen
     return centre
 
 
-def render(captions: Sequence[str], generator: torch.Generator | None = None, size: int = BASE_SIZE) -> Tensor:
+def render(
+    captions: Sequence[str], generator: torch.Generator | None = None, size: int = BASE_SIZE, *, board: bool = False
+) -> Tensor:
     """Draw each caption with random radii and places, every object wholly inside the picture and apart from the rest.
 
     One object is drawn as large as `denoise_env.shapes.render` draws it, several are smaller.
@@ -71,6 +82,8 @@ def render(captions: Sequence[str], generator: torch.Generator | None = None, si
         captions: B captions of the grammar.
         generator: the CPU source of randomness.
         size: side of the pictures in pixels, at least 16.
+        board: whether several objects have no random radii and places, but each fills a field of a 4 × 4 board, with a
+            field between two of them. One object stays as it is.
 
     Returns:
         ``[B, 3, size, size]`` float32 in [0, 1].
@@ -86,6 +99,10 @@ def render(captions: Sequence[str], generator: torch.Generator | None = None, si
     low, high = torch.tensor([RADII[n] for n in exists.sum(1).tolist()]).reshape(-1, 2, 1).unbind(1)
     radius = low + (high - low) * torch.rand(len(index), MAX_OBJECTS, generator=generator)
     centre = place(exists, relation, radius, generator)
+    if board:
+        several = exists.sum(1) > 1
+        radius[several] = CELL / 2
+        centre[several] = place(exists[several], relation[several], radius[several], generator, board=True)
     scale = size / BASE_SIZE
     row = exists.nonzero()[:, 0]
     colour, shape = things[exists].unbind(-1)
