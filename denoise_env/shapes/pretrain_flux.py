@@ -42,8 +42,9 @@ LATENTS = 8
 OFTEN = {"one": 6, "count": 16, "relation": 1}
 """How often a caption of each kind is drawn, of which there are 60, 180 and 6,048."""
 CAPTIONS = [caption for caption in PRETRAIN for _ in range(OFTEN[parse(caption).kind])]
-SOURCE = Source(CAPTIONS, partial(render, board=True))
-"""Several objects stand on a board. To draw them anywhere, a network of this size would have to learn far longer."""
+SOURCE, ANYWHERE = Source(CAPTIONS, partial(render, board=True)), Source(CAPTIONS, render)
+"""What the network learns from, and the autoencoder, which learns faster from larger objects. Several objects stand on a
+board for the network: to draw them anywhere, one of this size would have to learn for far longer."""
 
 
 @dataclass
@@ -54,19 +55,19 @@ class Config:
     """Directory to write the pipeline to, in the diffusers layout."""
     seed: int = 0
     """Seed of weights, pictures and noise."""
-    text_steps: int = 500
+    text_steps: int = 400
     """Optimiser steps of the text encoders, 128 captions each."""
-    vae_steps: int = 2000
+    vae_steps: int = 1600
     """Optimiser steps of the autoencoder, 16 pictures each."""
-    steps: int = 4500
+    steps: int = 1800
     """Optimiser steps of the flow."""
-    distill_steps: int = 500
+    distill_steps: int = 250
     """Optimiser steps in which the network learns to be guided."""
     batch_size: int = 64
     """Latents per step."""
     lr: float = 2e-3
     """Peak of the one-cycle learning rate."""
-    pictures: int = 30000
+    pictures: int = 20000
     """Rendered pictures the flow is trained on."""
     drop: float = 0.1
     """Share of captions replaced by the empty prompt, for guidance."""
@@ -76,7 +77,7 @@ class Config:
     """Decay of the averaged weights, which are the ones saved."""
     eval_images: int = 1056
     """Samples per set of captions that the verifier reads at the end; 0 for none."""
-    threads: int = 2
+    threads: int = 1
     """CPU threads; another number adds in another order, and gives slightly different weights."""
 
 
@@ -343,7 +344,7 @@ def pretrain(config: Config) -> FluxPipeline:
     right = train_texts(pipe, config.text_steps, generator)
     pipe.text_encoder.requires_grad_(False)
     pipe.text_encoder_2.requires_grad_(False)
-    error = train_vae(pipe.vae, SOURCE, config.vae_steps, generator, lr=4e-3, edges=1.0)
+    error = train_vae(pipe.vae, ANYWHERE, config.vae_steps, generator, lr=4e-3, edges=1.0)
     pipe.vae.requires_grad_(False)
     generator.manual_seed(config.seed + 1)
     loss = train_flow(pipe, config, generator)
