@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from agents.training.presets.published import FLUX, SD14, SD15, SD35
 from benchmarks.tokenizers import clip_tokenizer, t5_tokenizer
-from denoise_env.models.pipeline import save_pipeline
+from denoise_env.models.pipeline import quiet, save_pipeline
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,9 @@ class Depth:
     encoders: int | None = None
 
 
-def _clip(kind: str, width: int, heads: int, layers: int, projection: int, depth: Depth, act: str = "quick_gelu") -> Any:
+def _clip(
+    kind: str, width: int, heads: int, layers: int, projection: int, depth: Depth, act: str = "quick_gelu"
+) -> Any:
     import transformers
 
     config = transformers.CLIPTextConfig(
@@ -165,7 +166,8 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[Depth], dict[str, Any]]]] = {
     SD35: ("StableDiffusion3Pipeline", stable_diffusion_3_5),
     FLUX: ("FluxPipeline", flux),
 }
-"""A checkpoint's id → its pipeline's class, and what makes the pipeline's parts at a depth."""
+"""A checkpoint's id → its pipeline's class, and what makes the pipeline's parts at a depth, modules when called."""
+MODULES = {"vae", "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"}
 
 
 def write_configuration(model: str, directory: Path, depth: Depth | None = None) -> None:
@@ -173,7 +175,7 @@ def write_configuration(model: str, directory: Path, depth: Depth | None = None)
     kind, make = ARCHITECTURES[model]
     index: dict[str, Any] = {"_class_name": kind}
     for name, part in make(depth or Depth()).items():
-        if callable(part) and not hasattr(part, "save_pretrained"):
+        if name in MODULES:
             with torch.device("meta"):
                 module: Any = part()
             library = "transformers" if name.startswith("text_encoder") else "diffusers"
@@ -190,15 +192,14 @@ def write_configuration(model: str, directory: Path, depth: Depth | None = None)
 
 
 def write_weights(model: str, directory: Path, depth: Depth, dtype: torch.dtype) -> None:
-    """Write a shallow checkpoint with random weights; the network's are of ``dtype``."""
+    """Write a shallow checkpoint with random weights of ``dtype``."""
     import diffusers
 
     kind, make = ARCHITECTURES[model]
     torch.manual_seed(0)
-    parts = {
-        name: part().to(dtype) if callable(part) and not hasattr(part, "save_pretrained") else part
-        for name, part in make(depth).items()
-    }
-    assert isinstance(parts["vae"], nn.Module)
-    absent = {"StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None}}.get(kind, {})
-    save_pipeline(getattr(diffusers, kind)(**parts, **absent), directory)
+    with quiet():
+        parts = {name: part() if name in MODULES else part for name, part in make(depth).items()}
+        for name in MODULES & parts.keys():
+            parts[name].to(dtype)
+        absent = {"safety_checker": None, "feature_extractor": None} if kind == "StableDiffusionPipeline" else {}
+        save_pipeline(getattr(diffusers, kind)(**parts, **absent), directory)

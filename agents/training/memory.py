@@ -87,7 +87,10 @@ class Memory:
             "encode prompts": standing + self.encoding + (self.encoders if self.cuda else 0),
             "rollout": standing + rollout + self.rollout_call,
             "decode": standing + rollout + self.decoding,
-            "update": standing + self.rollout + self.noises + self.gradients
+            "update": standing
+            + self.rollout
+            + self.noises
+            + self.gradients
             + max(self.update_call, self.swapped + self.rollout_call if self.swapped else 0),
         }
 
@@ -107,7 +110,7 @@ class Memory:
         return {**dataclasses.asdict(self), "phases": self.phases, "peak": self.peak, "smallest_gpu_gib": self.gpu}
 
 
-def plan(config: TrainConfig, cuda: bool = True) -> Memory:
+def plan(config: TrainConfig, cuda: bool = True, known: dict[str, list[int]] | None = None) -> Memory:
     """The memory of a run on one device, without weights.
 
     Rewards are not counted, nor what kernels and libraries take for themselves while they run. Prompts have the longest
@@ -116,6 +119,8 @@ def plan(config: TrainConfig, cuda: bool = True) -> Memory:
     Args:
         config: the run's configuration.
         cuda: whether the device is a GPU; on a CPU, device and host are one.
+        known: what dry runs of the same model with the same options have found, which is not computed again; what is
+            found joins it.
 
     Raises:
         ValueError: a configuration that does not fit together, or a model that has no outline.
@@ -133,7 +138,13 @@ def plan(config: TrainConfig, cuda: bool = True) -> Memory:
     others = [t for kept in (*agent.kept.values(), model.kept) for t in kept.values()]
     latents = prod(model.latent_shape)
     means = config.num_steps * latents * 4 if agent.needs_means else 0
-    call = dry.predict(rows, grad=True)
+    decoded = min(config.microbatch or images, images)
+    key = f"{config.model} {config.model_options} {cuda} {rows} {size} {decoded}"
+    if (known := {} if known is None else known).get(key) is None:
+        update, least = dry.predict(rows, grad=True), dry.predict(size, grad=True)
+        row = (update - least) // (rows - size) if rows > size else least // size
+        known[key] = [update, row, dry.predict(rows), dry.decode(decoded), dry.encode(ENCODED_TOGETHER)]
+    update, row, call, decoding, encoding = known[key]
     encoders = sum(_bytes(_tensors(module)) for module in model.encoders().values())
     frozen = sum(_bytes(_tensors(module)) for module in model.frozen().values())
     return Memory(
@@ -146,15 +157,15 @@ def plan(config: TrainConfig, cuda: bool = True) -> Memory:
         optimizer=2 * sum(p.nbytes for p in learned.values()),
         copies=sum(t.nbytes for t in others) + _bytes(_tensors(agent.modules)),
         kept_conditioning=int(config.conditioning_device_gib * GIB) if cuda else 0,
-        encoding=dry.encode(ENCODED_TOGETHER),
+        encoding=encoding,
         rollout=images * ((config.num_steps + 1) * latents * model.dtype.itemsize + means),
-        rollout_call=dry.predict(rows),
-        decoding=dry.decode(min(config.microbatch or images, images)),
+        rollout_call=call,
+        decoding=decoding,
         swapped=trained if others else 0,
         gradients=sum(p.nbytes for p in learned.values()),
         noises=_noises(agent, images) * latents * 4,
-        update_call=call,
-        row=(call - dry.predict(size, grad=True)) // (rows - size) if rows > size else call // size,
+        update_call=update,
+        row=row,
     )
 
 

@@ -46,6 +46,7 @@ from transformers import (
 
 from benchmarks.tokenizers import WORDS, clip_tokenizer, t5_tokenizer
 
+
 def clip_config(tokenizer, width=32, **changes):
     settings = {
         "vocab_size": len(tokenizer),
