@@ -182,9 +182,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         start = f"| {row['preset']} | "
         blocks = "+".join(map(str, setting["network"]))
         if "error" in row:
-            lines.append(
-                f"{start}– | {blocks} | – | {setting['side']}² | {setting['microbatch']} | not run: {row['error']} | – | – |"
-            )
+            size = f"{setting['side']}² | {setting['microbatch']}"
+            lines.append(f"{start}– | {blocks} | – | {size} | not run: {row['error']} | – | – |")
             continue
         rank = row["lora_rank"]
         trained = f"{f'LoRA {rank}' if rank else 'all'}, {row['dtype']}"

@@ -285,7 +285,7 @@ class DenoisingModel(ABC):
 
 
 def row_lengths(mask: Tensor) -> list[int]:
-    """How many entries of each row of ``mask [B, L]`` are True; of a mask without data, on the meta device or fake, L."""
+    """How many entries of each row of ``mask [B, L]`` are True; L of a mask without data, meta or fake."""
     if mask.is_meta or isinstance(mask, FakeTensor):
         return [mask.shape[1]] * len(mask)
     return mask.sum(1).tolist()

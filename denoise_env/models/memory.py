@@ -4,6 +4,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,11 +44,11 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._storages:
                 key, size = storage._cdata, storage.nbytes() if counted else 0
-                self._storages[key] = weakref.ref(storage, lambda _, key=key, size=size: self._forget(key, size))
+                self._storages[key] = weakref.ref(storage, partial(self._forget, key, size))
                 self._live += size
                 self.peak = max(self.peak, self._live)
 
-    def _forget(self, key: int, size: int) -> None:
+    def _forget(self, key: int, size: int, storage: Any) -> None:
         del self._storages[key]
         self._live -= size
 
@@ -58,9 +59,9 @@ class CudaAutocast(TorchFunctionMode):
     The operations are those of PyTorch's ``AT_FORALL_FP32`` and ``AT_FORALL_FP32_SET_OPT_DTYPE`` that networks use.
     """
 
-    NAMES = frozenset(
-        "layer_norm group_norm rms_norm softmax log_softmax pow __pow__ exp rsqrt reciprocal sum norm cumsum prod log "
-        "softplus interpolate".split()
+    NAMES = (
+        *("layer_norm", "group_norm", "rms_norm", "norm", "softmax", "log_softmax", "softplus", "pow", "__pow__"),
+        *("exp", "log", "rsqrt", "reciprocal", "sum", "prod", "cumsum", "interpolate"),
     )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -89,7 +90,12 @@ class DryRun:
         row = model.split(model.encode([Prompt("a prompt")]))[0]
         kept = getattr(model, "unconditional_row", {})
         modules = [module for root in (model.network, *model.frozen().values()) for module in root.modules()]
-        holders = [vars(model), kept, row, *(d for m in modules for d in (vars(m), m._parameters, m._buffers))]
+        holders: list[Any] = [
+            vars(model),
+            kept,
+            row,
+            *(d for m in modules for d in (vars(m), m._parameters, m._buffers)),
+        ]
         with self._fake:
             for holder in holders:
                 for name, value in holder.items():
@@ -131,7 +137,8 @@ class DryRun:
     def encode(self, prompts: int) -> int:
         """The most bytes while the encoders read ``prompts`` prompts of the longest length beside their weights."""
         words = (self.model.longest or 1) if self.model.masks else 1  # elsewhere the tokenizer pads
-        live, ran = LiveBytes(), []
+        live = LiveBytes()
+        ran: list[int] = []
         with contextlib.ExitStack() as stack:
             for encoder in self.model.encoders().values():
                 stack.enter_context(self._faked(encoder, live, ran))
@@ -145,9 +152,9 @@ class DryRun:
     @contextlib.contextmanager
     def _faked(self, encoder: nn.Module, live: LiveBytes, ran: list[int]) -> Iterator[None]:
         """A context in which an encoder alone computes on fake tensors, and the tokenizer before it on real ones."""
-        forward = encoder.forward
+        forward: Any = encoder.forward
         if hasattr(encoder, "set_attn_implementation"):
-            encoder.set_attn_implementation("sdpa")  # as loaded; an outline has "eager"
+            encoder.set_attn_implementation("sdpa")  # type: ignore[operator]  # as loaded; an outline has "eager"
 
         def run(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = tree_map_only(Tensor, self._fake.from_tensor, (args, kwargs))
