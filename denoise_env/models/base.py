@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from denoise_env.kernels import PredictionType
 from denoise_env.prompts import Prompt
@@ -286,6 +285,8 @@ class DenoisingModel(ABC):
 
 def row_lengths(mask: Tensor) -> list[int]:
     """How many entries of each row of ``mask [B, L]`` are True; L of a mask without data, meta or fake."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
     if mask.is_meta or isinstance(mask, FakeTensor):
         return [mask.shape[1]] * len(mask)
     return mask.sum(1).tolist()
