@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.real_models run`` measures every setting in a process of its own, a rollout and an update on the
 CPU, and writes ``benchmarks/results/real-models.json`` and ``.md``. ``python -m benchmarks.real_models page`` computes
-every preset at full size and depth, without weights, and writes the table in ``docs/real-models.md``.
+presets at full size and depth, without weights, and writes the table in ``docs/real-models.md``: all published ones, or
+those that are named behind it.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,17 +246,16 @@ HEAD = (
 )
 
 
-def write_page(say: Callable[[str], object] = print) -> None:
-    """Write the table of ``docs/real-models.md`` anew."""
+def write_page(presets: list[str]) -> None:
+    """Write the table of ``docs/real-models.md`` anew, a line at a time."""
     from agents.training.presets.published import PUBLISHED
 
     lines, known = HEAD, {}
-    with tempfile.TemporaryDirectory() as directory:
-        for preset in PUBLISHED:
-            lines += page_row(preset, Path(directory), known)
-            say(lines.splitlines()[-1])
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(before + BEGIN + lines + END + rest.partition(END)[2], encoding="utf-8")
+    with tempfile.TemporaryDirectory() as directory:
+        for preset in presets or PUBLISHED:
+            lines += page_row(preset, Path(directory), known)
+            PAGE.write_text(before + BEGIN + lines + END + rest.partition(END)[2], encoding="utf-8")
 
 
 def main() -> None:
@@ -265,7 +264,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*")
     typed = parser.parse_args()
     if typed.command == "page":
-        write_page()
+        write_page(typed.arguments)
     elif typed.command == "one":
         values = json.loads(typed.arguments[1])
         setting = Setting(**{**values, "network": tuple(values["network"])})
