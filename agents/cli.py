@@ -160,13 +160,17 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--json", metavar="FILE", help="write the table there too")
     command = commands.add_parser(
         "describe",
-        help="latents, parameters and memory of a model, without loading weights",
-        description="Latents, parameters and memory of a model, from its configuration files, without its weights.",
+        help="latents, parameters and memory of a model and of a run on it, without loading weights",
+        description="Latents, parameters and memory of a model and of a training run on it, from the model's "
+        "configuration files, without its weights.",
         epilog=_MODEL_OPTIONS,
     )
     command.set_defaults(run="describe:run")
     command.add_argument("model", metavar="MODEL", help="a world, a directory or a hub id (denoise-env list)")
-    command.add_argument("--num-steps", type=int, default=10, metavar="K", help="denoising steps (default %(default)s)")
+    command.add_argument("--preset", metavar="NAME", help="the run's settings (default: grpo and the model's own)")
+    command.add_argument("--microbatch", type=int, metavar="N", help="images in a network call (default: preset's, 1)")
+    command.add_argument("--images", type=int, metavar="N", help="images of a rollout (default: preset's, or 128)")
+    command.add_argument("--num-steps", type=int, metavar="K", help="denoising steps (default: the preset's, or 10)")
     command.add_argument("--json", metavar="FILE", help="write the figures there too, in bytes")
     commands.add_parser("list", help="models, rewards, kernels, agents, presets, environments").set_defaults(
         run="catalogue:run"

@@ -171,7 +171,7 @@ class DenoisingModel(ABC):
     def split(self, conditioning: TensorDict) -> list[dict[str, Tensor]]:
         """The rows of ``encode``'s conditioning, each without padding and with storage of its own."""
         masks = {entry: mask for entry, mask in self.masks.items() if entry in conditioning.keys()}  # noqa: SIM118
-        lengths = {entry: conditioning[mask].sum(1).tolist() for entry, mask in masks.items()}
+        lengths = {entry: row_lengths(conditioning[mask]) for entry, mask in masks.items()}
         kept = [name for name in conditioning.keys() if name not in self.masks.values()]  # noqa: SIM118
         return [
             {
@@ -277,7 +277,21 @@ class DenoisingModel(ABC):
         with swapped(self.network, self.trainable(), self._kept):
             yield
 
+    @property
+    def kept(self) -> Mapping[str, Tensor]:
+        """The copy of the weights that `keep_reference` made, by name; empty before."""
+        return self._kept or {}
+
     def keep_reference(self) -> None:
         """Keep a copy of the present weights for `reference`. Only the first call does so; later ones do nothing."""
         if self._kept is None:
             self._kept = copies(self.trainable())
+
+
+def row_lengths(mask: Tensor) -> list[int]:
+    """How many entries of each row of ``mask [B, L]`` are True; L of a mask without data, meta or fake."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if mask.is_meta or isinstance(mask, FakeTensor):
+        return [mask.shape[1]] * len(mask)
+    return mask.sum(1).tolist()

@@ -39,7 +39,8 @@ class GuidedModel(PipelineModel):
         self.rows_per_sample = 1 if scale == 1 else 2
 
     @cached_property
-    def _unconditional(self) -> dict[str, Tensor]:
+    def unconditional_row(self) -> dict[str, Tensor]:
+        """A row of `split`: the conditioning that stands for no prompt, encoded when it is first asked for."""
         with self.encoding():
             return self.split(TensorDict(self.unconditional(), batch_size=1))[0]
 
@@ -70,7 +71,7 @@ class GuidedModel(PipelineModel):
     def collate(self, rows: Sequence[Mapping[str, Tensor]]) -> TensorDict:
         """As in `DenoisingModel.collate`; where some prompts have a negative text, the others get the family's."""
         if any(name.startswith(NEGATIVE) for row in rows for name in row):
-            default = {f"{NEGATIVE}{name}": tensor for name, tensor in self._unconditional.items()}
+            default = {f"{NEGATIVE}{name}": tensor for name, tensor in self.unconditional_row.items()}
             rows = [{**default, **row} for row in rows]
         return super().collate(rows)
 
@@ -125,7 +126,7 @@ class GuidedModel(PipelineModel):
     def _negative(self, conditioning: TensorDict, rows: int) -> dict[str, Tensor]:
         if f"{NEGATIVE}{self.entries[0]}" in conditioning.keys():  # noqa: SIM118
             return {name: conditioning[f"{NEGATIVE}{name}"] for name in self.entries}
-        one = super().collate([self._unconditional])
+        one = super().collate([self.unconditional_row])
         return {name: one[name].expand(rows, *one[name].shape[1:]) for name in self.entries}
 
 

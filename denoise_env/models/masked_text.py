@@ -9,6 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from denoise_env.models.base import row_lengths
 from denoise_env.models.guidance import GuidedModel
 
 
@@ -53,5 +54,5 @@ class MaskedTextModel(GuidedModel):
     def lengths(self, mask: Tensor) -> list[int]:
         """How many tokens each row of ``mask [B, L]`` has. The device is asked once for all calls with this tensor."""
         if mask not in self._kept_lengths:
-            self._kept_lengths[mask] = mask.sum(1).tolist()
+            self._kept_lengths[mask] = row_lengths(mask)
         return self._kept_lengths[mask]

@@ -42,27 +42,9 @@ from transformers import (
     Qwen3Model,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
 )
 
-from denoise_env.shapes.grammar import ALL
-from denoise_env.shapes.tokenizer import build_tokenizer
-
-WORDS = (*ALL, "a prompt with more words than the others have", "blurry")
-
-
-def clip_tokenizer(length=24):
-    return build_tokenizer(WORDS, length)
-
-
-def t5_tokenizer():
-    learner = Tokenizer(models.Unigram())
-    learner.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False)
-    learner.train_from_iterator(WORDS, trainer)
-    vocab = sorted(learner.get_vocab().items(), key=lambda item: item[1])
-    return T5Tokenizer(vocab=[(piece, -float(place)) for piece, place in vocab], extra_ids=0)
+from benchmarks.tokenizers import WORDS, clip_tokenizer, t5_tokenizer
 
 
 def clip_config(tokenizer, width=32, **changes):
