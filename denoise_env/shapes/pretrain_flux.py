@@ -43,8 +43,8 @@ OFTEN = {"one": 6, "count": 16, "relation": 1}
 """How often a caption of each kind is drawn, of which there are 60, 180 and 6,048."""
 CAPTIONS = [caption for caption in PRETRAIN for _ in range(OFTEN[parse(caption).kind])]
 SOURCE, ANYWHERE = Source(CAPTIONS, partial(render, board=True)), Source(CAPTIONS, render)
-"""What the network learns from, and the autoencoder, which learns faster from larger objects. Several objects stand on a
-board for the network: to draw them anywhere, one of this size would have to learn for far longer."""
+"""What the network learns from, and the autoencoder, which learns faster from larger objects. For the network several
+objects stand on a board: to draw them anywhere, one of this size would have to learn for far longer."""
 
 
 @dataclass
