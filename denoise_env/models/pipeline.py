@@ -21,6 +21,8 @@ from denoise_env.prompts import Prompt
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 NAMED = 10
 """The most prompts that a warning names."""
+SHOWN = 80
+"""The most characters that it shows of one."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -295,7 +297,8 @@ class PipelineModel(DenoisingModel):
         super().check_prompts(prompts)
         texts = list(dict.fromkeys(text for p in prompts for text in (p.text, p.negative) if text is not None))
         counts, limit = self.count_tokens(texts) if texts else ([], 0)
-        cut = [f"{text!r} ({count})" for text, count in zip(texts, counts, strict=True) if count > limit]
+        long = [(text, count) for text, count in zip(texts, counts, strict=True) if count > limit]
+        cut = [f"{text if len(text) <= SHOWN else text[:SHOWN] + '…'!r} ({count})" for text, count in long]
         if cut:
             more = f" and {len(cut) - NAMED} more" * (len(cut) > NAMED)
             warnings.warn(
