@@ -77,6 +77,9 @@ def _vae(latents: int, **changes: Any) -> Any:
     )
 
 
+_OF_FLOWS: dict[str, Any] = {"sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False}
+
+
 def stable_diffusion_1(depth: Depth) -> dict[str, Any]:
     """Stable Diffusion 1.4 and 1.5."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -107,14 +110,7 @@ def stable_diffusion_3_5(depth: Depth) -> dict[str, Any]:
 
     dual, plain = depth.network or (13, 11)
     return {
-        "vae": lambda: _vae(
-            16,
-            sample_size=1024,
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
+        "vae": lambda: _vae(16, scaling_factor=1.5305, shift_factor=0.0609, **_OF_FLOWS),
         "text_encoder": lambda: _clip("CLIPTextModelWithProjection", 768, 12, 12, 768, depth),
         "text_encoder_2": lambda: _clip("CLIPTextModelWithProjection", 1280, 20, 32, 1280, depth, "gelu"),
         "text_encoder_3": lambda: _t5(depth),
@@ -141,14 +137,7 @@ def flux(depth: Depth) -> dict[str, Any]:
 
     double, single = depth.network or (19, 38)
     return {
-        "vae": lambda: _vae(
-            16,
-            sample_size=1024,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
+        "vae": lambda: _vae(16, scaling_factor=0.3611, shift_factor=0.1159, **_OF_FLOWS),
         "text_encoder": lambda: _clip("CLIPTextModel", 768, 12, 12, 768, depth),
         "text_encoder_2": lambda: _t5(depth),
         "transformer": lambda: FluxTransformer2DModel(
