@@ -39,11 +39,12 @@ bench: setup  ## throughput against the bare network
 	$(BIN)/python -m benchmarks.throughput
 
 leaderboard: setup  ## every agent, every suite, then tables, figures and the page: hours; resumes where it stopped
-	for suite in points points-flow shapes prompt-growth; do $(BIN)/python -m benchmarks.suite run $$suite --jobs 2; done
+	for suite in points points-flow shapes shapes-flux prompt-growth; do $(BIN)/python -m benchmarks.suite run $$suite --jobs 2; done
 	$(BIN)/python -m benchmarks.suite report
 
-pretrain: setup  ## make the tiny Stable Diffusion from nothing, into build/shapes
-	$(BIN)/python -m denoise_env.shapes.pretrain --out build/shapes
+pretrain: setup  ## make the tiny Stable Diffusion and the tiny FLUX from nothing, into build/pretrained
+	$(BIN)/python -m denoise_env.shapes.pretrain --out build/pretrained/stable_diffusion
+	$(BIN)/python -m denoise_env.shapes.pretrain_flux --out build/pretrained/flux
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -11,7 +11,7 @@ from agents.algorithms import AGENTS, find_agent
 from benchmarks.runs import Run
 from denoise_env.seeding import generator
 from denoise_env.shapes import TRAIN
-from denoise_env.worlds import SHAPES
+from denoise_env.worlds import SHAPES, SHAPES_FLUX
 
 SEARCH_SEED, SEARCH_EVAL_SEED, EVAL_SEED = 1000, 4321, 1234
 """Of the search's training and of its evaluation noise, which the runs never see; and of the noise that the run with
@@ -147,6 +147,15 @@ _SHAPES_AGENTS = (
 _SHAPES_SEARCH = {"eval_prompts": SHAPES, "eval_images_per_prompt": 8}  # not on the held-out prompts
 
 
+_ON_SHAPES_FLUX = {**_ON_SHAPES, "eval_points": 3, "eval_images_per_prompt": 4}
+_SHAPES_FLUX_AGENTS = (
+    *("base", "best-of-n", "zero-lr", "shuffled-reward"),
+    *("grpo", "flow-grpo", "flow-grpo-fast", "mix-grpo", "tempflow", "grpo-guard", "flow-dppo"),
+    *("ddpo-is", "ppo", "nft", "awm", "dpo"),
+)
+_SHAPES_FLUX_SEARCH = {"eval_prompts": "compositions", "eval_images_per_prompt": 1}  # not on the held-out prompts
+
+
 def _points(model: str, text: str) -> Suite:
     # 40 iterations of GRPO: 96 rows · (10 forwards + 6 steps · 3)
     environments = {model: Environment("points", {**_ON_POINTS, "model": model})}
@@ -166,6 +175,18 @@ SUITES = {
         lr=(1e-5, 1e-4, 3e-4),
         lr_alone=(1e-5, 3e-5, 1e-4, 1.4e-4, 2.1e-4, 3e-4),
         agents=_SHAPES_AGENTS,
+        trial_budget=30 * 64 * 28,
+    ),
+    SHAPES_FLUX: Suite(
+        "a tiny FLUX of several shapes, a rectified flow, evaluated on held-out prompts: hours",
+        {SHAPES_FLUX: Environment(SHAPES_FLUX, _ON_SHAPES_FLUX, _SHAPES_FLUX_SEARCH)},
+        "compositions",
+        90 * 64 * 28,
+        seeds=3,
+        trials=6,
+        lr=(3e-5, 1e-4, 3e-4),
+        lr_alone=(2e-5, 3e-5, 6e-5, 1e-4, 2e-4, 3e-4),
+        agents=_SHAPES_FLUX_AGENTS,
         trial_budget=30 * 64 * 28,
     ),
     "prompt-growth": Suite(

@@ -45,7 +45,7 @@ def _points(description: str, **changes: Any) -> World:
     )
 
 
-SHAPES = "shapes"
+SHAPES, SHAPES_FLUX = "shapes", "shapes-flux"
 DEFAULT = SHAPES
 """The world that is meant where no model is named."""
 WORLDS: dict[str, World] = {
@@ -60,6 +60,18 @@ WORLDS: dict[str, World] = {
         eval_rewards={"shapes-correct": "denoise_env.rewards.shapes:ShapesCorrect"},
         preset=SHAPES,
         environment="denoise_env/Shapes-v0",
+    ),
+    SHAPES_FLUX: World(
+        "a tiny FLUX.1 of several shapes, their number and their places, shipped with the package",
+        family="denoise_env.models.flux:FAMILY",
+        checkpoint="denoise_env.shapes:FLUX_WEIGHTS",
+        options={"guidance_scale": 2.0, "max_sequence_length": 16},
+        prompts={"compositions": "denoise_env.shapes.compositions:TRAIN"},
+        held_out={"compositions-held-out": "denoise_env.shapes.compositions:HELD_OUT"},
+        rewards={"compositions": "denoise_env.rewards.compositions:CompositionsReward"},
+        eval_rewards={"compositions-correct": "denoise_env.rewards.compositions:CompositionsCorrect"},
+        preset=SHAPES_FLUX,
+        environment="denoise_env/ShapesFlux-v0",
     ),
     "points": _points(
         "2-D Gaussian mixtures with an exact denoiser, as a diffusion", environment="denoise_env/Points-v0"

@@ -1,4 +1,4 @@
-"""The embedded worlds: rendered scenes with captions, verifiers, and a tiny trained Stable Diffusion."""
+"""The embedded worlds: rendered scenes with captions, verifiers, and tiny trained models of real architectures."""
 
 from pathlib import Path
 
@@ -8,9 +8,12 @@ from denoise_env.shapes.verifier import Reading, Verifier
 
 WEIGHTS: Path = Path(__file__).parent / "weights" / "stable_diffusion"
 """A Stable Diffusion checkpoint in the diffusers layout, pretrained by `denoise_env.shapes.pretrain`."""
+FLUX_WEIGHTS: Path = Path(__file__).parent / "weights" / "flux"
+"""A FLUX.1 checkpoint in the diffusers layout, pretrained by `denoise_env.shapes.pretrain_flux`."""
 
 __all__ = [
     "ALL",
+    "FLUX_WEIGHTS",
     "HELD_OUT",
     "TRAIN",
     "WEIGHTS",

@@ -29,6 +29,7 @@ TRAINING = [name for name in EVERY if name not in ("base", "best-of-n", "zero-lr
 RATIO = [name for name in EVERY if issubclass(AGENTS[name], TrajectoryAgent)]
 SEVERAL = [name for name in TRAINING if not AGENTS[name].on_policy]
 TIMING = {"seconds", "images_per_second"}
+TWO_COMPOSITIONS = ["three green crosses on black", "a red circle left of a blue square on gray"]
 
 
 def run(config, directory, **options):
@@ -263,6 +264,29 @@ def test_a_budgeted_run_resumes_exactly(name, stop, tmp_path, monkeypatch):
     assert_same_run(whole, stop_and_resume(config, tmp_path / "stopped", monkeypatch, stop))
 
 
+# --- A network of a real architecture ---
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_every_agent_learns_from_the_tiny_flux(name):
+    """A rollout of eight compositions and an update, in the preset but for the sizes."""
+    config = make_config("shapes-flux", name, rows=8)
+    config.agent_options.group_size = 4
+    experiment = build(dataclasses.replace(config, prompts_per_iteration=2, num_steps=6, microbatch=4))
+    agent = experiment.agent
+    before = [p.detach().clone() for p in agent.parameters]
+    with agent.rollout_weights():
+        rows = row_generators(range(2 * agent.group_size))
+        rollout = collect(
+            experiment.mdp, agent.policy, rows, TWO_COMPOSITIONS, **agent.rollout_options(1), microbatch=4
+        )
+    figures = agent.update(rollout, 1)
+    assert all(p.isfinite().all() for p in agent.parameters)
+    moved = any((p != old).any() for p, old in zip(agent.parameters, before, strict=True))
+    assert moved == (name != "zero-lr")
+    assert all(value == value for value in figures.values())
+
+
 # --- The command line ---
 
 
@@ -304,7 +328,7 @@ def test_every_agents_configuration_survives_its_file(name, tmp_path):
             assert run_config(tmp_path) == full
 
 
-@pytest.mark.parametrize("preset", ["shapes", "points"])
+@pytest.mark.parametrize("preset", ["shapes", "shapes-flux", "points"])
 @pytest.mark.parametrize("name", EVERY)
 def test_every_agent_fits_its_presets(name, preset):
     """With as many episodes an iteration as the preset's own agent."""

@@ -1,14 +1,81 @@
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from transformers import CLIPTokenizer, T5Tokenizer
 
-from denoise_env.models.flow_match import pack
-from denoise_env.shapes.compositions import HELD_OUT, TRAIN
+from agents.policy import DenoisingPolicy
+from agents.rollout import begin, denoise
+from denoise_env.mdp import DenoisingMDP, row_generators
+from denoise_env.models.flow_match import pack, unpack
+from denoise_env.shapes import FLUX_WEIGHTS
+from denoise_env.shapes.compositions import HELD_OUT, TRAIN, Verifier, render
 from denoise_env.shapes.compositions.grammar import PRETRAIN
-from denoise_env.shapes.pretrain_flux import SOURCE, Flow, Texts, build_pipeline, main, sample, train_texts
+from denoise_env.shapes.pretrain_flux import SOURCE, Flow, Texts, build_pipeline, main, sample, share_right, train_texts
+from denoise_env.worlds import SHAPES_FLUX, WORLDS
 
 TINY = ["--text-steps", "2", "--vae-steps", "3", "--steps", "3", "--distill-steps", "2"]
 TINY += ["--batch-size", "4", "--pictures", "20"]
+
+
+GUIDANCE = WORLDS[SHAPES_FLUX].options["guidance_scale"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return FluxPipeline.from_pretrained(FLUX_WEIGHTS, local_files_only=True)
+
+
+def test_shipped_weights_are_small():
+    assert sum(file.stat().st_size for file in FLUX_WEIGHTS.rglob("*") if file.is_file()) <= 8e6
+
+
+def test_shipped_pipeline_is_consistent(pipe):
+    assert type(pipe.tokenizer) is CLIPTokenizer
+    assert type(pipe.tokenizer_2) is T5Tokenizer
+    assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+    assert pipe.transformer.config.guidance_embeds
+    assert pipe.text_encoder.config.eos_token_id == pipe.tokenizer.eos_token_id
+    for encoder, tokenizer in ((pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2)):
+        assert encoder.config.vocab_size == len(tokenizer)
+        assert tokenizer.unk_token_id not in tokenizer(list(HELD_OUT)).input_ids
+    assert {parameter.dtype for parameter in pipe.transformer.parameters()} == {torch.float32}
+
+
+def test_latents_are_standardised_and_decode_back(pipe, generator):
+    pictures = render(HELD_OUT, generator) * 2 - 1
+    with torch.no_grad():
+        latents = pipe.vae.encode(pictures).latent_dist.mean
+        decoded = pipe.vae.decode(latents).sample
+    assert latents.shape == (132, 8, 8, 8)
+    assert (latents.std() * pipe.vae.config.scaling_factor).item() == pytest.approx(1, abs=0.15)
+    assert (decoded - pictures).square().mean() < 0.03
+
+
+def test_shipped_weights_leave_room_to_learn(pipe, generator):
+    shares = share_right(pipe, HELD_OUT, 264, generator, GUIDANCE)
+    assert 0.5 < shares["score"] < 0.85
+    assert shares["all"] < shares["score"]
+
+
+def test_the_caption_and_the_guidance_matter(pipe, generator):
+    """A held-out caption's score with itself, and with another as the prompt; and told other scales."""
+    told = {scale: share_right(pipe, HELD_OUT, 132, generator, scale)["score"] for scale in (1.0, GUIDANCE)}
+    assert told[GUIDANCE] > told[1.0] + 0.03
+    images = sample(pipe, [*HELD_OUT[1:], HELD_OUT[0]], generator, GUIDANCE)
+    assert Verifier().score(images, HELD_OUT).mean() < told[GUIDANCE] - 0.1
+
+
+@torch.no_grad()
+def test_the_world_samples_what_the_plain_pipeline_samples(pipe):
+    mdp = DenoisingMDP.make(SHAPES_FLUX, num_steps=5)
+    latents, index = begin(mdp, row_generators(range(3)), HELD_OUT[::50])
+    noise = latents[:, 0].clone()
+    ours = denoise(mdp, DenoisingPolicy(mdp, "ode"), latents, index)[:, -1]
+    settings = {"height": 32, "width": 32, "num_inference_steps": 5, "guidance_scale": GUIDANCE}
+    theirs = pipe(
+        list(HELD_OUT[::50]), max_sequence_length=16, latents=pack(noise), output_type="latent", **settings
+    ).images
+    torch.testing.assert_close(ours, unpack(theirs, 8, 8), rtol=0, atol=1e-4)
 
 
 def test_no_held_out_caption_is_drawn():
