@@ -16,8 +16,8 @@ GAP = 1.5
 """Pixels of a 32-pixel picture between the boxes of two objects, along x or along y."""
 SLOPE = 1 / 3
 """Two related objects are at most this far apart across the relation's axis, as a share of how far along it."""
-CELL = 8
-"""Side of a board's fields in pixels of a 32-pixel picture: an object on a board fills one of its 4 × 4 fields."""
+FIELD = 16
+"""Side of a board's fields in pixels of a 32-pixel picture: an object on a board lies in the middle of one of four."""
 _TRIES = 64
 
 
@@ -55,7 +55,7 @@ def place(
         reach = radius[rows, None, :, None] + MARGIN
         draws = torch.rand(len(rows), _TRIES, MAX_OBJECTS, 2, generator=generator)
         if board:
-            draws = (draws * (BASE_SIZE // CELL)).floor() * CELL + CELL / 2
+            draws = ((draws * BASE_SIZE / FIELD).floor() + 0.5) * FIELD
         else:
             draws = reach + draws * (BASE_SIZE - 2 * reach)
         apart = (draws[:, :, i] - draws[:, :, j]).abs().amax(-1) >= least[rows, None]
@@ -82,8 +82,8 @@ def render(
         captions: B captions of the grammar.
         generator: the CPU source of randomness.
         size: side of the pictures in pixels, at least 16.
-        board: whether several objects have no random radii and places, but each fills a field of a 4 × 4 board, with a
-            field between two of them. One object stays as it is.
+        board: whether several objects have no random radii and places, but are 6 pixels in radius, each in the middle
+            of a quarter of the picture. One object stays as it is.
 
     Returns:
         ``[B, 3, size, size]`` float32 in [0, 1].
@@ -101,7 +101,7 @@ def render(
     centre = place(exists, relation, radius, generator)
     if board:
         several = exists.sum(1) > 1
-        radius[several] = CELL / 2
+        radius[several] = RADII[2][1]
         centre[several] = place(exists[several], relation[several], radius[several], generator, board=True)
     scale = size / BASE_SIZE
     row = exists.nonzero()[:, 0]
