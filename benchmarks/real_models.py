@@ -1,13 +1,15 @@
-"""Measured memory of published presets on their true architecture, shallow and with random weights, against `plan`.
+"""Published presets on their true architecture, shallow and with random weights: they train, and take what `plan` says.
 
-``python -m benchmarks.real_models run`` measures every setting in a process of its own, a rollout and an update on the
-CPU, and writes ``benchmarks/results/real-models.json`` and ``.md``. ``python -m benchmarks.real_models page`` computes
-presets at full size and depth, without weights, and writes the table in ``docs/real-models.md``: all published ones, or
-those that are named behind it.
+``python -m benchmarks.real_models run`` runs every preset in a process of its own, a rollout of two steps and an update
+on the CPU, and writes ``benchmarks/results/real-models.json`` and ``.md``; with names behind it, those alone anew.
+Gigabytes of weights are written to the temporary directory: ``TMPDIR=/dev/shm`` keeps them in memory.
+``python -m benchmarks.real_models page`` computes presets at full size and depth, without weights, and writes the table
+in ``docs/real-models.md``: all published ones, or those that are named behind it.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -18,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agents.training.checkpoints import write_atomically
+from agents.training.presets.published import PUBLISHED
+
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "real-models.md"
 BEGIN, END = "<!-- table: python -m benchmarks.real_models page -->\n", "<!-- end of table -->\n"
@@ -25,32 +30,40 @@ BEGIN, END = "<!-- table: python -m benchmarks.real_models page -->\n", "<!-- en
 
 @dataclass(frozen=True)
 class Setting:
-    """A published preset, made small enough for a CPU: what is reduced, and nothing else.
+    """What is reduced of a published preset, so that a CPU runs it.
 
     Attributes:
-        preset: the preset's name; others with the same model and the same trained weights stand behind it.
+        preset: the preset's name.
         network: blocks of the network, as in `benchmarks.architectures.Depth`.
         side: height and width of the images in pixels.
-        microbatch: images in a network call.
         dtype: instead of the preset's own precision.
     """
 
     preset: str
     network: tuple[int, ...]
     side: int
-    microbatch: int = 1
     dtype: str | None = None
 
 
-SETTINGS = (
-    Setting("ddpo-is", (3, 1), 256, dtype="fp32"),
-    Setting("flow-grpo", (1, 1), 256),
-    Setting("dancegrpo-flux-lora", (1, 1), 256),
-    Setting("dancegrpo", (3, 1), 256, dtype="fp32"),
-    Setting("dancegrpo-flux", (1, 0), 256),
-    Setting("ddpo-is", (3, 1), 256),
-)
-"""One for each model and choice of trained weights among the published presets."""
+MAIN = ("ddpo-is", "dancegrpo", "flow-grpo", "dancegrpo-flux-lora", "dancegrpo-flux")
+"""One for each model and choice of trained weights among the published presets: these draw larger images."""
+REDUCED = {
+    **dict.fromkeys(("group_size", "branches"), 2),
+    **dict.fromkeys(("updates_per_rollout", "epochs", "draws_per_sample", "window_size"), 1),
+    "timestep_fraction": 1.0,
+    "window_reach": "all",
+}
+"""Instead of a preset's own, where its agent has such a setting."""
+
+
+def reduced(name: str) -> Setting:
+    """A preset's setting. On a CPU without instructions for it, a convolution in bf16 takes buffers of its own:
+    Stable Diffusion 1.x computes in fp32."""
+    preset, side = PUBLISHED[name], 256 if name in MAIN else 128
+    if preset.family == "stable-diffusion":
+        return Setting(name, (3, 1), side, "fp32")
+    whole = preset.family == "flux" and "lora_rank" not in preset.model_options
+    return Setting(name, (1, 0) if whole else (1, 1), side)
 
 
 def brightness(images: Any, prompts: Any, metadata: Any) -> Any:
@@ -66,7 +79,7 @@ def configuration(setting: Setting, directory: str) -> Any:
     options = {"height": setting.side, "width": setting.side}
     if setting.dtype:
         options["dtype"] = setting.dtype
-    agent = {"group_size": 2 * setting.microbatch, "updates_per_rollout": 1, "timestep_fraction": 1.0}
+    agent = {name: value for name, value in REDUCED.items() if getattr(config.agent_options, name, None) is not None}
     return dataclasses.replace(
         config,
         model_options=dataclasses.replace(config.model_options, **options),
@@ -75,7 +88,7 @@ def configuration(setting: Setting, directory: str) -> Any:
         prompts=("a red circle on gray",),
         num_steps=2,
         prompts_per_iteration=1,
-        microbatch=setting.microbatch,
+        microbatch=1,
         device="cpu",
     )
 
@@ -118,13 +131,10 @@ def measure(setting: Setting, directory: str) -> dict[str, Any]:
     agent.optimizer.step()  # with the moments that a run has from its second iteration on
     agent.optimizer.zero_grad()
     forget_most()
-    rollout = collect(
-        experiment.mdp,
-        experiment.policy,
-        row_generators(range(memory.images)),
-        experiment.mdp.drawn_prompts,
-        **agent.rollout_options(1),
-    )
+    rows = row_generators(range(memory.images))
+    with agent.rollout_weights():
+        prompts = experiment.mdp.drawn_prompts
+        rollout = collect(experiment.mdp, experiment.policy, rows, prompts, **agent.rollout_options(1))
     measured["rollout"] = resident(most=True) - before
     forget_most()
     agent.update(rollout, 1)
@@ -146,47 +156,59 @@ def measure(setting: Setting, directory: str) -> dict[str, Any]:
     }
 
 
-def run_one(setting: Setting) -> dict[str, Any]:
-    """One row of the table, measured in a process of its own on a checkpoint that is made for it."""
+def checkpoint(setting: Setting) -> tuple[str, tuple[int, ...], bool]:
+    """What its shallow checkpoint depends on: the model, the blocks, and whether the weights are fp32."""
+    preset = PUBLISHED[setting.preset]
+    return preset.model, setting.network, "lora_rank" not in preset.model_options
+
+
+def run(names: list[str]) -> None:
+    """Measure presets, each in a process of its own, and write what is known of all."""
     import torch
 
-    from agents.training.presets import PRESETS
     from benchmarks.architectures import Depth, write_weights
 
-    with tempfile.TemporaryDirectory() as directory:
-        full = not PRESETS[setting.preset].model_options.get("lora_rank")
-        dtype = torch.float32 if full else torch.bfloat16
-        write_weights(PRESETS[setting.preset].model, Path(directory), Depth(setting.network, encoders=1), dtype)
-        command = [sys.executable, "-m", "benchmarks.real_models", "one", directory]
-        # glibc gives large blocks back as soon as they are freed, so that what is resident is what is in use.
-        env = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "MALLOC_MMAP_THRESHOLD_": "65536",
-            "MALLOC_TRIM_THRESHOLD_": "65536",
-        }
-        text = json.dumps(dataclasses.asdict(setting))
-        done = subprocess.run([*command, text], env=env, capture_output=True, text=True, check=False)
-        if done.returncode:
-            error = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
-            return {"preset": setting.preset, "setting": dataclasses.asdict(setting), "error": error[0]}
-        return json.loads(done.stdout.splitlines()[-1])
+    path = RESULTS / "real-models.json"
+    rows = {row["preset"]: row for row in json.loads(path.read_text())} if path.exists() else {}
+    settings = sorted((reduced(name) for name in names), key=checkpoint)
+    for (model, network, whole), alike in itertools.groupby(settings, checkpoint):
+        with tempfile.TemporaryDirectory() as directory:
+            dtype = torch.float32 if whole else torch.bfloat16
+            write_weights(model, Path(directory), Depth(network, encoders=1), dtype)
+            for setting in alike:
+                rows[setting.preset] = measure_apart(setting, directory)
+                print(json.dumps(rows[setting.preset]), flush=True)
+                known = sorted(rows.values(), key=lambda row: (row["preset"] not in MAIN, row["preset"]))
+                write_atomically(path, json.dumps(known, indent=1) + "\n")
+                write_atomically(RESULTS / "real-models.md", table(known))
+
+
+def measure_apart(setting: Setting, directory: str) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    # glibc gives large blocks back as soon as they are freed, so that what is resident is what is in use.
+    limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "benchmarks.real_models", "one", setting.preset, directory]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **limits}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        error = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
+        return {"preset": setting.preset, "setting": dataclasses.asdict(setting), "error": error[0]}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The measured rows in Markdown."""
     lines = [
-        "| preset | trained | blocks | parameters | image | microbatch | weights and moments | rollout: predicted, "
-        "measured | update: predicted, measured |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| preset | trained | blocks | parameters | image | weights and moments, GiB | rollout: predicted, measured | "
+        "update: predicted, measured |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         setting = row["setting"]
         start = f"| {row['preset']} | "
         blocks = "+".join(map(str, setting["network"]))
         if "error" in row:
-            size = f"{setting['side']}² | {setting['microbatch']}"
-            lines.append(f"{start}– | {blocks} | – | {size} | not run: {row['error']} | – | – |")
+            lines.append(f"{start}– | {blocks} | – | {setting['side']}² | – | not run: {row['error']} | – |")
             continue
         rank = row["lora_rank"]
         trained = f"{f'LoRA {rank}' if rank else 'all'}, {row['dtype']}"
@@ -196,7 +218,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             figures.append(f"{_gib(predicted)}, {_gib(measured)} ({predicted / measured - 1:+.1%})")
         lines.append(
             f"{start}{trained} | {blocks} | {row['parameters'] / 1e6:,.0f} M | {setting['side']}² | "
-            f"{setting['microbatch']} | {_gib(row['standing'])} | {figures[0]} | {figures[1]} |"
+            f"{_gib(row['standing'])} | {figures[0]} | {figures[1]} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -248,8 +270,6 @@ HEAD = (
 
 def write_page(presets: list[str]) -> None:
     """Write the table of ``docs/real-models.md`` anew, a line at a time."""
-    from agents.training.presets.published import PUBLISHED
-
     lines, known = HEAD, {}
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     with tempfile.TemporaryDirectory() as directory:
@@ -266,16 +286,9 @@ def main() -> None:
     if typed.command == "page":
         write_page(typed.arguments)
     elif typed.command == "one":
-        values = json.loads(typed.arguments[1])
-        setting = Setting(**{**values, "network": tuple(values["network"])})
-        print(json.dumps(measure(setting, typed.arguments[0])))
+        print(json.dumps(measure(reduced(typed.arguments[0]), typed.arguments[1])))
     else:
-        rows = []
-        for setting in SETTINGS:
-            rows.append(run_one(setting))
-            print(json.dumps(rows[-1]), flush=True)
-            (RESULTS / "real-models.json").write_text(json.dumps(rows, indent=1) + "\n")
-            (RESULTS / "real-models.md").write_text(table(rows))
+        run(typed.arguments or list(PUBLISHED))
 
 
 if __name__ == "__main__":

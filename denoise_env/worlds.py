@@ -65,7 +65,7 @@ WORLDS: dict[str, World] = {
         "a tiny FLUX.1 of several shapes, their number and their places, shipped with the package",
         family="denoise_env.models.flux:FAMILY",
         checkpoint="denoise_env.shapes:FLUX_WEIGHTS",
-        options={"guidance_scale": 2.0, "max_sequence_length": 16},
+        options={"guidance_scale": 2.0, "max_sequence_length": 12},
         prompts={"compositions": "denoise_env.shapes.compositions:TRAIN"},
         held_out={"compositions-held-out": "denoise_env.shapes.compositions:HELD_OUT"},
         rewards={"compositions": "denoise_env.rewards.compositions:CompositionsReward"},

@@ -277,9 +277,7 @@ def test_every_agent_learns_from_the_tiny_flux(name):
     before = [p.detach().clone() for p in agent.parameters]
     with agent.rollout_weights():
         rows = row_generators(range(2 * agent.group_size))
-        rollout = collect(
-            experiment.mdp, agent.policy, rows, TWO_COMPOSITIONS, **agent.rollout_options(1), microbatch=4
-        )
+        rollout = collect(experiment.mdp, agent.policy, rows, TWO_COMPOSITIONS, **agent.rollout_options(1))
     figures = agent.update(rollout, 1)
     assert all(p.isfinite().all() for p in agent.parameters)
     moved = any((p != old).any() for p, old in zip(agent.parameters, before, strict=True))

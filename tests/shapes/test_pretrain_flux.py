@@ -12,7 +12,7 @@ from denoise_env.shapes import FLUX_WEIGHTS
 from denoise_env.shapes.compositions import HELD_OUT, TRAIN, Verifier, render
 from denoise_env.shapes.compositions.grammar import PRETRAIN
 from denoise_env.shapes.compositions.renderer import encode
-from denoise_env.shapes.pretrain_flux import SOURCE, Flow, Texts, build_pipeline, main, sample, share_right
+from denoise_env.shapes.pretrain_flux import SOURCE, Flow, build_pipeline, main, read_captions, sample, share_right
 from denoise_env.worlds import SHAPES_FLUX, WORLDS
 
 TINY = ["--text-steps", "2", "--vae-steps", "3", "--steps", "3", "--distill-steps", "2"]
@@ -75,7 +75,7 @@ def test_the_world_samples_what_the_plain_pipeline_samples(pipe):
     ours = denoise(mdp, DenoisingPolicy(mdp, "ode"), latents, index)[:, -1]
     settings = {"height": 32, "width": 32, "num_inference_steps": 5, "guidance_scale": GUIDANCE}
     theirs = pipe(
-        list(HELD_OUT[::50]), max_sequence_length=16, latents=pack(noise), output_type="latent", **settings
+        list(HELD_OUT[::50]), max_sequence_length=12, latents=pack(noise), output_type="latent", **settings
     ).images
     torch.testing.assert_close(ours, unpack(theirs, 8, 8), rtol=0, atol=1e-4)
 
@@ -107,8 +107,9 @@ def test_runs_with_one_seed_agree(tmp_path):
 @torch.no_grad()
 def test_all_that_a_caption_says_can_be_read_from_its_features(pipe):
     """By a least-squares reading of CLIP's pooled features and of every T5 token, fitted to pretraining's captions."""
-    texts, told = Texts(pipe), [encode(captions) + 1 for captions in (PRETRAIN, HELD_OUT)]
-    known, new = (torch.cat([pooled[:, None], tokens], 1) for pooled, tokens in (texts(PRETRAIN), texts(HELD_OUT)))
+    sets = PRETRAIN, HELD_OUT
+    told = [encode(captions) + 1 for captions in sets]
+    known, new = (torch.cat([p[:, None], t], 1) for p, t in (read_captions(pipe, captions) for captions in sets))
     classes = (told[0].amax(0) + 1).tolist()
     answers = torch.cat([one_hot(part, n) for part, n in zip(told[0].T, classes, strict=True)], 1).float()
     ways = torch.linalg.lstsq(known.transpose(0, 1), answers.expand(17, -1, -1)).solution
@@ -125,7 +126,7 @@ def test_the_network_is_trained_as_the_plain_pipeline_calls_it():
     pipe.set_progress_bar_config(disable=True)
     captions = [TRAIN[0], TRAIN[-1]]
     noise = pack(torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0)))
-    flow, texts = Flow(pipe.transformer), Texts(pipe)(captions)
+    flow, texts = Flow(pipe.transformer), read_captions(pipe, captions)
     velocity = flow(noise, torch.ones(2), texts, torch.full((2,), 2.5))
     found = pipe(
         captions,
@@ -133,7 +134,7 @@ def test_the_network_is_trained_as_the_plain_pipeline_calls_it():
         width=32,
         num_inference_steps=1,
         guidance_scale=2.5,
-        max_sequence_length=16,
+        max_sequence_length=12,
         latents=noise,
         output_type="latent",
     ).images
