@@ -16,37 +16,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from agents.rollout import collect
 from agents.training.checkpoints import write_atomically
-from agents.training.presets.published import PUBLISHED
+from agents.training.config import TrainConfig
+from agents.training.experiment import build
+from agents.training.memory import plan
+from agents.training.presets import make_config
+from agents.training.presets.published import FLUX, PUBLISHED, SD14, SD15, SD35
+from benchmarks.architectures import Depth, write_configuration, write_weights
+from denoise_env.mdp import row_generators
+from denoise_env.models import outline
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "real-models.md"
 BEGIN, END = "<!-- table: python -m benchmarks.real_models page -->\n", "<!-- end of table -->\n"
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is reduced of a published preset, so that a CPU runs it.
-
-    Attributes:
-        preset: the preset's name.
-        network: blocks of the network, as in `benchmarks.architectures.Depth`.
-        side: height and width of the images in pixels.
-        dtype: instead of the preset's own precision.
-    """
-
-    preset: str
-    network: tuple[int, ...]
-    side: int
-    dtype: str | None = None
-
-
 MAIN = ("ddpo-is", "dancegrpo", "flow-grpo", "dancegrpo-flux-lora", "dancegrpo-flux")
 """One for each model and choice of trained weights among the published presets: these draw larger images."""
+BLOCKS = {SD14: (3, 1), SD15: (3, 1), SD35: (1, 1), FLUX: (1, 1)}
+"""A model → the blocks that are left of its network, as in `benchmarks.architectures.Depth`."""
 REDUCED = {
     **dict.fromkeys(("group_size", "branches"), 2),
     **dict.fromkeys(("updates_per_rollout", "epochs", "draws_per_sample", "window_size"), 1),
@@ -56,14 +50,9 @@ REDUCED = {
 """Instead of a preset's own, where its agent has such a setting."""
 
 
-def reduced(name: str) -> Setting:
-    """A preset's setting. On a CPU without instructions for it, a convolution in bf16 takes buffers of its own:
-    Stable Diffusion 1.x computes in fp32."""
-    preset, side = PUBLISHED[name], 256 if name in MAIN else 128
-    if preset.family == "stable-diffusion":
-        return Setting(name, (3, 1), side, "fp32")
-    whole = preset.family == "flux" and "lora_rank" not in preset.model_options
-    return Setting(name, (1, 0) if whole else (1, 1), side)
+def side(name: str) -> int:
+    """Height and width of a preset's images in pixels, where it is measured."""
+    return 256 if name in MAIN else 128
 
 
 def brightness(images: Any, prompts: Any, metadata: Any) -> Any:
@@ -71,15 +60,12 @@ def brightness(images: Any, prompts: Any, metadata: Any) -> Any:
     return images.mean((1, 2, 3))
 
 
-def configuration(setting: Setting, directory: str) -> Any:
-    """The preset's configuration with a shallow checkpoint, two steps, one update and few images."""
-    from agents.training.presets import make_config
-
-    config = make_config(setting.preset, model=directory)
-    options = {"height": setting.side, "width": setting.side}
-    if setting.dtype:
-        options["dtype"] = setting.dtype
-    agent = {name: value for name, value in REDUCED.items() if getattr(config.agent_options, name, None) is not None}
+def configuration(name: str, directory: str) -> TrainConfig:
+    """A preset's configuration with a shallow checkpoint, two steps, one update and few images, in fp32: bf16 is many
+    times slower on a CPU without instructions for it, and its convolutions take buffers of their own there."""
+    config = make_config(name, model=directory)
+    agent = {key: value for key, value in REDUCED.items() if getattr(config.agent_options, key, None) is not None}
+    options = {"height": side(name), "width": side(name), "dtype": "fp32"}
     return dataclasses.replace(
         config,
         model_options=dataclasses.replace(config.model_options, **options),
@@ -105,17 +91,10 @@ def forget_most() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(setting: Setting, directory: str) -> dict[str, Any]:
-    """One row of the table, measured in this process."""
-    import torch
-
-    from agents.rollout import collect
-    from agents.training.experiment import build
-    from agents.training.memory import plan
-    from denoise_env.mdp import row_generators
-
+def measure(name: str, directory: str) -> dict[str, Any]:
+    """A preset's row of the table, measured in this process."""
     torch.set_num_threads(1)
-    config = configuration(setting, directory)
+    config = configuration(name, directory)
     memory = plan(config, cuda=False)
     # Libraries that a first call loads are there before anything is measured.
     torch.nn.functional.conv2d(torch.ones(1, 1, 3, 3, requires_grad=True), torch.ones(1, 1, 3, 3)).sum().backward()
@@ -144,10 +123,8 @@ def measure(setting: Setting, directory: str) -> dict[str, Any]:
         "update": memory.phases["update"],
     }
     return {
-        "preset": setting.preset,
-        "setting": dataclasses.asdict(setting),
+        "preset": name,
         "parameters": sum(p.numel() for p in experiment.mdp.model.network.parameters()),
-        "dtype": config.model_options.dtype,
         "lora_rank": config.model_options.lora_rank,
         "predicted": predicted,
         "measured": measured,
@@ -156,69 +133,55 @@ def measure(setting: Setting, directory: str) -> dict[str, Any]:
     }
 
 
-def checkpoint(setting: Setting) -> tuple[str, tuple[int, ...], bool]:
-    """What its shallow checkpoint depends on: the model, the blocks, and whether the weights are fp32."""
-    preset = PUBLISHED[setting.preset]
-    return preset.model, setting.network, "lora_rank" not in preset.model_options
-
-
 def run(names: list[str]) -> None:
     """Measure presets, each in a process of its own, and write what is known of all."""
-    import torch
-
-    from benchmarks.architectures import Depth, write_weights
-
     path = RESULTS / "real-models.json"
     rows = {row["preset"]: row for row in json.loads(path.read_text())} if path.exists() else {}
-    settings = sorted((reduced(name) for name in names), key=checkpoint)
-    for (model, network, whole), alike in itertools.groupby(settings, checkpoint):
+    models = {name: PUBLISHED[name].model for name in names}
+    for model, alike in itertools.groupby(sorted(models, key=models.__getitem__), models.__getitem__):
         with tempfile.TemporaryDirectory() as directory:
-            dtype = torch.float32 if whole else torch.bfloat16
-            write_weights(model, Path(directory), Depth(network, encoders=1), dtype)
-            for setting in alike:
-                rows[setting.preset] = measure_apart(setting, directory)
-                print(json.dumps(rows[setting.preset]), flush=True)
+            write_weights(model, Path(directory), Depth(BLOCKS[model], encoders=1), torch.float32)
+            for name in alike:
+                rows[name] = measure_apart(name, directory)
+                print(json.dumps(rows[name]), flush=True)
                 known = sorted(rows.values(), key=lambda row: (row["preset"] not in MAIN, row["preset"]))
                 write_atomically(path, json.dumps(known, indent=1) + "\n")
                 write_atomically(RESULTS / "real-models.md", table(known))
 
 
-def measure_apart(setting: Setting, directory: str) -> dict[str, Any]:
+def measure_apart(name: str, directory: str) -> dict[str, Any]:
     """`measure` in a process of its own."""
     # glibc gives large blocks back as soon as they are freed, so that what is resident is what is in use.
     limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "benchmarks.real_models", "one", setting.preset, directory]
+    command = [sys.executable, "-m", "benchmarks.real_models", "one", name, directory]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **limits}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         error = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
-        return {"preset": setting.preset, "setting": dataclasses.asdict(setting), "error": error[0]}
+        return {"preset": name, "error": error[0]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The measured rows in Markdown."""
+    """The measured rows in Markdown, sizes in GiB."""
     lines = [
-        "| preset | trained | blocks | parameters | image | weights and moments, GiB | rollout: predicted, measured | "
+        "| preset | trained | parameters | image | weights and moments | rollout: predicted, measured | "
         "update: predicted, measured |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        setting = row["setting"]
-        start = f"| {row['preset']} | "
-        blocks = "+".join(map(str, setting["network"]))
+        name, image = row["preset"], f"{side(row['preset'])}²"
         if "error" in row:
-            lines.append(f"{start}– | {blocks} | – | {setting['side']}² | – | not run: {row['error']} | – |")
+            lines.append(f"| {name} | – | – | {image} | – | failed: {row['error']} | – |")
             continue
-        rank = row["lora_rank"]
-        trained = f"{f'LoRA {rank}' if rank else 'all'}, {row['dtype']}"
+        trained = f"LoRA {row['lora_rank']}" if row["lora_rank"] else "all"
         figures = []
         for phase in ("rollout", "update"):
             predicted, measured = row["predicted"][phase], row["measured"][phase]
             figures.append(f"{_gib(predicted)}, {_gib(measured)} ({predicted / measured - 1:+.1%})")
         lines.append(
-            f"{start}{trained} | {blocks} | {row['parameters'] / 1e6:,.0f} M | {setting['side']}² | "
-            f"{_gib(row['standing'])} | {figures[0]} | {figures[1]} |"
+            f"| {name} | {trained} | {row['parameters'] / 1e6:,.0f} M | {image} | {_gib(row['standing'])} | "
+            f"{' | '.join(figures)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -229,10 +192,6 @@ def _gib(count: float) -> str:
 
 def page_row(preset: str, directory: Path, known: dict[str, list[int]] | None = None) -> str:
     """A preset's line in the page's table; ``known`` as in `agents.training.memory.plan`."""
-    from agents.training.memory import plan
-    from agents.training.presets import make_config
-    from benchmarks.architectures import write_configuration
-    from denoise_env.models import outline
 
     config = make_config(preset)
     checkpoint = directory / config.model.replace("/", "-")
@@ -286,7 +245,7 @@ def main() -> None:
     if typed.command == "page":
         write_page(typed.arguments)
     elif typed.command == "one":
-        print(json.dumps(measure(reduced(typed.arguments[0]), typed.arguments[1])))
+        print(json.dumps(measure(*typed.arguments)))
     else:
         run(typed.arguments or list(PUBLISHED))
 
