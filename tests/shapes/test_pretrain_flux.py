@@ -61,7 +61,7 @@ def test_latents_are_standardised_and_decode_back(pipe, generator):
         decoded = pipe.vae.decode(latents).sample
     assert latents.shape == (132, 8, 8, 8)
     assert (latents.std() * pipe.vae.config.scaling_factor).item() == pytest.approx(1, abs=0.15)
-    assert (decoded - pictures).square().mean() < 0.01
+    assert (decoded - pictures).square().mean() < 0.015
 
 
 def test_shipped_weights_leave_room_to_learn(pipe, generator):
@@ -70,12 +70,14 @@ def test_shipped_weights_leave_room_to_learn(pipe, generator):
     assert shares["all"] < shares["score"]
 
 
-def test_the_caption_and_the_guidance_matter(pipe, generator):
-    """A held-out caption's score with itself, and with another as the prompt; and told other scales."""
-    told = {scale: share_right(pipe, HELD_OUT, 132, generator, scale)["score"] for scale in (1.0, GUIDANCE)}
-    assert told[GUIDANCE] > told[1.0] + 0.03
-    images = sample(pipe, [*HELD_OUT[1:], HELD_OUT[0]], generator, GUIDANCE)
-    assert Verifier().score(images, HELD_OUT).mean() < told[GUIDANCE] - 0.1
+def test_the_caption_and_the_guidance_matter(pipe):
+    """With the same noise: held-out captions' scores told two scales, and with another caption as the prompt."""
+    scores = {}
+    for prompts, scale in ((HELD_OUT, 1.0), (HELD_OUT, GUIDANCE), ((*HELD_OUT[1:], HELD_OUT[0]), GUIDANCE)):
+        images = sample(pipe, prompts, torch.Generator().manual_seed(0), scale)
+        scores[prompts is HELD_OUT, scale] = Verifier().score(images, HELD_OUT).mean()
+    assert scores[True, GUIDANCE] > scores[True, 1.0] + 0.01
+    assert scores[False, GUIDANCE] < scores[True, GUIDANCE] - 0.2
 
 
 @torch.no_grad()
