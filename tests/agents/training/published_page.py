@@ -9,7 +9,7 @@ from pathlib import Path
 
 from agents.algorithms import find_agent
 from agents.training.config import TrainConfig
-from agents.training.presets import PRESETS
+from agents.training.presets import PRESETS, make_config
 from agents.training.presets.published import PUBLISHED
 from denoise_env.models import families
 from denoise_env.models.pipeline import PipelineOptions
@@ -106,17 +106,18 @@ def defaults():
                 yield [f"`{preset.agent}`", f"`{key}`", told(value), told(default)]
 
 
-def demo():
-    """Setting, DanceGRPO's published preset, and the demo's two."""
-    names = ("dancegrpo", "shapes", "points")
-    values = [effective(name) for name in names]
-    values[1]["model.guidance_scale"] = 1.0  # the world's own
-    for key in values[0]:
-        row = [told(own.get(key)) for own in values]
-        if key.startswith("model."):
-            row[2] = "–"  # Points has none of these
-        if len(set(row[:2] if key.startswith("model.") else row)) > 1:
-            yield [f"`{key}`", *row]
+def demo(published, *names):
+    """A table: setting, DanceGRPO's published preset, and the demo's that run it."""
+    values = {name: effective(name) for name in (published, *names)}
+    for name in names:
+        values[name].update({f"model.{key}": value for key, value in vars(make_config(name).model_options).items()})
+    rows = []
+    for key in values[published]:
+        network = key.startswith("model.")  # Points has no such settings
+        row = ["–" if network and name == "points" else told(own.get(key)) for name, own in values.items()]
+        if len({value for name, value in zip(values, row, strict=True) if not network or name != "points"}) > 1:
+            rows.append([f"`{key}`", *row])
+    return table(["setting", *(f"`{name}`" for name in values)], rows)
 
 
 def page():
@@ -140,8 +141,10 @@ def page():
             "nothing about them; the demo's say their own.\n",
             table(["`--agent`", "setting", "preset", "default"], defaults()),
             "## What the demo's presets change\n",
-            "`shapes` and `points` are no published settings. They run DanceGRPO's algorithm at sizes for a laptop:\n",
-            table(["setting", "`dancegrpo`", "`shapes`", "`points`"], demo()),
+            "`shapes`, `points` and `shapes-flux` are no published settings. They run DanceGRPO's algorithm at sizes "
+            "for a laptop:\n",
+            demo("dancegrpo", "shapes", "points"),
+            demo("dancegrpo-flux", "shapes-flux"),
         ]
     )
 
