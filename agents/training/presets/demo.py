@@ -20,11 +20,11 @@ DEMO: dict[str, Preset] = {
         settings={"iterations": 130, "eval_images_per_prompt": 64},
     ),
     SHAPES_FLUX: Preset(
-        "GRPO on the shipped tiny FLUX, a rectified flow: ten minutes on a laptop.",
+        "GRPO on the shipped tiny FLUX, a rectified flow: a quarter of an hour on a laptop.",
         model=SHAPES_FLUX,
         agent="grpo",
         agent_options={"lr": 1e-4, "step_weighting": "std", "ema_decay": 0.97},
-        settings={"kernel": "flow_sde", "eta": 0.7, "iterations": 160, "eval_images_per_prompt": 4},
+        settings={"kernel": "flow_sde", "eta": 0.7, "iterations": 200, "eval_images_per_prompt": 4},
     ),
     "points": Preset(
         "GRPO on 2-D Gaussian mixtures: seconds.",
