@@ -1,7 +1,7 @@
 """The demo on several training seeds: a row a seed, and an interval over training seeds.
 
     python -m benchmarks.demo                  # five seeds, three minutes each; resumes where it stopped
-    python -m benchmarks.demo --seeds 3 -- --preset points --iterations 50
+    python -m benchmarks.demo --seeds 3 --reward compositions -- --preset shapes-flux
 
 Each run is ``denoise-env train --seed N`` with whatever follows ``--``, in ``build/demo/<code>/<flags>``, and is not
 repeated while neither the code nor the flags change.
@@ -37,16 +37,23 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
     return float(np.mean(values)), spread / n**0.5, spread * (1 + 1 / n) ** 0.5
 
 
-def table(runs: Sequence[Path]) -> str:
-    """The runs' last reward before and after training in Markdown, a row a run, and their mean.
+def table(runs: Sequence[Path], reward: str | None = None) -> str:
+    """A reward before and after training in Markdown, a row a run, and the mean.
 
     Args:
         runs: directories of finished runs, 2 to 10.
+        reward: an evaluated reward's name; the last one by default.
+
+    Raises:
+        ValueError: a reward that was not evaluated.
     """
     lines, after = [], []
     for run in runs:
         evals = read_table(run / "eval.csv")
-        name, first, last = headline(evals)[-1]
+        found = {name: rest for name, *rest in headline(evals)}
+        if (name := reward or list(found)[-1]) not in found:
+            raise ValueError(f"the runs evaluate no reward {name!r}, but {', '.join(found)}")
+        first, last = found[name]
         if not lines:
             lines = [f"| seed | {name}: before | after | diversity: before | after | training, s |", "|---" * 6 + "|"]
         seed = json.loads((run / "config.json").read_text(encoding="utf-8"))["seed"]
@@ -92,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="of them, from 0 (default %(default)s)")
+    parser.add_argument("--reward", metavar="NAME", help="of those evaluated, the table's (default: the last)")
     parser.add_argument("--build", type=Path, default=REPOSITORY / "build" / "demo", metavar="DIR", help="of the runs")
     options = parser.parse_args(own)
     if not 2 <= options.seeds <= len(STUDENT) + 1:
@@ -99,10 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     root = options.build / code().split()[-1] / hashlib.sha256(repr(flags).encode()).hexdigest()[:8]
     try:
         runs = [run_seed(seed, root, flags) for seed in range(options.seeds)]
-    except RuntimeError as error:
+        print(f"{table(runs, options.reward)}\nCode: {code()}.")
+    except (RuntimeError, ValueError) as error:
         print(f"benchmarks.demo: {error}", file=sys.stderr)
         return 1
-    print(f"{table(runs)}\nCode: {code()}.")
     return 0
 
 

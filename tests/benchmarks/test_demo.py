@@ -19,12 +19,16 @@ def finished(directory, seed, end):
 
 def test_a_row_a_seed_and_an_interval_over_seeds(tmp_path):
     ends = (0.90, 0.91, 0.89, 0.86, 0.90)
-    text = table([finished(tmp_path / str(seed), seed, end) for seed, end in enumerate(ends)])
+    runs = [finished(tmp_path / str(seed), seed, end) for seed, end in enumerate(ends)]
+    text = table(runs)
     lines = text.splitlines()
     assert lines[2] == "| 0 | 0.500 [0.400, 0.600] | 0.900 [0.890, 0.910] | 0.100 | 0.080 | 50 |"
     mean, error = np.mean(ends), 2.776 * np.std(ends, ddof=1) / np.sqrt(5)
     assert f"{mean:.3f} [{mean - error:.3f}, {mean + error:.3f}]" in lines[7]
     assert "over training seeds" in text
+    assert "| 0 | 0.600 [0.590, 0.610] | 0.700 [0.690, 0.710] |" in table(runs, "a")
+    with pytest.raises(ValueError, match="the runs evaluate no reward 'c', but a, b"):
+        table(runs, "c")
 
 
 def test_the_interval_over_seeds_covers_as_often_as_it_says():
