@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from registered import IDS
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector
@@ -10,6 +9,7 @@ from torchrl.envs import RewardSum, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from denoise_env import DDIM, DenoiseTorchRLEnv, DenoiseVectorEnv, DenoisingMDP
+from denoise_env.worlds import WORLDS
 
 K = 3
 
@@ -36,9 +36,8 @@ def policy(mdp):
     return TensorDictModule(sampler(mdp), in_keys=["latents", "step", "prompt_index"], out_keys=["action"])
 
 
-@pytest.mark.parametrize("env_id", IDS)
-def test_specs(env_id):
-    name = env_id.split("/")[1].split("-")[0].lower()
+@pytest.mark.parametrize("name", [name for name, world in WORLDS.items() if world.environment])
+def test_specs(name):
     check_env_specs(DenoiseTorchRLEnv(name, num_envs=3, num_steps=2), break_when_any_done="both", seed=0)
 
 
