@@ -185,7 +185,7 @@ SUITES = {
         seeds=3,
         trials=6,
         lr=(3e-5, 1e-4, 3e-4),
-        lr_alone=(2e-5, 3e-5, 6e-5, 1e-4, 2e-4, 3e-4),
+        lr_alone=(3e-5, 5e-5, 8e-5, 1.2e-4, 2e-4, 3e-4),
         agents=_SHAPES_FLUX_AGENTS,
         trial_budget=30 * 64 * 28,
     ),
