@@ -13,7 +13,7 @@ from denoise_env.mdp import DenoisingMDP, State, row_generators
 from denoise_env.models.base import DenoisingModel, Family, ModelOptions
 from denoise_env.models.points import MIXTURES, Points
 from denoise_env.prompts import Prompt
-from denoise_env.rewards import load_reward
+from denoise_env.rewards import NAMES, load_reward
 from denoise_env.rewards.points import PointsReward
 from denoise_env.schedules import Schedule
 
@@ -530,7 +530,7 @@ def test_load_reward_by_name() -> None:
     [
         ("point", "unknown reward 'point'; did you mean 'points'?"),
         ("shape-correct", "did you mean 'shapes-correct'?"),
-        ("zzz", "there are ['shapes', 'shapes-correct', 'points']"),
+        ("zzz", f"unknown reward 'zzz'; there are {list(NAMES)}"),
         ("", "unknown reward ''"),
         (
             "no_such_module:reward",
