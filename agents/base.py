@@ -47,6 +47,10 @@ class LearningConfig(AgentConfig):
     itself), their losses ("losses": every reward has a clipped loss), or the rewards themselves ("rewards": the
     advantages are those of the sum). Each reward counts times its weight; with one reward of weight 1 all three are the
     same."""
+    best_and_worst: int = 0
+    """Train only so many samples of each group, half of them those with the highest and half those with the lowest
+    total reward (DanceGRPO's best-of-N); an odd one is among the highest. The group's others count in the advantages
+    and cost no update. 0 trains all."""
     lr: float = 1e-4
     """AdamW's learning rate, constant."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -85,7 +89,8 @@ class Agent(ABC):
     ``needs_means`` (of the rollout's Gaussians), ``needs_reference`` (the model before training), ``on_policy`` (one
     optimizer step per rollout), ``aggregations`` (the ways in which it can add up several rewards), ``joins_rewards``
     (why it cannot do so in the other ways), ``own_settings`` (the settings that a preset made for another agent leaves
-    as they are), and ``rows_per_example`` (how many episodes one example compares).
+    as they are), ``rows_per_example`` (how many episodes one example compares), and ``whole_groups`` (its loss compares
+    the samples of a group, so that none may be left out).
 
     Attributes:
         trained: the policy's parameters that training changes, by name.
@@ -107,6 +112,7 @@ class Agent(ABC):
     joins_rewards: ClassVar[str] = "it learns from the rewards' weighted sum"
     own_settings: ClassVar[tuple[str, ...]] = ()
     rows_per_example: ClassVar[int] = 1
+    whole_groups: ClassVar[bool] = False
     config: Any
 
     def __init__(
@@ -177,6 +183,10 @@ class Agent(ABC):
             )
         if not any(self.policy.mdp.reward_weights.values()):
             raise ValueError("every reward has weight 0: give one that counts another weight")
+        if not 0 <= (kept := config.best_and_worst) <= self.group_size:
+            raise ValueError(f"best_and_worst must lie in [0, group_size={self.group_size}], not {kept}")
+        if kept and self.whole_groups:
+            raise ValueError(f"{self.name} compares whole groups in its loss: set best_and_worst to 0")
         self.require_positive("max_grad_norm", "updates_per_rollout", "epochs", "group_size", "ema_every")
         if config.max_skipped_updates < 0:
             raise ValueError(f"max_skipped_updates must be at least 0, not {config.max_skipped_updates}")
@@ -202,11 +212,14 @@ class Agent(ABC):
                 f"{rows} episodes per rollout cannot be divided into updates_per_rollout={updates} parts of whole "
                 f"groups of {self.group_size}{among}"
             )
-        if self.microbatch and (rows // updates // ranks) % self.microbatch:
+        collected = rows // updates // ranks
+        trained = collected // self.group_size * (self.config.best_and_worst or self.group_size)
+        size = self.microbatch or collected
+        if remainder := collected % size or (trained % size if trained > size else 0):
             whose = "one process in one update" if ranks > 1 else "one update"
+            episodes = trained if collected % size == 0 else collected
             raise ValueError(
-                f"the {rows // updates // ranks} episodes of {whose} cannot be divided into microbatches of "
-                f"{self.microbatch}"
+                f"the {episodes} episodes of {whose} cannot be divided into microbatches of {size}: {remainder} remain"
             )
 
     # --- Rows that are divided among ranks ---
@@ -381,6 +394,8 @@ class Agent(ABC):
         """
         self.check_rows(len(rollout) * self.ranks.size)
         examples = self.examples(rollout, iteration)
+        if self.config.best_and_worst:
+            examples = examples[extremes(rollout.scores.total, self.group_size, self.config.best_and_worst)]
         part = len(examples) // self.config.updates_per_rollout
         visits = [self.visit(examples, epoch) for epoch in range(self.config.epochs)]
         parts = [visit[start : start + part] for visit in visits for start in range(0, len(examples), part)]
@@ -533,6 +548,18 @@ class Agent(ABC):
             for name, state in states.items()
         }
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+
+def extremes(rewards: Tensor, group_size: int, count: int) -> Tensor:
+    """The places, in order, of the ``count`` most extreme rewards ``[B]`` of each group, as ``best_and_worst`` says.
+
+    A reward that is NaN counts as its group's mean.
+    """
+    groups = rewards.view(-1, group_size).cpu()
+    order = groups.where(~groups.isnan(), groups.nanmean(1, keepdim=True)).argsort(dim=1, stable=True)
+    low = count // 2
+    chosen = torch.cat([order[:, :low], order[:, group_size - (count - low) :]], 1).sort(1).values
+    return (chosen + torch.arange(0, len(rewards), group_size)[:, None]).flatten()
 
 
 def apart(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -20,6 +20,8 @@ class ComparingAgent(OldWeights):
     the distances ``compare`` makes what the loss of a single sample needs.
     """
 
+    whole_groups = True
+
     @abstractmethod
     def distance(self, gap: Tensor) -> Tensor:
         """How far the outputs are from the right ones, ``[N]``; ``gap [N, *latent]`` is their difference."""

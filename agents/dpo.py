@@ -64,6 +64,7 @@ class DPO(FinalSampleAgent):
     config: DPOConfig
     smallest_group = 2
     rows_per_example = 2
+    whole_groups = True
     joins_rewards = "a sample has one place in its group's ranking"
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

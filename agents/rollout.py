@@ -1,6 +1,7 @@
 """Collects a batch of episodes into one TensorDict."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +109,7 @@ def denoise(
     visit: Visitor | None = None,
     first: int = 0,
     last: int | None = None,
+    finished: Callable[[slice], object] = lambda chunk: None,
 ) -> torch.Tensor:
     """Run every episode to its end, in place.
 
@@ -124,6 +126,7 @@ def denoise(
         visit: called at every step with a slice of the episodes, k, their latents and their `Transition`.
         first: the step to begin with, from the latents that are there.
         last: the step to end before; default: K.
+        finished: called with each slice of episodes that is at its end.
 
     Returns:
         Log-probs ``[B, K]`` float32, NaN at deterministic steps and at those not made.
@@ -154,8 +157,11 @@ def denoise(
         branch = min(max(shared_steps(kernel), first), last) if share > 1 else first
         for start in range(0, rows if branch > first else 0, size * share):
             run(slice(start, start + size * share), first, branch, share)
-        for start in range(0, rows if last > branch else 0, size):
-            run(slice(start, start + size), branch, last, 1)
+        for start in range(0, rows, size):
+            chunk = slice(start, start + size)
+            if last > branch:
+                run(chunk, branch, last, 1)
+            finished(chunk)
     return log_prob
 
 
@@ -237,6 +243,36 @@ def solve(
     return final
 
 
+class _Scoring:
+    """Scores each microbatch of a rollout in a thread while the next is denoised, where that saves time.
+
+    That is where the rollout has several microbatches, a reward says that it computes ``elsewhere`` (on another
+    machine, or another device than the model's), and no group is cut.
+    """
+
+    def __init__(
+        self, mdp: DenoisingMDP, final: torch.Tensor, prompt_index: torch.Tensor, group_size: int, size: int | None
+    ) -> None:
+        device = mdp.model.device
+        elsewhere = any(callable(at := getattr(r, "elsewhere", None)) and at(device) for r in mdp.rewards.values())
+        whole = not mdp.compares_groups or (size or 0) % group_size == 0
+        self.pool = ThreadPoolExecutor(1) if elsewhere and whole and size and size < len(final) else None
+        self.parts: list[Future[Scores]] = []
+        self.score = lambda rows: mdp.score(final[rows], prompt_index[rows], group_size)
+
+    def add(self, rows: slice) -> None:
+        """Begin to score finished episodes."""
+        if self.pool:
+            self.parts.append(self.pool.submit(self.score, rows))
+
+    def result(self) -> Scores | None:
+        """The scores of all episodes, where they were added."""
+        if not self.pool:
+            return None
+        with self.pool:
+            return Scores.join([part.result() for part in self.parts])
+
+
 def collect(
     mdp: DenoisingMDP,
     policy: DenoisingPolicy,
@@ -285,6 +321,8 @@ def collect(
     if initial is not None:
         latents[:, 0] = initial
     means: dict[str, torch.Tensor] = {}
+    plain = not siblings and not solver_steps
+    scoring = _Scoring(mdp, latents[:, -1], prompt_index, group_size, microbatch if plain else None)
 
     def keep(chunk: slice, k: int, x: torch.Tensor, transition: Transition) -> None:
         if not means:
@@ -308,6 +346,7 @@ def collect(
             share=group_size if share_prefix and (shared_noise or initial is not None) else 1,
             visit=keep if keep_means else None,
             last=steps,
+            finished=scoring.add,
         )
     final = latents[:, steps]
     if solver_steps:
@@ -327,6 +366,6 @@ def collect(
         },
         batch_size=(rows, steps),
     )
-    scores = mdp.score(final, prompt_index)
+    scores = scoring.result() or mdp.score(final, prompt_index, group_size)
     seeds = [generator.initial_seed() for generator in generators]
     return Rollout(td, prompt_index, mdp.conditioning, final, scores, group_size, kernel or policy.kernel, seeds)

@@ -55,7 +55,7 @@ def side(name: str) -> int:
     return 256 if name in MAIN else 128
 
 
-def brightness(images: Any, prompts: Any, metadata: Any) -> Any:
+def brightness(images: Any, prompts: Any) -> Any:
     """A reward that takes no memory."""
     return images.mean((1, 2, 3))
 

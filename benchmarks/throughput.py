@@ -330,7 +330,7 @@ def make_mdp(options: argparse.Namespace, wider: float | None = None) -> Denoisi
     )
 
 
-def brightness(images: torch.Tensor, prompts: Any, metadata: Any) -> torch.Tensor:
+def brightness(images: torch.Tensor, prompts: Any) -> torch.Tensor:
     return images.mean((1, 2, 3))
 
 

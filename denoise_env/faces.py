@@ -35,9 +35,14 @@ def resolve_mdp(
     options["num_steps"] = max_episode_steps if num_steps is None else num_steps
     given = {name: value for name, value in options.items() if value is not None}
     if not isinstance(model, DenoisingMDP):
-        return DenoisingMDP.make(model, **given)
-    if given:
+        model = DenoisingMDP.make(model, **given)
+    elif given:
         raise ValueError(f"{next(iter(given))!r} belongs to the DenoisingMDP: set it where that is built")
+    if model.compares_groups:
+        raise ValueError(
+            f"the reward {model.compares_groups[0]!r} compares the samples of a group, and an environment's rows end "
+            "each on their own: collect with agents.rollout.collect"
+        )
     return model
 
 

@@ -28,7 +28,7 @@ from denoise_env.models import DenoisingModel, ModelOptions, find_family, load_m
 from denoise_env.naming import suggest
 from denoise_env.prompt_files import load_prompts
 from denoise_env.prompts import Prompt
-from denoise_env.rewards import Reward, check_reward, load_reward
+from denoise_env.rewards import Reward, UnavailableError, check_reward, check_takes, load_reward
 from denoise_env.schedules import check_num_steps
 from denoise_env.worlds import DEFAULT, PROMPT_SETS, WORLDS
 
@@ -79,6 +79,17 @@ class Scores:
     errors: dict[str, str]
     tracebacks: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def join(cls, parts: "Sequence[Scores]") -> "Scores":
+        """The scores of consecutive parts of a batch, as one."""
+        return cls(
+            {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values},
+            torch.cat([part.total for part in parts]),
+            torch.cat([part.valid for part in parts]),
+            {name: error for part in parts for name, error in part.errors.items()},
+            {name: text for part in parts for name, text in part.tracebacks.items()},
+        )
+
 
 class DenoisingMDP:
     """K denoising steps of a model, scored at the end.
@@ -101,7 +112,7 @@ class DenoisingMDP:
         drawn: the indices of the prompts that a reset draws from.
 
     Raises:
-        ValueError: no rewards, one that is not callable with (images, prompts, metadata), weights that are no finite
+        ValueError: no rewards, one that is not callable with (images, prompts), weights that are no finite
             numbers or of other names, or what the parts refuse.
     """
 
@@ -121,6 +132,7 @@ class DenoisingMDP:
             raise ValueError("an environment needs at least one reward, by name: {name: reward}")
         for name, reward in rewards.items():
             check_reward(name, reward)
+            check_takes(name, reward, model.makes)
         self.reward_weights = check_weights(reward_weights or dict.fromkeys(rewards, 1.0))
         if set(self.reward_weights) != set(rewards):
             raise ValueError(f"reward_weights name {sorted(self.reward_weights)}, the rewards are {sorted(rewards)}")
@@ -206,6 +218,11 @@ class DenoisingMDP:
             check_finite=check_finite,
             conditioning=store,
         )
+
+    @property
+    def compares_groups(self) -> list[str]:
+        """The rewards that score a sample against the others of its group, by name."""
+        return [name for name, reward in self.rewards.items() if getattr(reward, "compares_group", False)]
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -330,8 +347,11 @@ class DenoisingMDP:
         return torch.cat([self.model.render(part) for part in latents.split(self.microbatch or len(latents))])
 
     @torch.no_grad()
-    def score(self, latents: Tensor, prompt_index: Tensor) -> Scores:
+    def score(self, latents: Tensor, prompt_index: Tensor, group_size: int = 1) -> Scores:
         """Decode and score finished latents ``[B, *latent]``.
+
+        Each ``group_size`` neighbours are samples of one prompt; a reward that compares groups is called with whole
+        ones, where need be more rows at a time than the microbatch.
 
         A reward that raises, or whose result has the wrong shape, leaves NaN on the rows it was called with
         and a warning; it never stops the episode. Running out of memory says nothing about the rows and is raised.
@@ -339,6 +359,8 @@ class DenoisingMDP:
         Rewards are called with pictures and lists of their own: what one does to them reaches nobody else.
         """
         size = self.microbatch or len(latents)
+        if self.compares_groups:
+            size = -(-size // group_size) * group_size
         indices = prompt_index.tolist()
         values = {name: torch.full((len(latents),), torch.nan, device=latents.device) for name in self.rewards}
         errors, tracebacks = {}, {}
@@ -348,15 +370,16 @@ class DenoisingMDP:
             prompts = [self.prompts[i] for i in indices[rows]]
             readers = len(self.rewards) + _same_memory(images, latents)
             for reader, (name, reward) in enumerate(self.rewards.items(), 1):
-                texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+                group = {"group_size": group_size} if getattr(reward, "compares_group", False) else {}
                 try:
                     # the last reader may have the pictures themselves; a copy lives no longer than the call
-                    result = torch.as_tensor(reward(images.clone() if reader < readers else images, texts, metadata))
+                    given = images.clone() if reader < readers else images
+                    result = torch.as_tensor(reward(given, list(prompts), **group))
                     if result.shape != (len(prompts),):
                         raise ValueError(f"it returned shape {tuple(result.shape)} for {len(prompts)} images")
                     result = result.to(values[name])
                     values[name][rows] = result.where(result.isfinite(), torch.nan)
-                except (MemoryError, torch.OutOfMemoryError):
+                except (MemoryError, torch.OutOfMemoryError, UnavailableError):
                     raise
                 except Exception as error:
                     errors[name], tracebacks[name] = f"{type(error).__name__}: {error}", traceback.format_exc()

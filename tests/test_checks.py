@@ -378,7 +378,7 @@ def test_broken_denoising_envs_are_caught(broken, contract):
 def test_a_reward_of_weight_0_may_fail_in_a_denoising_env():
     env = DenoiseVectorEnv("points", 3, num_steps=3)
     mdp = env.mdp
-    mdp.rewards["broken"] = lambda images, prompts, metadata: images[:, 0] * torch.nan
+    mdp.rewards["broken"] = lambda images, prompts: images[:, 0] * torch.nan
     mdp.reward_weights["broken"] = 0.0
     check_denoising_env(env)
     mdp.reward_weights["broken"] = 1.0

@@ -220,7 +220,7 @@ def test_a_model_of_first_frames_wants_one():
 
 def test_resets_and_evaluation_share_a_store_but_not_what_they_draw():
     model = Texts()
-    reward = {"x": lambda images, prompts, metadata: images[:, 0].float()}
+    reward = {"x": lambda images, prompts: images[:, 0].float()}
     train = DenoisingMDP(model, reward, ["a", "b"], 2)
     other = DenoisingMDP(model, reward, ["c", "b"], 2, conditioning=train.conditioning)
     train.reset(row_generators([0]), ["d"])
@@ -307,7 +307,7 @@ def test_fifty_thousand_prompts_of_t5_xxl():
     started = time.perf_counter()
     mdp = DenoisingMDP(
         model,
-        {"x": lambda images, prompts, metadata: images[:, 0].float()},
+        {"x": lambda images, prompts: images[:, 0].float()},
         texts(50_000),
         2,
         conditioning=ConditioningStore(model, host_bytes=40 * row),

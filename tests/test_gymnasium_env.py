@@ -155,7 +155,7 @@ def test_an_episode():
 
 
 def test_weights_and_a_failing_reward():
-    def broken(images, prompts, metadata):
+    def broken(images, prompts):
         raise RuntimeError("no scores today")
 
     model = load_model("points")

@@ -20,12 +20,12 @@ from denoise_env.schedules import Schedule
 PROMPTS = list(MIXTURES)
 
 
-def first_coordinate(images, prompts, metadata):
+def first_coordinate(images, prompts):
     return images[:, 0]
 
 
-def prompt_length(images, prompts, metadata):
-    return torch.tensor([float(len(p)) for p in prompts])
+def prompt_length(images, prompts):
+    return torch.tensor([float(len(p.text)) for p in prompts])
 
 
 def build(prompts=PROMPTS, rewards=None, model=None, **options) -> DenoisingMDP:
@@ -179,9 +179,9 @@ def test_many_prompts_are_encoded_in_order() -> None:
 
 
 def test_metadata_reaches_the_rewards() -> None:
-    def count(images, prompts, metadata):
-        assert [m["of"] for m in metadata] == list(prompts)
-        return torch.tensor([float(m["count"]) for m in metadata])
+    def count(images, prompts):
+        assert [p.metadata["of"] for p in prompts] == [p.text for p in prompts]
+        return torch.tensor([float(p.metadata["count"]) for p in prompts])
 
     prompts = [Prompt(p, metadata={"count": i, "of": p}) for i, p in enumerate(PROMPTS)]
     mdp = build(prompts, rewards={"count": count}, microbatch=2)
@@ -191,7 +191,7 @@ def test_metadata_reaches_the_rewards() -> None:
 
 def test_prompts_without_metadata_have_empty_mappings() -> None:
     seen = []
-    mdp = build(rewards={"spy": lambda images, prompts, metadata: seen.extend(metadata) or images[:, 0]})
+    mdp = build(rewards={"spy": lambda images, prompts: seen.extend(p.metadata for p in prompts) or images[:, 0]})
     mdp.score(torch.zeros(2, 2), torch.tensor([0, 1]))
     assert seen == [{}, {}]
 
@@ -273,10 +273,10 @@ def test_points_reward_is_a_gaussian_around_the_first_component() -> None:
 def test_the_microbatch_bounds_the_calls_and_does_not_change_the_result(microbatch: int) -> None:
     sizes = []
 
-    def spy(images, prompts, metadata):
+    def spy(images, prompts):
         sizes.append(len(images))
-        assert len(images) == len(prompts) == len(metadata)
-        return images[:, 0] + len(prompts[0]) * 0
+        assert len(images) == len(prompts)
+        return images[:, 0] + len(prompts[0].text) * 0
 
     rewards = {"points": PointsReward(), "length": prompt_length, "spy": spy}
     whole = build(rewards=rewards).score(latents(), INDEX)
@@ -288,7 +288,7 @@ def test_the_microbatch_bounds_the_calls_and_does_not_change_the_result(microbat
     assert all(torch.equal(parts.values[name], whole.values[name]) for name in rewards)
 
 
-def raises(images, prompts, metadata):
+def raises(images, prompts):
     raise RuntimeError("out of tea")
 
 
@@ -296,15 +296,15 @@ def raises(images, prompts, metadata):
     ("bad", "error"),
     [
         (raises, "RuntimeError: out of tea"),
-        (lambda i, p, m: i, r"ValueError: it returned shape \(2, 2\) for 2 images"),
-        (lambda i, p, m: i[:1, 0], r"it returned shape \(1,\) for 2 images"),
-        (lambda i, p, m: 0.5, r"it returned shape \(\) for 2 images"),
-        (lambda i, p, m: None, "RuntimeError|TypeError"),
+        (lambda i, p: i, r"ValueError: it returned shape \(2, 2\) for 2 images"),
+        (lambda i, p: i[:1, 0], r"it returned shape \(1,\) for 2 images"),
+        (lambda i, p: 0.5, r"it returned shape \(\) for 2 images"),
+        (lambda i, p: None, "RuntimeError|TypeError"),
     ],
 )
 def test_a_failing_reward_masks_only_the_rows_it_was_called_with(bad, error: str) -> None:
-    def sometimes(images, prompts, metadata):
-        return bad(images, prompts, metadata) if "line" in prompts else images[:, 0]
+    def sometimes(images, prompts):
+        return bad(images, prompts) if Prompt("line") in prompts else images[:, 0]
 
     mdp = build(rewards={"sometimes": sometimes, "x": first_coordinate}, microbatch=2)
     with pytest.warns(UserWarning, match="reward 'sometimes' failed on 2 rows"):
@@ -319,7 +319,7 @@ def test_a_failing_reward_masks_only_the_rows_it_was_called_with(bad, error: str
 
 @pytest.mark.parametrize("nonsense", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_masks_its_row_alone(nonsense: float) -> None:
-    def reward(images, prompts, metadata):
+    def reward(images, prompts):
         return torch.tensor([1.0, nonsense, 3.0])
 
     scores = build(rewards={"r": reward}).score(latents(3), INDEX[:3])
@@ -330,7 +330,7 @@ def test_a_number_that_is_not_finite_masks_its_row_alone(nonsense: float) -> Non
 
 
 def test_a_reward_of_weight_0_is_measured_and_does_not_touch_the_total() -> None:
-    def fails(images, prompts, metadata):
+    def fails(images, prompts):
         return images[:, 1].where(images[:, 0] > 0, torch.nan)
 
     rewards = {"fails": fails, "x": first_coordinate}
@@ -347,7 +347,7 @@ def test_a_reward_of_weight_0_is_measured_and_does_not_touch_the_total() -> None
 
 
 def test_lists_and_integers_are_rewards_too() -> None:
-    scores = build(rewards={"r": lambda i, p, m: [1, 2, 3]}).score(latents(3), INDEX[:3])
+    scores = build(rewards={"r": lambda i, p: [1, 2, 3]}).score(latents(3), INDEX[:3])
     assert scores.total.tolist() == [1, 2, 3]
     assert scores.total.dtype == torch.float32
 
@@ -358,11 +358,10 @@ def test_rewards_have_tensors_and_lists_of_their_own(microbatch, aliased) -> Non
     """Points' decoder returns the latents themselves, other decoders new tensors."""
     seen = []
 
-    def vandal(images, prompts, metadata):
-        seen.append((images.clone(), list(prompts), list(metadata)))
+    def vandal(images, prompts):
+        seen.append((images.clone(), list(prompts)))
         images.zero_()
         prompts.clear()
-        metadata.clear()
         return torch.zeros(len(images))
 
     mdp = build(rewards={"a": vandal, "b": vandal, "c": vandal}, microbatch=microbatch)
@@ -382,7 +381,7 @@ def test_rewards_have_tensors_and_lists_of_their_own(microbatch, aliased) -> Non
 
 def test_pictures_are_copied_for_all_readers_but_the_last() -> None:
     where = []
-    mdp = build(rewards={name: lambda i, p, m: where.append(i.data_ptr()) or i[:, 0] for name in "abc"})
+    mdp = build(rewards={name: lambda i, p: where.append(i.data_ptr()) or i[:, 0] for name in "abc"})
     decoded = latents()
     mdp.model.decode = lambda x: decoded
     mdp.score(latents(), INDEX)
@@ -404,7 +403,7 @@ def test_a_failing_reward_keeps_its_traceback() -> None:
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, KeyboardInterrupt])
 def test_running_out_of_memory_is_not_a_verdict_on_the_rows(error) -> None:
-    def greedy(images, prompts, metadata):
+    def greedy(images, prompts):
         raise error
 
     with pytest.raises(error):
@@ -478,7 +477,7 @@ def test_the_empty_text_is_the_prompt_of_an_unconditional_model_and_of_no_other(
     module = types.ModuleType("my_family")
     module.FAMILY = Family("takes no text", EchoOptions, lambda checkpoint, options, device: Unconditional())
     module.TEXTS = Family("takes any text", EchoOptions, lambda checkpoint, options, device: Echo())
-    module.reward = lambda images, prompts, metadata: images.flatten(1).mean(1)
+    module.reward = lambda images, prompts: images.flatten(1).mean(1)
     monkeypatch.setitem(sys.modules, "my_family", module)
     for prompts in (None, "", [""], [Prompt("", metadata={"count": 2})]):
         mdp = DenoisingMDP.make("my_family:FAMILY", "my_family:reward", prompts)
@@ -498,7 +497,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("my_rewards")
 
     class Constant:
-        def __call__(self, images, prompts, metadata):
+        def __call__(self, images, prompts):
             return torch.full((len(images),), 2.0)
 
     class NeedsMore:
@@ -509,7 +508,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self):
             raise SystemExit("no weights here")
 
-    module.Constant, module.half, module.number = Constant, lambda i, p, m: torch.full((len(i),), 0.5), 3
+    module.Constant, module.half, module.number = Constant, lambda i, p: torch.full((len(i),), 0.5), 3
     module.NeedsMore, module.Exits, module.one = NeedsMore, Exits, lambda images: images
     monkeypatch.setitem(sys.modules, "my_rewards", module)
 
@@ -538,8 +537,11 @@ def test_load_reward_by_name() -> None:
         ),
         ("my_rewards:missing", "cannot load the reward 'my_rewards:missing'"),
         ("my_rewards:number", "'my_rewards:number' is not callable but int"),
-        ("my_rewards:one", "'my_rewards:one' must take (images, prompts, metadata): too many positional arguments"),
-        ("my_rewards:NeedsMore", "cannot build the reward 'my_rewards:NeedsMore': TypeError: "),
+        ("my_rewards:one", "'my_rewards:one' must take (images, prompts): too many positional arguments"),
+        (
+            "my_rewards:NeedsMore",
+            "cannot build the reward 'my_rewards:NeedsMore': missing a required argument: 'weights'",
+        ),
         ("my_rewards:Exits", "cannot build the reward 'my_rewards:Exits': SystemExit: no weights here"),
         (3, "unknown reward 3; there are"),
     ],
@@ -552,7 +554,7 @@ def test_load_reward_refuses(name: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def reward(images, prompts, metadata:\n", "SyntaxError|was never closed"),
+        ("def reward(images, prompts:\n", "SyntaxError|was never closed"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("import sys; sys.exit('bye')", "SystemExit: bye"),
         ("from math import nothing", "cannot import name 'nothing'"),

@@ -450,7 +450,7 @@ def test_numpy_numbers_are_numbers():
     assert Prompt("a", metadata=metadata) == Prompt("a", metadata={"count": 2, "size": [0.5], "yes": True})
 
 
-def reward(images, prompts, metadata):
+def reward(images, prompts):
     return images[:, 0]
 
 

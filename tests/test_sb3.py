@@ -101,7 +101,7 @@ def test_refusals():
 
 @pytest.mark.filterwarnings("ignore:the reward 'points' failed")
 def test_rewards_that_cannot_be_computed():
-    def broken(images, prompts, metadata):
+    def broken(images, prompts):
         raise RuntimeError("no scores today")
 
     mdp = DenoisingMDP.make("points", num_steps=2)

@@ -84,7 +84,7 @@ def v_prediction(tmp_path_factory):
 def test_v_prediction_is_read_from_the_scheduler(v_prediction, latents):
     model = load_model(str(v_prediction), guidance_scale=1.0)
     assert model.prediction_type == "v_prediction"
-    mdp = DenoisingMDP(model, {"none": lambda images, prompts, metadata: images.sum((1, 2, 3))}, PROMPTS, 6)
+    mdp = DenoisingMDP(model, {"none": lambda images, prompts: images.sum((1, 2, 3))}, PROMPTS, 6)
     ours = our_sample(mdp, latents, ODE(mdp.schedule, model.prediction_type))
     torch.testing.assert_close(ours, plain_sample(plain_pipeline(v_prediction), latents), rtol=0, atol=2e-4)
 

@@ -152,7 +152,7 @@ def test_collector_gives_whole_episodes(compact):
 
 
 def test_failing_reward_is_nan():
-    def broken(images, prompts, metadata):
+    def broken(images, prompts):
         raise RuntimeError("no scores today")
 
     mdp = DenoisingMDP.make("points", num_steps=1)

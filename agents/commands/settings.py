@@ -12,7 +12,7 @@ import tyro
 
 from agents.commands import TRAINING
 from agents.training.config import TrainConfig
-from agents.training.directory import refuse_code
+from agents.training.directory import code_among, refuse_code
 from agents.training.presets import PRESETS
 from denoise_env.models import ModelOptions, check_options, families
 from denoise_env.naming import suggest
@@ -115,9 +115,9 @@ def run_config(directory: Path, allowed: Collection[str] = ()) -> TrainConfig:
     known = {family.name: family.options for family in families()}
     named = next((flag.partition("=")[2] for flag in typed if flag.startswith("--model.family=")), None)
     options: Any = known[named]() if named in known else None  # so that no hub is asked what the model is
-    refuse_code(directory, [model, agent], allowed)
+    refuse_code(directory, [name for name in (model, agent) if name and ":" in name], allowed)
     config = parse_config(rest, TrainConfig(model=model or DEFAULT, model_options=options, agent=agent or "grpo"))
-    refuse_code(directory, [config.model, config.agent, *config.rewards, *config.eval_rewards], allowed)
+    refuse_code(directory, code_among(config), allowed)
     return config
 
 

@@ -10,6 +10,9 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
+from agents.training.config import TrainConfig
+from denoise_env.rewards.expressions import own_code, strings
+
 LOCK = ".lock"
 _LEFT_BY_A_CRASH = {LOCK, ".config.json.tmp"}
 
@@ -137,23 +140,31 @@ def refuse_links(directory: Path) -> None:
                 )
 
 
-def code_among(names: Iterable[str | None]) -> list[str]:
-    """Those of a configuration's names that are "module:attribute": using them imports a module, which runs it."""
-    return sorted({name for name in names if name and ":" in name})
+def code_among(config: TrainConfig) -> list[str]:
+    """The agent, the model and the parts of rewards that are "module:attribute", whose module would be imported and
+    run, and the strings in rewards: paths that would be read, and addresses that pictures would be sent to."""
+    rewards = [*config.rewards, *config.eval_rewards]
+    named = {name for name in (config.agent, config.model) if ":" in name}
+    return sorted(named.union(*(parts(reward) for reward in rewards)))
 
 
-def refuse_code(directory: Path, names: Iterable[str | None], typed: Collection[str]) -> None:
-    """Raise a ``ValueError`` for code that a run's directory names and the user did not.
+def parts(reward: str) -> list[str]:
+    """What a reward's expression names that is not the package's own: code, and strings."""
+    return [*own_code(reward), *strings(reward)]
+
+
+def refuse_code(directory: Path, names: Iterable[str], typed: Collection[str]) -> None:
+    """Raise a ``ValueError`` for what a run's directory names (`code_among`) and the user did not.
 
     Args:
         directory: the run's directory.
-        names: the agent, the model and the rewards that its configuration names.
+        names: what its configuration names.
         typed: what the user typed; whoever types a name again, or ``--trust``, allows it.
     """
-    allowed = {part for argument in typed for part in (argument, argument.partition("=")[2])}
-    if "--trust" not in allowed and (unknown := [name for name in code_among(names) if name not in allowed]):
-        modules = sorted({name.partition(":")[0] for name in unknown})
-        raise ValueError(
-            f"the run in {directory} names {', '.join(unknown)}: that would import {' and '.join(modules)} from your "
-            "machine and run it. If you know this code, add --trust or type its name again"
-        )
+    allowed = {part for argument in typed for part in (argument, argument.partition("=")[2], *parts(argument))}
+    if "--trust" in allowed or not (unknown := [name for name in names if name not in allowed]):
+        return
+    raise ValueError(
+        f"the run in {directory} names {', '.join(unknown)}: that would be imported and run, read or called from your "
+        "machine. If you know it, add --trust or type its name again"
+    )

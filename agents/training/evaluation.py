@@ -152,9 +152,12 @@ def evaluate(
 
     visit = add_kl if kl and best_of == 1 else None
     done = 0
-    for part in _microbatches(prompts, drawn, seed, microbatch or max(1, 256 // drawn) * drawn):
+    size = microbatch or max(1, 256 // drawn) * drawn
+    if mdp.compares_groups:
+        size = -(-size // drawn) * drawn  # whole prompts
+    for part in _microbatches(prompts, drawn, seed, size):
         latents, index = _finish(mdp, policy, *part, visit)
-        scores = mdp.score(latents, index)
+        scores = mdp.score(latents, index, drawn)
         first, done = done, done + len(latents)
         values[:, first:done] = torch.stack(list(scores.values.values())).cpu()
         total[first:done] = scores.total.cpu()

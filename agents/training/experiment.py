@@ -113,6 +113,12 @@ def build(
     eval_policy = DenoisingPolicy(eval_mdp, *eval_kernel, reduction=config.reduction)
     agent = find_agent(config.agent)(policy, config.agent_options, config.seed, microbatch, ranks)
     agent.check_rows(rows)
+    for name in eval_mdp.compares_groups:
+        if min(agent.group_size if name in mdp.rewards else 2, config.eval_images_per_prompt) < 2:
+            raise ValueError(
+                f"the reward {name!r} compares samples of one prompt: group_size and eval_images_per_prompt must be at "
+                f"least 2, not {agent.group_size} and {config.eval_images_per_prompt}"
+            )
     if config.eval_kl and config.eval_kernel and not eval_policy.kernel.stochastic.any():
         raise ValueError(
             f"eval_kl is the KL of noisy steps, and the evaluations' kernel {config.eval_kernel!r} has none: leave "

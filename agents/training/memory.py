@@ -188,7 +188,7 @@ def _agent(config: TrainConfig, dry: DryRun) -> Agent:
     return find_agent(config.agent)(policy, config.agent_options, config.seed)
 
 
-def _any(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+def _any(images: Tensor, prompts: Any) -> Tensor:
     raise NotImplementedError
 
 

@@ -40,7 +40,7 @@ def check_directory(directory: Path, config: TrainConfig, resume: bool) -> None:
 
 def resume_command(directory: Path, config: TrainConfig) -> str:
     """The command that continues a run, as a shell takes it."""
-    own = code_among([config.agent, config.model, *config.rewards, *config.eval_rewards])
+    own = code_among(config)
     return shlex.join(["denoise-env", "train", "--resume", str(directory), *(["--trust"] if own else [])])
 
 

@@ -72,6 +72,7 @@ class DenoisingModel(ABC):
             distilled to be guided by it (FLUX); or ``None`` where the model cannot guide.
         rows_guided: as ``rows_per_sample``, where `predict` is given another guidance scale than the model's.
         images_per_prompt: how many images a prompt must carry.
+        makes: what `decode` gives rewards, "images" or "clips".
         masks: entry of the conditioning → its mask. Such an entry is a sequence ``[P, L, ...]`` with mask ``[P, L]``
             bool, True first: it is kept without its padding, and padded to the longest of every batch. Entries
             without a mask have one fixed shape: their padding is attended to.
@@ -89,6 +90,7 @@ class DenoisingModel(ABC):
     guidance_scale: float | None = None
     rows_guided: int = 2
     images_per_prompt: ClassVar[int] = 0
+    makes: Literal["images", "clips"] = "images"
     masks: ClassVar[Mapping[str, str]] = {}
     longest: int | None = None
     portrait_size: ClassVar[int] = 0

@@ -1,49 +1,69 @@
-"""Rewards: one file each; `base.py` holds what a reward is, `load_reward` finds one by name."""
+"""Rewards: one file each; `base.py` holds what a reward is, `load_reward` builds what an expression names."""
 
 import inspect
-from typing import Any
+from typing import Any, Literal
 
-from denoise_env.naming import load_attribute, suggest
-from denoise_env.rewards.base import Reward
+from denoise_env.rewards.base import Reward, RewardModel, UnavailableError
+from denoise_env.rewards.expressions import build_reward
 from denoise_env.worlds import WORLDS
 
-NAMES: dict[str, str] = {
-    name: target for world in WORLDS.values() for name, target in {**world.rewards, **world.eval_rewards}.items()
+REWARDS: dict[str, str] = {
+    "threshold": "denoise_env.rewards.combinators:Threshold",
+    "scale": "denoise_env.rewards.combinators:Scale",
+    "clip": "denoise_env.rewards.combinators:Clip",
+    "weighted_sum": "denoise_env.rewards.combinators:WeightedSum",
+    "per_frame": "denoise_env.rewards.combinators:PerFrame",
+    "win_rate": "denoise_env.rewards.combinators:WinRate",
 }
-"""Name → ``module:attribute``; a class is instantiated without arguments, a function is the reward."""
+"""Name → "module:attribute"; a new reward is a line here."""
+NAMES: dict[str, str] = {
+    **{name: target for world in WORLDS.values() for name, target in {**world.rewards, **world.eval_rewards}.items()},
+    **REWARDS,
+}
+"""The same with every world's own rewards."""
 
 
-def load_reward(name: str) -> Reward:
-    """The reward of a name in `NAMES`, or of ``module:attribute`` for one of your own.
+def load_reward(expression: str) -> Reward:
+    """The reward that an expression stands for: a name in `NAMES`, ``module:attribute`` for one of your own, or one of
+    these with arguments, in the form of `denoise_env.rewards.expressions`.
 
     Raises:
         ValueError: no such reward (the message has the nearest name), one that cannot be imported or built, or what
             `check_reward` refuses.
     """
-    target = NAMES.get(name, name)
-    if not isinstance(target, str) or ":" not in target:
-        raise ValueError(
-            f"unknown reward {name!r}; {suggest(str(name), NAMES)} Or name your own as 'module:attribute'."
-        )
-    reward = load_attribute(target, "reward")
-    if isinstance(reward, type):
-        try:
-            reward = reward()
-        except (Exception, SystemExit) as error:
-            raise ValueError(f"cannot build the reward {name!r}: {type(error).__name__}: {error}") from error
-    check_reward(name, reward)
+    reward = build_reward(expression, NAMES)
+    check_reward(expression, reward)
     return reward
 
 
 def check_reward(name: str, reward: Any) -> None:
-    """Raise a ``ValueError`` for a reward that cannot be called with (images, prompts, metadata)."""
+    """Raise a ``ValueError`` for a reward that cannot be called with (images, prompts)."""
     if not isinstance(name, str):
         raise ValueError(f"a reward's name must be a string, not {name!r}")
     if not callable(reward):
         raise ValueError(f"the reward {name!r} is not callable but {type(reward).__name__}")
     try:
-        inspect.signature(reward).bind(None, None, None)
+        inspect.signature(reward).bind(None, None)
     except TypeError as error:
-        raise ValueError(f"the reward {name!r} must take (images, prompts, metadata): {error}") from error
+        raise ValueError(f"the reward {name!r} must take (images, prompts): {error}") from error
     except ValueError:  # some built-in functions do not tell their arguments
         pass
+
+
+def check_takes(name: str, reward: Any, makes: Literal["images", "clips"]) -> None:
+    """Raise a ``ValueError`` for a reward that does not take what a model makes."""
+    if getattr(reward, "takes", "either") not in ("either", makes):
+        how = f": write per_frame({name})" if makes == "clips" else ""
+        raise ValueError(f"the reward {name!r} takes {reward.takes}, and the model makes {makes}{how}")
+
+
+__all__ = [
+    "NAMES",
+    "REWARDS",
+    "Reward",
+    "RewardModel",
+    "UnavailableError",
+    "check_reward",
+    "check_takes",
+    "load_reward",
+]

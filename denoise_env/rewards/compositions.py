@@ -1,12 +1,12 @@
 """Rewards of compositions: how far does the picture show what its caption says?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from denoise_env.prompts import Prompt
 from denoise_env.rewards.base import score_captions
 from denoise_env.shapes.compositions.grammar import parse
 from denoise_env.shapes.compositions.verifier import Verifier
@@ -24,7 +24,7 @@ class CompositionsReward:
     """
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score pictures ``[B, 3, H, W]`` in [0, 1]: ``[B]`` float32."""
         return score_captions(images, prompts, parse, partial(self._score, _verifier(images.device)))
 

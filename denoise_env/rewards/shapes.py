@@ -1,12 +1,12 @@
 """Rewards of the embedded world: does the picture show what its caption says?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from denoise_env.prompts import Prompt
 from denoise_env.rewards.base import score_captions
 from denoise_env.shapes.grammar import parse
 from denoise_env.shapes.verifier import Verifier
@@ -21,7 +21,7 @@ class ShapesReward:
     """The verifier's probability of the right caption, in [0, 1]; NaN where the prompt is no caption."""
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score pictures ``[B, 3, H, W]`` in [0, 1]: ``[B]`` float32."""
         return score_captions(images, prompts, parse, partial(self._score, _verifier(images.device)))
 

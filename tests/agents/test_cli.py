@@ -140,7 +140,7 @@ def test_the_preset_goes_with_the_model(tmp_path):
 def test_a_reward_of_ones_own_is_found_in_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(__import__("sys").path))
-    (tmp_path / "own_rewards.py").write_text("def left(images, prompts, metadata):\n    return -images[:, 0]\n")
+    (tmp_path / "own_rewards.py").write_text("def left(images, prompts):\n    return -images[:, 0]\n")
     assert cli.main(["train", *FAST, "--rewards", "own_rewards:left", "1.0", "--output-dir", "run"]) == 0
     assert "reward/own_rewards:left" in (tmp_path / "run" / "metrics.csv").read_text()
 

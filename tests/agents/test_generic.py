@@ -120,7 +120,7 @@ def test_what_an_agent_is_told():
 @pytest.mark.filterwarnings("ignore:the reward 'points' failed")
 def test_nobody_learns_from_nan():
     mdp = DenoisingMDP.make("points", num_steps=K)
-    mdp.rewards["points"] = lambda images, prompts, metadata: torch.full((len(images),), torch.nan)
+    mdp.rewards["points"] = lambda images, prompts: torch.full((len(images),), torch.nan)
     env = FlatObservation(NoiseAction(DenoiseVectorEnv.from_mdp(mdp, 2, output="torch")))
     still = ScriptedAgent(lambda observation: torch.zeros(2, 2))
     with pytest.raises(ValueError, match="reward of 2 rows could not be computed"):

@@ -159,7 +159,7 @@ def train_points(shuffle: bool, iterations: int = 60) -> tuple[float, float]:
     mdp = DenoisingMDP.make("points", num_steps=10)
     if shuffle:
         reward, generator = mdp.rewards["points"], torch.Generator().manual_seed(0)
-        mdp.rewards["points"] = lambda images, prompts, metadata: reward(images, prompts, metadata)[
+        mdp.rewards["points"] = lambda images, prompts: reward(images, prompts)[
             torch.randperm(len(images), generator=generator)
         ]
     policy = DenoisingPolicy(mdp)

@@ -266,11 +266,11 @@ def test_grpo_weighs_the_policy_loss_and_not_the_kl():
     )
 
 
-def leftness(images, prompts, metadata):
+def leftness(images, prompts):
     return -images[:, 0].float()
 
 
-def upness(images, prompts, metadata):
+def upness(images, prompts):
     return images[:, 1].float() ** 2
 
 

@@ -56,7 +56,7 @@ def velocity(sigma):
     return (1 - gain) / sigma, -(1 - gain * (1 - sigma)) / sigma
 
 
-def quadratic(images, prompts, metadata):
+def quadratic(images, prompts):
     return -(images - torch.tensor(TARGET)).square().sum(1) / 2
 
 

@@ -162,7 +162,7 @@ from denoise_env.models.points import Points, PointsOptions
 class Agent(GRPO):
     name = "mine"
 
-def reward(images, prompts, metadata):
+def reward(images, prompts):
     return (-images.square().sum(1)).exp()
 
 FAMILY = Family(description="points", options=PointsOptions, load=Points.load)

@@ -63,7 +63,7 @@ class Case:
     family: str | None = None
 
 
-def brightness(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+def brightness(images: Tensor, prompts: Any) -> Tensor:
     """A reward."""
     return images.float().mean((1, 2, 3))
 

@@ -27,11 +27,11 @@ TINY = [
     *("--eval-images-per-prompt", "1", "--num-steps", "2", "--output-dir", "run"),
 ]
 GOOD = """
-def reward(images, prompts, metadata):
+def reward(images, prompts):
     return -images[:, 0]
 
 class Reward:
-    def __call__(self, images, prompts, metadata):
+    def __call__(self, images, prompts):
         return images[:, 1]
 
 class Broken:
@@ -58,8 +58,8 @@ MODULES = {
     "leaves": "import sys\nsys.exit(3)\n",
     "needs": "import no_such_package\n",
     "strange": "# -*- coding: no-such-codec -*-\n",
-    "failing": "def reward(images, prompts, metadata):\n    raise KeyError('while scoring')\n",
-    "wrong": "def reward(images, prompts, metadata):\n    return 'nine'\n",
+    "failing": "def reward(images, prompts):\n    raise KeyError('while scoring')\n",
+    "wrong": "def reward(images, prompts):\n    return 'nine'\n",
 }
 PROMPTS = {
     "good.txt": b"ring\nline\n",

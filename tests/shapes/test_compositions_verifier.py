@@ -79,13 +79,15 @@ def test_reads_boards(verifier, generator, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "number"), [("one", 1), *(("count", n) for n in COUNTS.values()), ("relation", 2)])
-def test_reads_ten_thousand_fresh_pictures(verifier, kind, number):
+def test_reads_two_thousand_fresh_pictures(verifier, kind, number):
     generator = torch.Generator().manual_seed(100 + number)
-    captions = [text for text in draw(kind, 34_000, generator) if len(parse(text).things) == number][:10_000]
-    assert len(captions) == 10_000
-    right = shares(verifier, render(captions, generator), captions)
-    print(kind, number, right)
-    assert all(right[part] >= 0.99 for part in PARTS)
+    captions = [text for text in draw(kind, 7_000, generator) if len(parse(text).things) == number][:2_000]
+    assert len(captions) == 2_000
+    images = render(captions, generator)
+    with torch.no_grad():
+        right = [verifier.correct(images[i : i + 400], captions[i : i + 400]) for i in range(0, 2_000, 400)]
+    for part in PARTS:
+        assert torch.cat([found[part] for found in right]).float().mean() >= 0.99, part
 
 
 @pytest.mark.parametrize("kind", KINDS)

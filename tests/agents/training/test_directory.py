@@ -235,7 +235,7 @@ from pathlib import Path
 Path({marker!r}).write_text("imported")
 from agents.grpo import GRPO
 class Mine(GRPO): pass
-def left(images, prompts, metadata): return -images[:, 0]
+def left(images, prompts): return -images[:, 0]
 from denoise_env.models.points import FAMILY
 """
 
@@ -274,7 +274,7 @@ def test_a_runs_code_is_not_imported_unless_it_is_allowed(stranger, capsys, name
         imported = stranger(CHANGES[name])
         assert cli.main(command) == 2
         error = capsys.readouterr().err
-        assert f"the run in run names {name}: that would import strange_code" in error
+        assert f"the run in run names {name}: that would be imported" in error
         assert "--trust" in error
         assert not imported.exists()
     cli.main(["eval", "run", "--images-per-prompt", "2", "--trust"])

@@ -184,7 +184,7 @@ def test_kl_and_diversity_are_those_of_their_definitions(points):
 
 def test_the_best_of_n_by_the_reward_that_counts(points):
     policy = DenoisingPolicy(points)
-    points.rewards["other"] = lambda images, prompts, metadata: -images[:, 0]
+    points.rewards["other"] = lambda images, prompts: -images[:, 0]
     points.reward_weights = {"points": 1.0, "other": 0.0}
     found = evaluate(points, policy, ["ring", "line"], 6, seed=3, best_of=4, kl=True)
     latents, index = sample(points, policy, ["ring", "line"], 24, seed=3)
@@ -197,7 +197,7 @@ def test_the_best_of_n_by_the_reward_that_counts(points):
 def test_a_reward_that_is_only_measured_chooses_nothing_not_even_by_failing(points):
     trained = points.rewards["points"]
 
-    def other(images, prompts, metadata):
+    def other(images, prompts):
         return torch.where(images[:, 0] > 0, torch.nan, -images[:, 1])
 
     points.rewards = {"points": trained, "other": other}
@@ -206,7 +206,7 @@ def test_a_reward_that_is_only_measured_chooses_nothing_not_even_by_failing(poin
     found = evaluate(points, policy, ["ring", "line"], 3, seed=5, best_of=4)
     latents, index = sample(points, policy, ["ring", "line"], 12, seed=5)
     scores = points.score(latents, index).values["points"].view(6, 4)
-    measured = other(latents[scores.argmax(1) + torch.arange(0, 24, 4)], [], [])
+    measured = other(latents[scores.argmax(1) + torch.arange(0, 24, 4)], [])
     assert found.means["points"] == pytest.approx(scores.amax(1).mean().item(), rel=1e-5)
     assert found.unscored == int(measured.isnan().sum()) > 0
     assert found.means["other"] == pytest.approx(measured.nanmean().item(), rel=1e-5)

@@ -197,11 +197,11 @@ def test_a_checkpoint_of_another_version_or_architecture_is_refused(tmp_path):
         run(small(iterations=3), directory, resume=True)
 
 
-def broken(images, prompts, metadata):
+def broken(images, prompts):
     raise RuntimeError("the scorer is down")
 
 
-def half(images, prompts, metadata):
+def half(images, prompts):
     scores = images[:, 0].clone()
     scores[::2] = torch.nan
     return scores

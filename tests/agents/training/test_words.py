@@ -40,7 +40,7 @@ class Words(Points):
 FAMILY = Family("takes any words", WordOptions, lambda c, o, device: Words(device=device), preset="points")
 
 
-def left(images, prompts, metadata):
+def left(images, prompts):
     return -images[:, 0]
 
 
