@@ -1,8 +1,9 @@
 """Published presets on their true architecture, shallow and with random weights: they train, and take what `plan` says.
 
-``python -m benchmarks.real_models run`` runs every preset in a process of its own, a rollout of two steps and an update
-on the CPU, and writes ``benchmarks/results/real-models.json`` and ``.md``; with names behind it, those alone anew.
-Gigabytes of weights are written to the temporary directory: ``TMPDIR=/dev/shm`` keeps them in memory.
+``python -m benchmarks.real_models run`` runs every preset in a process of its own on the CPU (prompts encoded
+together, a rollout of two steps, an update) and writes ``benchmarks/results/real-models.json`` and ``.md``; with names
+behind it, those alone anew. Gigabytes of weights are written to the temporary directory: ``TMPDIR=/dev/shm`` keeps them
+in memory.
 ``python -m benchmarks.real_models page`` computes presets at full size and depth, without weights, and writes the table
 in ``docs/real-models.md``: all published ones, or those that are named behind it.
 """
@@ -29,8 +30,10 @@ from agents.training.memory import plan
 from agents.training.presets import make_config
 from agents.training.presets.published import FLUX, PUBLISHED, SD14, SD15, SD35
 from benchmarks.architectures import Depth, write_configuration, write_weights
+from denoise_env.conditioning import ENCODED_TOGETHER
 from denoise_env.mdp import row_generators
 from denoise_env.models import outline
+from denoise_env.prompts import Prompt
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "real-models.md"
@@ -110,6 +113,10 @@ def measure(name: str, directory: str) -> dict[str, Any]:
     agent.optimizer.step()  # with the moments that a run has from its second iteration on
     agent.optimizer.zero_grad()
     forget_most()
+    with torch.no_grad():
+        experiment.mdp.model.encode([Prompt(f"a red circle on gray {i}") for i in range(ENCODED_TOGETHER)])
+    measured["encode prompts"] = resident(most=True) - before
+    forget_most()
     rows = row_generators(range(memory.images))
     with agent.rollout_weights():
         prompts = experiment.mdp.drawn_prompts
@@ -118,10 +125,9 @@ def measure(name: str, directory: str) -> dict[str, Any]:
     forget_most()
     agent.update(rollout, 1)
     measured["update"] = resident(most=True) - before
-    predicted = {
-        "rollout": max(memory.phases[phase] for phase in ("encode prompts", "rollout", "decode")),
-        "update": memory.phases["update"],
-    }
+    phases = memory.phases
+    predicted = {phase: phases[phase] for phase in measured}
+    predicted["rollout"] = max(phases["rollout"], phases["decode"])
     return {
         "preset": name,
         "parameters": sum(p.numel() for p in experiment.mdp.model.network.parameters()),
@@ -165,18 +171,19 @@ def measure_apart(name: str, directory: str) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The measured rows in Markdown, sizes in GiB."""
     lines = [
-        "| preset | trained | parameters | image | weights and moments | rollout: predicted, measured | "
-        "update: predicted, measured |",
-        "|---|---|---|---|---|---|---|",
+        "| preset | trained | parameters | image | weights and moments | "
+        f"encode {ENCODED_TOGETHER} prompts: predicted, measured | "
+        "rollout: predicted, measured | update: predicted, measured |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         name, image = row["preset"], f"{side(row['preset'])}²"
         if "error" in row:
-            lines.append(f"| {name} | – | – | {image} | – | failed: {row['error']} | – |")
+            lines.append(f"| {name} | – | – | {image} | – | failed: {row['error']} | – | – |")
             continue
         trained = f"LoRA {row['lora_rank']}" if row["lora_rank"] else "all"
         figures = []
-        for phase in ("rollout", "update"):
+        for phase in row["measured"]:
             predicted, measured = row["predicted"][phase], row["measured"][phase]
             figures.append(f"{_gib(predicted)}, {_gib(measured)} ({predicted / measured - 1:+.1%})")
         lines.append(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from denoise_env.models import DenoisingModel, Family, ModelOptions, load_model
     from denoise_env.prompt_files import load_prompts
     from denoise_env.prompts import Prompt
-    from denoise_env.rewards import Reward, load_reward
+    from denoise_env.rewards import Reward, RewardModel, load_reward
     from denoise_env.schedules import Schedule
     from denoise_env.torchrl_env import DenoiseTorchRLEnv
     from denoise_env.wrappers import ControlAction, FlatObservation, NoiseAction
@@ -47,6 +47,7 @@ __all__ = [
     "NoiseAction",
     "Prompt",
     "Reward",
+    "RewardModel",
     "Schedule",
     "Scores",
     "State",
@@ -66,7 +67,7 @@ _HOMES = {
     "models": ("DenoisingModel", "Family", "ModelOptions", "load_model"),
     "prompt_files": ("load_prompts",),
     "prompts": ("Prompt",),
-    "rewards": ("Reward", "load_reward"),
+    "rewards": ("Reward", "RewardModel", "load_reward"),
     "schedules": ("Schedule",),
     "torchrl_env": ("DenoiseTorchRLEnv",),
     "wrappers": ("ControlAction", "FlatObservation", "NoiseAction"),

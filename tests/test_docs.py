@@ -1,16 +1,21 @@
 """The pages in docs/ are followed to the letter."""
 
+import csv
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from agents.cli import main
 from agents.critic import ActorCritic
 from agents.trajectory import TrajectoryAgent
+from denoise_env.rewards import load_reward
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,6 +110,25 @@ def test_bring_your_agent(capsys):
     assert cem_last > still + 0.2
     assert sb3 > base + 0.3
     assert torchrl_last > torchrl_first + 0.2
+
+
+def test_add_a_reward(tmp_path, monkeypatch):
+    (_, name, module), (_, _, command), (_, _, program) = blocks("add-a-reward.md")
+    (tmp_path / name).write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command.replace("\\\n", ""))[1:]) == 0
+    rows = list(csv.DictReader((tmp_path / "runs" / "own" / "eval.csv").open()))
+    named = ["my_rewards:dark", "threshold(my_rewards:Shade(0.3), 0.8)", "shapes", "my_rewards:Edges()"]
+    assert all(0 < float(rows[0][reward]) < 10 for reward in named)
+    found: dict = {}
+    exec(program, found)
+    images = torch.tensor([0.1, 0.9])[:, None, None, None].expand(2, 3, 4, 4)
+    prompts = found["mdp"].prompts
+    shade, dark = (found["rewards"][reward](images, prompts).tolist() for reward in ("shade", "dark"))
+    assert shade == pytest.approx([1.0, 0.6])
+    assert dark == pytest.approx([0.9, 0.1])
+    assert load_reward("my_rewards:Edges")(torch.rand(2, 3, 8, 8), prompts).shape == (2,)
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))

@@ -144,7 +144,7 @@ def test_an_episode():
         if k < K:
             assert not rewards.any()
             assert "reward_terms" not in infos
-    expected = PointsReward()(torch.from_numpy(action), infos["prompt"].tolist(), [{}] * 4)
+    expected = PointsReward()(torch.from_numpy(action), [Prompt(p) for p in infos["prompt"].tolist()])
     np.testing.assert_array_equal(rewards, expected.numpy())
     np.testing.assert_array_equal(infos["reward_terms"]["points"], expected.numpy())
     assert infos["valid"].all()

@@ -261,7 +261,7 @@ def test_plain_diffusers_gives_images_the_verifier_scores_as_ours(make_shapes):
             generator=generator,
             output_type="pt",
         ).images
-        theirs.append(mdp.rewards["shapes"](images, list(HELD_OUT) * 4, [{}] * 48))
+        theirs.append(mdp.rewards["shapes"](images, [Prompt(p) for p in HELD_OUT] * 4))
     theirs = torch.cat(theirs)
     error = (ours.var() / len(ours) + theirs.var() / len(theirs)).sqrt()
     assert abs(ours.mean() - theirs.mean()) < 4 * error

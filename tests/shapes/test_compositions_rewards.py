@@ -2,6 +2,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from denoise_env.prompts import Prompt
 from denoise_env.rewards import load_reward
 from denoise_env.rewards.compositions import CompositionsCorrect, CompositionsReward
 from denoise_env.shapes import WEIGHTS, grammar
@@ -12,7 +13,7 @@ CAPTIONS = ["a red circle on gray", *TRAIN[::40], *HELD_OUT[::12]]
 
 
 def call(reward, images, prompts):
-    return reward(images, prompts, [{}] * len(prompts))
+    return reward(images, [Prompt(p) for p in prompts])
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from denoise_env.prompts import Prompt
 from denoise_env.rewards import load_reward
 from denoise_env.rewards.base import Reward
 from denoise_env.rewards.shapes import ShapesCorrect, ShapesReward
@@ -13,7 +14,7 @@ def images(generator):
 
 
 def call(reward: Reward, images, prompts):
-    return reward(images, prompts, [{}] * len(prompts))
+    return reward(images, [Prompt(p) for p in prompts])
 
 
 def test_score_is_the_verifiers(images, verifier):
