@@ -25,6 +25,7 @@ class BaseConfig(AgentConfig):
     weight_decay: ClassVar[float] = 0.0
     max_grad_norm: ClassVar[float] = 1.0
     updates_per_rollout: ClassVar[int] = 1
+    best_and_worst: ClassVar[int] = 0
     epochs: ClassVar[int] = 1
     ema_decay: ClassVar[float] = 0.0
     ema_warmup: ClassVar[bool] = False

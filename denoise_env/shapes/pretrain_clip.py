@@ -185,12 +185,10 @@ def agreement(towers: Towers, captions: Sequence[str], generator: torch.Generato
 
 
 def save(towers: Towers, config: dict[str, Any], tokenizer: Any, directory: Path) -> None:
-    """Write a checkpoint in open_clip's layout."""
+    """Write a checkpoint in open_clip's layout, its weights in half precision."""
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: t.contiguous() for name, t in towers.model.state_dict().items()},
-        directory / "open_clip_model.safetensors",
-    )
+    weights = {name: t.half().contiguous() for name, t in towers.model.state_dict().items()}
+    save_file(weights, directory / "open_clip_model.safetensors")
     whole = {"model_cfg": config, "preprocess_cfg": {**MEAN_STD, "interpolation": "bicubic", "resize_mode": "shortest"}}
     (directory / "open_clip_config.json").write_text(json.dumps(whole, indent=1))
     tokenizer.save_pretrained(directory)
