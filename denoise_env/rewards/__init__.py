@@ -8,6 +8,11 @@ from denoise_env.rewards.expressions import build_reward
 from denoise_env.worlds import WORLDS
 
 REWARDS: dict[str, str] = {
+    "aesthetic": "denoise_env.rewards.aesthetic:Aesthetic",
+    "clip_score": "denoise_env.rewards.clip_score:ClipScore",
+    "hps": "denoise_env.rewards.hps:HPS",
+    "image_reward": "denoise_env.rewards.image_reward:ImageReward",
+    "pickscore": "denoise_env.rewards.clip_score:PickScore",
     "threshold": "denoise_env.rewards.combinators:Threshold",
     "scale": "denoise_env.rewards.combinators:Scale",
     "clip": "denoise_env.rewards.combinators:Clip",
