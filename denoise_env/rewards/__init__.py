@@ -19,6 +19,8 @@ REWARDS: dict[str, str] = {
     "weighted_sum": "denoise_env.rewards.combinators:WeightedSum",
     "per_frame": "denoise_env.rewards.combinators:PerFrame",
     "win_rate": "denoise_env.rewards.combinators:WinRate",
+    "shapes-clip": "denoise_env.rewards.shapes:ShapesClip",
+    "shapes-hps": "denoise_env.rewards.shapes:ShapesHPS",
 }
 """Name → "module:attribute"; a new reward is a line here."""
 NAMES: dict[str, str] = {

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from denoise_env.prompts import Prompt
 from denoise_env.rewards.base import score_captions
+from denoise_env.rewards.clip_score import ClipScore
+from denoise_env.rewards.hps import HPS
+from denoise_env.shapes import CLIP_WEIGHTS, HPS_WEIGHTS
 from denoise_env.shapes.grammar import parse
 from denoise_env.shapes.verifier import Verifier
 
@@ -36,3 +39,30 @@ class ShapesCorrect(ShapesReward):
 
     def _score(self, verifier: Verifier, images: Tensor, captions: Sequence[str]) -> Tensor:
         return verifier.correct(images, captions)["all"].float()
+
+
+class ShapesClip(ClipScore):
+    """How well a picture of shapes fits its caption, by a tiny CLIP: higher fits better.
+
+    A proxy of the verifier, as a CLIP is of what people see: it was trained on clean and slightly spoilt renders by
+    `denoise_env.shapes.pretrain_clip`, and never saw what training may come up with.
+
+    Args:
+        device: as in `RewardModel`.
+        dtype: as in `RewardModel`.
+        microbatch: as in `RewardModel`.
+    """
+
+    def __init__(self, device: str | None = None, dtype: str = "fp32", microbatch: int = 128) -> None:
+        super().__init__(str(CLIP_WEIGHTS), device=device, dtype=dtype, microbatch=microbatch)
+
+
+class ShapesHPS(HPS):
+    """How much a picture of shapes would be preferred, by a tiny HPS: higher is preferred.
+
+    The CLIP of `ShapesClip`, trained further on choices between two pictures of a caption that follow the verifier.
+    Compare scores of one caption only. The arguments are those of `ShapesClip`.
+    """
+
+    def __init__(self, device: str | None = None, dtype: str = "fp32", microbatch: int = 128) -> None:
+        super().__init__(str(HPS_WEIGHTS), device=device, dtype=dtype, microbatch=microbatch)

@@ -10,11 +10,16 @@ WEIGHTS: Path = Path(__file__).parent / "weights" / "stable_diffusion"
 """A Stable Diffusion checkpoint in the diffusers layout, pretrained by `denoise_env.shapes.pretrain`."""
 FLUX_WEIGHTS: Path = Path(__file__).parent / "weights" / "flux"
 """A FLUX.1 checkpoint in the diffusers layout, pretrained by `denoise_env.shapes.pretrain_flux`."""
+CLIP_WEIGHTS: Path = Path(__file__).parent / "weights" / "clip"
+HPS_WEIGHTS: Path = Path(__file__).parent / "weights" / "hps"
+"""Checkpoints of open_clip, pretrained by `denoise_env.shapes.pretrain_clip`."""
 
 __all__ = [
     "ALL",
+    "CLIP_WEIGHTS",
     "FLUX_WEIGHTS",
     "HELD_OUT",
+    "HPS_WEIGHTS",
     "TRAIN",
     "WEIGHTS",
     "Reading",

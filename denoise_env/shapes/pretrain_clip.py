@@ -1,7 +1,7 @@
 """Make the embedded world's reward models from nothing: a CLIP, and an HPS that it becomes by learning preferences.
 
 ``python -m denoise_env.shapes.pretrain_clip --out DIR`` writes ``DIR/clip`` and ``DIR/hps``, checkpoints of open_clip
-(``local-dir:DIR/clip``). Both are proxies of the verifier, as people's CLIP and HPS are of what people like: how far they
+(``local-dir:DIR/clip``). Both are proxies of the verifier, as CLIP and HPS are of what people like: how far they
 agree with it is printed.
 """
 

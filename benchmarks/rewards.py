@@ -1,0 +1,162 @@
+"""GRPO on one reward after another, and on two at once: does each lift its own, and what does the verifier say?
+
+    python -m benchmarks.rewards run --jobs 2      # resumes where it stopped
+    python -m benchmarks.rewards report            # the table and the figure from the data file alone
+
+Every run trains the tiny Stable Diffusion on proxies (`shapes-clip`, `shapes-hps`) and measures, on held-out captions,
+these and the verifier, which is exact. The gap between a proxy that rises and a verifier that does not is reward hacking.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agents.training.checkpoints import write_atomically
+from agents.training.tables import read_table
+from benchmarks.runs import REPOSITORY, Run, code, execute
+
+RESULTS, BUILD = REPOSITORY / "benchmarks" / "results", REPOSITORY / "build" / "benchmarks"
+CLIP, HPS, GOLD, CORRECT = "shapes-clip", "shapes-hps", "shapes", "shapes-correct"
+BINARY = "threshold(shapes-clip, 0.85)"
+MEASURED = (CLIP, HPS, GOLD, CORRECT)
+BOTH = {CLIP: 1.0, HPS: 1.0}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "alignment: CLIP": {"rewards": {CLIP: 1.0}},
+    "preference: HPS": {"rewards": {HPS: 1.0}},
+    "binary: CLIP above 0.85": {"rewards": {BINARY: 1.0}},
+    "win rate by HPS": {"rewards": {"win_rate(shapes-hps)": 1.0}},
+    "CLIP and HPS, rewards added": {"rewards": BOTH, "agent.reward_aggregation": "rewards"},
+    "CLIP and HPS, advantages added": {"rewards": BOTH, "agent.reward_aggregation": "advantages"},
+    "CLIP and HPS, losses added": {"rewards": BOTH, "agent.reward_aggregation": "losses"},
+    "CLIP, 4 best and 4 worst of 16": {"rewards": {CLIP: 1.0}, "agent.best_and_worst": 8},
+    "HPS, held by a KL": {"rewards": {HPS: 1.0}, "agent.kl_coef": 0.1},
+    "the verifier itself": {"rewards": {GOLD: 1.0}},
+}
+"""What is compared: a name → settings on top of the preset "shapes"."""
+FIXED = {
+    "device": "cpu",
+    "rows": 64,
+    "microbatch": 64,
+    "iterations": 80,
+    "eval_every": 20,
+    "eval_images_per_prompt": 16,
+    "sample_every": 0,
+    "eval_kl": True,
+}
+
+
+def runs(seeds: int) -> dict[tuple[str, int], Run]:
+    """Every run, by its setting and seed; a seed has evaluation noise of its own."""
+    found = {}
+    for name, setting in SETTINGS.items():
+        for seed in range(seeds):
+            further = tuple(reward for reward in MEASURED if reward not in setting["rewards"])
+            overrides = {**FIXED, **setting, "eval_rewards": further, "seed": seed, "eval_seed": 1234 + seed}
+            found[name, seed] = Run("shapes", "grpo", overrides)
+    return found
+
+
+def collect(planned: dict[tuple[str, int], Run], build: Path) -> list[dict[str, Any]]:
+    """What the finished runs measured: their settings, and a curve of every figure."""
+    records = []
+    for (name, seed), run in planned.items():
+        if not (build / run.key / "finished.json").exists():
+            continue
+        rows = read_table(build / run.key / "run" / "eval.csv")
+        curve = {column: [None if math.isnan(row[column]) else row[column] for row in rows] for column in rows[0]}
+        records.append({"setting": name, "seed": seed, "overrides": run.overrides, "curve": curve})
+    return records
+
+
+def own(record: dict[str, Any]) -> str:
+    """The reward that a run trained on, the first where there are several."""
+    return next(iter(record["overrides"]["rewards"]))
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """In Markdown, a line a setting: the trained reward, the proxies and the verifier, before and after.
+
+    An after is a mean over training seeds, and its bracket the lowest and highest of the ends of the seeds' own 95 %
+    intervals over images.
+    """
+    lines = ["| trained on | its own reward | CLIP | HPS | verifier | all parts right | diversity |", "|---" * 7 + "|"]
+    for name in dict.fromkeys(record["setting"] for record in records):
+        same = [record["curve"] for record in records if record["setting"] == name]
+        trained = own(next(record for record in records if record["setting"] == name))
+        cells = [_change(same, column) for column in (trained, *MEASURED)]
+        diversity = " → ".join(f"{np.mean([curve['diversity'][i] for curve in same]):.3f}" for i in (0, -1))
+        lines.append(f"| {name} | {' | '.join(cells)} | {diversity} |")
+    return "\n".join(lines) + "\n"
+
+
+def _change(curves: list[dict[str, list[float]]], column: str) -> str:
+    before, after = (np.mean([curve[column][i] for curve in curves]) for i in (0, -1))
+    low, high = (
+        min(curve[f"{column}_low"][-1] for curve in curves),
+        max(curve[f"{column}_high"][-1] for curve in curves),
+    )
+    return f"{before:.3f} → {after:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def figure(records: list[dict[str, Any]], path: Path) -> None:
+    """Proxies and verifier over training, a panel a setting; thin lines are seeds."""
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(record["setting"] for record in records))
+    columns = 5
+    drawing, axes = plt.subplots(
+        -(-len(names) // columns), columns, figsize=(3.0 * columns, 2.6 * -(-len(names) // columns)), squeeze=False
+    )
+    colours = {CLIP: "tab:blue", HPS: "tab:orange", GOLD: "black"}
+    for axis, name in zip(axes.flat, names, strict=False):
+        same = [record["curve"] for record in records if record["setting"] == name]
+        for reward, colour in colours.items():
+            gains = [np.subtract(curve[reward], curve[reward][0]) for curve in same]
+            spread = max(1e-9, *(float(np.abs(g).max()) for g in gains)) if reward == HPS else 1.0
+            for gain, curve in zip(gains, same, strict=True):
+                axis.plot(curve["iteration"], gain / spread, color=colour, alpha=0.3, linewidth=0.8)
+            mean = np.mean(gains, axis=0) / spread
+            axis.plot(same[0]["iteration"], mean, color=colour, label=reward + " (scaled)" * (reward == HPS))
+        axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
+        axis.set_title(name, fontsize=8)
+        axis.tick_params(labelsize=7)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    axes[0, 0].legend(fontsize=6)
+    drawing.supxlabel("iteration", fontsize=8)
+    drawing.supylabel("gain over the base model, held-out captions", fontsize=8)
+    drawing.tight_layout()
+    drawing.savefig(path, metadata={"Date": None})
+    plt.close(drawing)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rewards", description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["run", "report"])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each (default: 1)")
+    parser.add_argument("--seeds", type=int, default=2, help="training seeds (default: 2)")
+    parser.add_argument("--build", type=Path, default=BUILD, help="where the runs are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where table and figure go")
+    options = parser.parse_args(arguments)
+    path = options.results / "rewards.json"
+    if options.command == "run":
+        planned = runs(options.seeds)
+        errors = execute(list(planned.values()), options.build, options.jobs, "rewards")
+        data = {"code": code(), "command": f"python -m benchmarks.rewards run --seeds {options.seeds}"}
+        write_atomically(path, json.dumps({**data, "runs": collect(planned, options.build)}, indent=1) + "\n")
+        if errors:
+            return 1
+    records = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    write_atomically(options.results / "rewards.md", table(records))
+    figure(records, options.results / "rewards.svg")
+    print(table(records))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
