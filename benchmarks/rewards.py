@@ -3,8 +3,9 @@
     python -m benchmarks.rewards run --jobs 2      # resumes where it stopped
     python -m benchmarks.rewards report            # the table and the figure from the data file alone
 
-Every run trains the tiny Stable Diffusion on proxies (`shapes-clip`, `shapes-hps`) and measures, on held-out captions,
-these and the verifier, which is exact. The gap between a proxy that rises and a verifier that does not is reward hacking.
+Every run trains the tiny Stable Diffusion on proxies (`shapes-clip`, `shapes-hps`) and measures, on held-out
+captions, these and the verifier, which is exact. The gap between a proxy that rises and a verifier that does not is
+reward hacking.
 """
 
 import argparse

@@ -142,7 +142,8 @@ def train_preferences(towers: Towers, config: Config, generator: torch.Generator
     parameters = [*towers.model.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.preference_lr, weight_decay=0.05)
     schedule = OneCycleLR(optimizer, config.preference_lr, total_steps=config.preference_steps, pct_start=0.1)
-    verifier, losses = Verifier(), []
+    verifier = Verifier()
+    losses: list[float] = []
     for _ in (bar := progress(range(config.preference_steps), desc="hps")):
         drawn = pairs(TRAIN, generator)
         with torch.no_grad():
