@@ -45,6 +45,8 @@ class Config:
     """Peak of the HPS's one-cycle learning rate."""
     doubt: float = 0.1
     """The gap between two pictures' scores at which who judges them prefers the better one with odds of e."""
+    eval_times: int = 50
+    """Pictures, and pairs of them, of each caption in what is printed at the end."""
     threads: int = 1
     """CPU threads; another number adds in another order, and gives slightly different weights."""
 
@@ -165,19 +167,19 @@ def margin(towers: Towers, drawn: Tensor, captions: Sequence[str]) -> Tensor:
 
 
 @torch.no_grad()
-def agreement(towers: Towers, captions: Sequence[str], generator: torch.Generator) -> dict[str, float]:
+def agreement(towers: Towers, captions: Sequence[str], generator: torch.Generator, times: int = 50) -> dict[str, float]:
     """How far a CLIP agrees with the renderer and the verifier on some captions.
 
     Returns:
-        "zero-shot": the share of 20 clean pictures of each caption that are nearest to their own caption among all 72;
-        "pairs": of 50 pairs of each caption, those whose scores differ by more than 0.1, the share in which the CLIP
+        "zero-shot": the share of clean pictures, ``times`` of each caption, that are nearest to their own caption among
+        all 72; "pairs": of as many pairs, those whose scores differ by more than 0.1, the share in which the CLIP
         prefers the picture that the verifier does.
     """
-    told = [text for text in captions for _ in range(20)]
-    nearest = (towers.images(render(told, generator)) @ towers.texts(ALL).T).argmax(1)
-    right = [ALL[place] == text for place, text in zip(nearest.tolist(), told, strict=True)]
-    verifier, hits = Verifier(), []
-    for _ in range(50):
+    verifier, right, hits = Verifier(), [], []
+    texts = towers.texts(ALL)
+    for _ in range(times):
+        nearest = (towers.images(render(captions, generator)) @ texts.T).argmax(1)
+        right += [ALL[place] == text for place, text in zip(nearest.tolist(), captions, strict=True)]
         drawn = pairs(captions, generator)
         doubled = [text for text in captions for _ in range(2)]
         gold = verifier.score(drawn.flatten(0, 1), doubled).view(-1, 2).diff(dim=1)[:, 0]
@@ -216,7 +218,7 @@ def pretrain(config: Config) -> None:
         size = sum(file.stat().st_size for file in (config.out / name).iterdir())
         print(f"{name}: loss {loss:.4f}, {size / 1e6:.2f} MB, {time.perf_counter() - started:.0f} s since the start")
         for split, captions in (("train", TRAIN), ("held out", HELD_OUT)):
-            found = agreement(towers, captions, torch.Generator().manual_seed(config.seed + 1))
+            found = agreement(towers, captions, torch.Generator().manual_seed(config.seed + 1), config.eval_times)
             print(f"  {split}: " + ", ".join(f"{what} {share:.3f}" for what, share in found.items()))
 
 
