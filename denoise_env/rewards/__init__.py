@@ -14,6 +14,11 @@ REWARDS: dict[str, str] = {
     "weighted_sum": "denoise_env.rewards.combinators:WeightedSum",
     "per_frame": "denoise_env.rewards.combinators:PerFrame",
     "win_rate": "denoise_env.rewards.combinators:WinRate",
+    "hpsv3": "denoise_env.rewards.hpsv3:HPSv3",
+    "videoalign": "denoise_env.rewards.videoalign:VideoAlign",
+    "videoalign_mq": "denoise_env.rewards.videoalign:VideoAlignMQ",
+    "videoalign_ta": "denoise_env.rewards.videoalign:VideoAlignTA",
+    "videoalign_vq": "denoise_env.rewards.videoalign:VideoAlignVQ",
 }
 """Name → "module:attribute"; a new reward is a line here."""
 NAMES: dict[str, str] = {
