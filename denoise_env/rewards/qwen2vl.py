@@ -186,7 +186,7 @@ def merge_lora(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
 def load(
     base: str, state: Mapping[str, Tensor], dtype: torch.dtype, tokens: Sequence[str]
 ) -> tuple[nn.Module, dict[str, Tensor], Any]:
-    """The backbone with a checkpoint's weights, the weights of its ``rm_head``, and the tokenizer with the tokens added.
+    """The backbone with its weights, the weights of the ``rm_head``, and the tokenizer with the reward tokens.
 
     Args:
         base: hub id or folder of the Qwen2-VL that was trained; only its configuration and tokenizer are read.

@@ -1,10 +1,13 @@
 """A tiny random Qwen2-VL with its tokenizer, in the published layout."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from denoise_env.rewards import hpsv3, videoalign
 
 SPECIAL = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|vision_start|>", "<|vision_end|>"),
@@ -21,15 +24,21 @@ CHAT_TEMPLATE = (
 """What Qwen2-VL-Instruct's own chat template writes for one user's turn."""
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes and a few merges, with Qwen2-VL's special tokens after them."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("y", "e"), ("ye", "s"), ("n", "o"), ("Y", "e"), ("Ye", "s")]
-    vocabulary = [*alphabet, *(a + b for a, b in words)]
-    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, words))
+@cache
+def _bpe() -> str:
+    bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator([videoalign.TEMPLATE, hpsv3.TEMPLATE, "yes no Yes No " * 9], trainer)
+    return bpe.to_str()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Trained on the templates, with Qwen2-VL's special tokens after the words."""
+    names = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_bpe()), **names)
     fast.add_tokens(SPECIAL, special_tokens=True)
     fast.chat_template = CHAT_TEMPLATE
     return fast
@@ -62,7 +71,7 @@ def model(rows: int, seed: int = 0) -> Qwen2VLForConditionalGeneration:
 
 def save_base(folder: Path) -> Path:
     """What is read of the base model: its configuration (of a larger vocabulary) and tokenizer."""
-    config(400).save_pretrained(folder)
+    config(len(tokenizer()) + 100).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
