@@ -19,6 +19,8 @@ REWARDS: dict[str, str] = {
     "videoalign_mq": "denoise_env.rewards.videoalign:VideoAlignMQ",
     "videoalign_ta": "denoise_env.rewards.videoalign:VideoAlignTA",
     "videoalign_vq": "denoise_env.rewards.videoalign:VideoAlignVQ",
+    "visionreward": "denoise_env.rewards.visionreward:VisionReward",
+    "visionreward_video": "denoise_env.rewards.visionreward:VisionRewardVideo",
 }
 """Name → "module:attribute"; a new reward is a line here."""
 NAMES: dict[str, str] = {
