@@ -206,13 +206,13 @@ class VideoAlign(RewardModel):
 
 
 class VideoAlignVQ(VideoAlign):
-    """VideoAlign's visual quality of a clip: how good its frames look. It ignores the prompt."""
+    """VideoAlign's visual quality of a clip: how good its frames look, whatever the prompt."""
 
     part = 0
 
 
 class VideoAlignMQ(VideoAlign):
-    """VideoAlign's motion quality of a clip: how stable, natural and lively. It ignores the prompt."""
+    """VideoAlign's motion quality of a clip: how stable, natural and lively its motion is."""
 
     part = 1
 

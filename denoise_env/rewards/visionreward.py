@@ -166,7 +166,7 @@ class Checklist(RewardModel):
 
 
 class VisionReward(Checklist):
-    """VisionReward of images: a weighted checklist and how well the prompt is met; higher is better.
+    """VisionReward of images: a weighted checklist, with alignment; higher is better.
 
     The alignment with the prompt is VQAScore, the probability of yes to its question, by the same answering model
     (published: by clip-flant5-xxl).
@@ -207,7 +207,7 @@ class VisionReward(Checklist):
 
 
 class VisionRewardVideo(Checklist):
-    """VisionReward of clips: a weighted checklist, the prompt's among its questions; higher is better.
+    """VisionReward of clips: a weighted checklist; higher is better.
 
     Args:
         questions: file of the questions, one a line (VisionReward_Video/VisionReward_video_qa_select.txt of
