@@ -130,7 +130,9 @@ def _clause(columns: Any, place: int) -> Clause:
     if not isinstance(position, (list, tuple)) or len(position) != 2:
         raise ValueError(f"GenEval's position must be a relation and an index, not {position!r}")
     relation = _one_of(RELATIONS, position[0], "relation")
-    index = integer(position[1], f"the index of what {label!r} is {relation}", at_least=0, at_most=place - 1)
+    index = integer(position[1], f"the index of what {label!r} is {relation}", at_least=0)
+    if index >= place:
+        raise ValueError(f"GenEval's {label!r} is {relation} entry {index}, which must come before it, entry {place}")
     return Clause(label, count, color, (relation, index))
 
 
