@@ -28,6 +28,10 @@ REWARDS: dict[str, str] = {
     "weighted_sum": "denoise_env.rewards.combinators:WeightedSum",
     "per_frame": "denoise_env.rewards.combinators:PerFrame",
     "win_rate": "denoise_env.rewards.combinators:WinRate",
+    "geneval": "denoise_env.rewards.geneval:GenEval",
+    "jpeg_compressibility": "denoise_env.rewards.jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "denoise_env.rewards.jpeg:JpegIncompressibility",
+    "ocr": "denoise_env.rewards.ocr:Ocr",
 }
 """Name → "module:attribute"; a new reward is a line here."""
 NAMES: dict[str, str] = {

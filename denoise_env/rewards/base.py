@@ -153,6 +153,11 @@ def frames(images: Tensor) -> Tensor:
     return images[:, None] if images.ndim == 4 else images
 
 
+def pixels(images: Tensor) -> Tensor:
+    """Samples in [0, 1] as bytes: uint8 ``[..., H, W, 3]`` on the CPU, each value times 255 and rounded."""
+    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).movedim(-3, -1).contiguous().cpu()
+
+
 def score_captions(
     images: Tensor,
     prompts: Sequence[Prompt],
