@@ -26,10 +26,12 @@ def to_tensor(*pictures):
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
 
 
-def pictures(count=len(TEXTS), width=90, height=61, seed=0):
+def pictures(count=5, width=90, height=61, seed=0):
     """uint8 arrays with coarse and fine structure."""
     draw = np.random.default_rng(seed)
-    coarse = draw.integers(0, 256, (count, 4, 5, 3)).repeat(-(-height // 4), 1).repeat(-(-width // 5), 2)[:, :height, :width]
+    coarse = (
+        draw.integers(0, 256, (count, 4, 5, 3)).repeat(-(-height // 4), 1).repeat(-(-width // 5), 2)[:, :height, :width]
+    )
     fine = draw.integers(-60, 60, (count, height, width, 3))
     return list((coarse + fine).clip(0, 255).astype(np.uint8))
 
@@ -94,7 +96,7 @@ def save_siglip(directory):
     torch.nn.init.constant_(model.logit_bias, -1.3)
     model.save_pretrained(directory)
     SiglipImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(directory)
-    words = "<pad> <eos> <unk> a photo of two clocks red cat the dog bone its".split()
+    words = ["<pad>", "<eos>", "<unk>", "a", "photo", "of", "two", "clocks", "red", "cat", "the", "dog"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}

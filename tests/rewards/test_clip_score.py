@@ -18,6 +18,7 @@ from tiny_clip import (
     to_tensor,
 )
 
+from denoise_env.prompts import Prompt
 from denoise_env.rewards import UnavailableError, load_reward
 from denoise_env.rewards.clip_score import ClipScore, PickScore
 
@@ -70,8 +71,6 @@ def test_transformers_clip(clip):
 def test_long_texts_are_cut(clip):
     directory, model = clip
     texts = ["one word and another " * 40] * 5
-    from denoise_env.prompts import Prompt
-
     expected = clip_logits(model, texts=texts) / model.logit_scale.exp().detach()
     close(ClipScore(str(directory))(IMAGES, [Prompt(text) for text in texts]), expected)
 
@@ -171,7 +170,7 @@ def test_missing_weights_are_not_drawn_at_random(clip, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["visual_projection.weight"], tensors["logit_scale"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UnavailableError, match=r"weights of a CLIPModel: it lacks logit_scale, visual_projection"):
+    with pytest.raises(UnavailableError, match=r"weights of CLIPModel: it lacks logit_scale, visual_projection"):
         PickScore(str(tmp_path), str(clip[0]))(IMAGES, PROMPTS)
 
 

@@ -42,9 +42,7 @@ def hpsv2_scores(model, images, texts, size=64):
     return (features[0] @ features[1].T).diagonal()
 
 
-@pytest.mark.parametrize(
-    ("size", "mean", "std"), [((300, 200), -0.446164, 1.165118), ((512, 512), 0.178709, 0.866217)]
-)
+@pytest.mark.parametrize(("size", "mean", "std"), [((300, 200), -0.446164, 1.165118), ((512, 512), 0.178709, 0.866217)])
 def test_preprocessing_has_the_reference_values(size, mean, std):
     pixels = HPSPreprocess(Preprocess((224, 224)))(to_tensor(fixture_picture(*size)))[0]
     assert pixels.shape == (3, 224, 224)
