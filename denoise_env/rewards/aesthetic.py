@@ -44,10 +44,11 @@ class Aesthetic(RewardModel):
 
     def load_network(self) -> nn.Module:
         """The image tower; the predictor, which is to keep its precision, apart from it."""
-        from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+        from transformers import AutoImageProcessor, CLIPModel
 
         processor = from_transformers(AutoImageProcessor, self.encoder, backend="pil")
-        network = from_transformers(CLIPVisionModelWithProjection, self.encoder)
+        network = from_transformers(CLIPModel, self.encoder)
+        del network.text_model, network.text_projection
         self.preprocess = Preprocess.of_transformers(processor)
         self.predictor = LinearHead(network.config.projection_dim)
         load_tensors(self.predictor, read_tensors(fetch(self.checkpoint)), self.checkpoint)
@@ -57,5 +58,6 @@ class Aesthetic(RewardModel):
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """As in `RewardModel`."""
         network: Any = self.network
-        embeddings = network(pixel_values=self.preprocess(images).to(self.dtype)).image_embeds.float()
+        pixels = self.preprocess(images).to(self.dtype)
+        embeddings = network.get_image_features(pixel_values=pixels).pooler_output.float()
         return self.predictor.to(images.device)(normalize(embeddings, dim=-1))

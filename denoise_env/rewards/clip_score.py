@@ -33,9 +33,9 @@ class ClipScore(RewardModel):
     differ from those by a level or two here and there.
 
     Args:
-        model: open_clip's name of an architecture; a directory with a model of open_clip (`open_clip_config.json`) or
-            transformers; "owner/name" of a transformers model on the Hugging Face hub, or "hf-hub:owner/name" of one
-            of open_clip.
+        model: open_clip's name of an architecture, or a JSON file that describes one; a directory with a model of
+            open_clip (`open_clip_config.json`) or transformers; "owner/name" of a transformers model on the Hugging
+            Face hub, or "hf-hub:owner/name" of one of open_clip.
         pretrained: an architecture's weights: open_clip's name for them, or their file. The others bring theirs.
         device: as in `RewardModel`.
         dtype: as in `RewardModel`.
@@ -63,7 +63,7 @@ class ClipScore(RewardModel):
             self.model = f"local-dir:{path}"
         elif path.is_dir() and not (path / "config.json").is_file():
             check_directory(model)
-        elif not self.open_clip and not path.is_dir() and "/" not in model:
+        elif not self.open_clip and not path.is_dir() and ("/" not in model or model.endswith(".json")):
             self.open_clip, self.pretrained = True, pretrained
         elif not self.open_clip:
             check_reference(model, "model", 2)

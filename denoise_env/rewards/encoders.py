@@ -68,7 +68,8 @@ class OpenClipEncoder(ImageTextEncoder):
     """A model of open_clip. Longer texts are cut to its context.
 
     Args:
-        name: an architecture, "local-dir:" and a directory, or "hf-hub:" and a repository.
+        name: an architecture, a JSON file that describes one, "local-dir:" and a directory, or "hf-hub:" and a
+            repository.
         pretrained: an architecture's weights: their file, or open_clip's name for them.
 
     Raises:
@@ -79,6 +80,10 @@ class OpenClipEncoder(ImageTextEncoder):
         import open_clip
 
         try:
+            if name.endswith(".json"):
+                path = Path(name).expanduser()
+                open_clip.add_model_config(path)  # under the file's name
+                name = path.stem
             model = open_clip.create_model(name, pretrained, require_pretrained=True, weights_only=True)
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:
@@ -139,7 +144,11 @@ class TransformersEncoder(ImageTextEncoder):
 
 
 def check_architecture(name: str) -> None:
-    """Raise a ``ValueError`` for an architecture that the installed open_clip does not know."""
+    """Raise a ``ValueError`` for an architecture that the installed open_clip does not know, or a missing JSON file."""
+    if name.endswith(".json"):
+        if not Path(name).expanduser().is_file():
+            raise ValueError(f"there is no file {name!r}")
+        return
     package = importlib.util.find_spec("open_clip")
     assert package is not None
     assert package.origin is not None

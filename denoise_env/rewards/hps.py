@@ -29,7 +29,7 @@ class HPS(RewardModel):
     Args:
         checkpoint: a weights file, local or "owner/name/file" on the Hugging Face hub; or a local directory with an
             `open_clip_config.json`, weights and, where the config names one, a tokenizer, as open_clip saves them.
-        architecture: open_clip's name of the network that a weights file is of.
+        architecture: the network that a weights file is of: open_clip's name of it, or a JSON file in open_clip's form.
         device: as in `RewardModel`.
         dtype: as in `RewardModel`.
         microbatch: as in `RewardModel`.
@@ -49,6 +49,8 @@ class HPS(RewardModel):
     ) -> None:
         super().__init__(device, dtype, microbatch)
         check_reference(checkpoint, "checkpoint", 3)
+        if not isinstance(architecture, str):
+            raise ValueError(f"architecture must be a string, not {architecture!r}")
         self.checkpoint, self.architecture = checkpoint, architecture
         self.directory = Path(checkpoint).expanduser().is_dir()
         if self.directory:

@@ -104,7 +104,7 @@ def check_names(network: str, source: Any, missing: Any = (), unknown: Any = (),
         if names
     ]
     if faults:
-        raise ValueError(f"{str(source)!r} does not hold the weights of a {network}: {'; '.join(faults)}")
+        raise ValueError(f"{str(source)!r} does not hold the weights of {network}: {'; '.join(faults)}")
 
 
 def from_transformers(kind: Any, reference: str, **options: Any) -> Any:
