@@ -14,6 +14,9 @@ REWARDS: dict[str, str] = {
     "weighted_sum": "denoise_env.rewards.combinators:WeightedSum",
     "per_frame": "denoise_env.rewards.combinators:PerFrame",
     "win_rate": "denoise_env.rewards.combinators:WinRate",
+    "judge": "denoise_env.rewards.judge:Judge",
+    "pairwise_judge": "denoise_env.rewards.judge:PairwiseJudge",
+    "remote": "denoise_env.rewards.remote:Remote",
 }
 """Name → "module:attribute"; a new reward is a line here."""
 NAMES: dict[str, str] = {
