@@ -145,7 +145,7 @@ class Chat:
 
 
 class Judge(Chat):
-    """A vision-language model's yes or score to a question; higher is better.
+    """A vision-language model's yes, or its score, to a question; higher is better.
 
     ``mode="yes_no"``: the probability of Yes against No as the first token, σ(log p(Yes) - log p(No)), whichever way
     the words are written (VQAScore, arXiv 2404.01291; Flow-Factory's vllm_evaluate). A word that is not among the 20
@@ -235,7 +235,7 @@ class Judge(Chat):
 
 
 class PairwiseJudge(Chat):
-    """A vision-language model that says which of two is better, for win_rate(pairwise_judge(…)).
+    """Which of two is better, by a vision-language model: win_rate(pairwise_judge(…)).
 
     What is in the answer's last ``<answer>`` decides; without one, the whole answer does where it names one only.
 

@@ -18,7 +18,7 @@ from denoise_env.rewards.pictures import encode_float, encode_png, to_uint8
 
 
 class Remote:
-    """The scores of a reward server (denoise-env serve-reward, or Flow-Factory's form).
+    """What a reward server says (denoise-env serve-reward); higher is better.
 
     Each microbatch is one POST of ``/compute``: ``prompt``, ``image`` or ``video`` (a list of frames for each clip),
     and, where a prompt has them, ``metadata`` and ``condition_images``, its images. A prompt's negative text is not

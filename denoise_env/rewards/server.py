@@ -74,8 +74,8 @@ class RewardServer:
     ``POST /compute`` takes ``{"prompt": [str], "image": [image] | null, "video": [[image]] | null}``, an image being
     base64 of a PNG, or ``{"shape": [3, H, W], "float32": base64}``; and also ``"metadata": [object]`` and
     ``"condition_images": [[image]]``, the prompts' own. It answers ``{"rewards": [float | null], "errors": [str]}``;
-    null marks a row that could not be scored. Any other answer is ``{"detail": sentence}``: 401 the token, 408 and 413 the
-    body, 415 and 422 its form, 500 the reward cannot score at all, 503 the queue is full (with Retry-After).
+    null marks a row that could not be scored. Any other answer is ``{"detail": sentence}``: 401 the token, 408 and
+    413 the body, 415 and 422 its form, 500 the reward cannot score at all, 503 the queue is full (with Retry-After).
     ``GET /health`` answers ``{"status": "ok"}``.
 
     Rows of the same size are scored together, whichever clients they are from. Where that fails, each request's rows
@@ -277,7 +277,7 @@ def _read(value: Any, most: int, max_rows: int) -> list[Row]:
     if value.get("condition_videos"):
         raise ValueError("condition_videos are not supported")
     name, samples = ("image", images) if clips is None else ("video", clips)
-    columns = {name: samples}
+    columns: dict[str, Any] = {name: samples}
     for optional in ("metadata", "condition_images"):
         columns[optional] = value[optional] if value.get(optional) is not None else [None] * len(texts)
     for column, items in columns.items():
