@@ -17,12 +17,13 @@ from torch import Tensor
 
 from denoise_env.arguments import integer
 from denoise_env.prompts import Prompt
-from denoise_env.rewards.base import Reward, UnavailableError, require
+from denoise_env.rewards.base import Reward, UnavailableError
 from denoise_env.rewards.connection import parse_json, short
 from denoise_env.rewards.pictures import TooLargeError, decode
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
+    from uvicorn import Server
 
 GATHER = 0.005
 """Seconds that a batch waits for the requests of other clients."""
@@ -36,6 +37,9 @@ BODY_SECONDS = 60.0
 """Seconds for a request's body to arrive."""
 CONNECTIONS = 256
 """Connections at a time; more are answered with 503."""
+
+
+_STOPPING = "the server is stopping"
 
 
 class Refusal(Exception):
@@ -117,6 +121,8 @@ class RewardServer:
         self.max_queue = integer(max_queue, "max_queue", at_least=1)
         self.max_body, self.max_decoded = max_body, max_decoded
         self.waiting: deque[Row] = deque()
+        self.batch: list[Row] = []
+        self.stopping = False
 
     def app(self) -> "FastAPI":
         """The application, for any ASGI server; one process of one worker."""
@@ -194,6 +200,8 @@ class RewardServer:
             raise Refusal(422, short(error)) from error
 
     def _enqueue(self, rows: Sequence[Row]) -> "list[asyncio.Future[float | str | Refusal]]":
+        if self.stopping:
+            raise Refusal(503, _STOPPING)
         size = sum(row.sample.nbytes for row in (*self.waiting, *rows))
         if len(self.waiting) + len(rows) > self.max_queue or (self.waiting and size > MAX_WAITING):
             raise Refusal(503, f"{len(self.waiting)} samples wait already: try again")
@@ -208,11 +216,18 @@ class RewardServer:
             await self.filled.wait()
             if len(self.waiting) < self.max_batch:
                 await asyncio.sleep(GATHER)
-            batch = self._take()
-            answers = await asyncio.get_running_loop().run_in_executor(thread, self._score, batch)
-            for row, answer in zip(batch, answers, strict=True):
+            self.batch = self._take()
+            answers = await asyncio.get_running_loop().run_in_executor(thread, self._score, self.batch)
+            for row, answer in zip(self.batch, answers, strict=True):
                 if not row.answer.done():  # its client may have gone
                     row.answer.set_result(answer)
+
+    def stop(self) -> None:
+        """Refuse what is waiting, what is being scored and what still comes."""
+        self.stopping = True
+        for row in (*self.batch, *self.waiting):
+            if not row.answer.done():
+                row.answer.set_result(Refusal(503, _STOPPING))
 
     def _take(self) -> list[Row]:
         """The rows that waited longest and have the size of the first."""
@@ -243,9 +258,8 @@ class RewardServer:
                 found = {request: iter(self._score([r for r in rows if r.request is request])) for request in requests}
                 return [next(found[row.request]) for row in rows]
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-                return [
-                    Refusal(503, f"out of memory with {len(rows)} samples: serve with a smaller --max-batch")
-                ] * len(rows)
+                why = f"out of memory with {len(rows)} samples: serve with a smaller --max-batch"
+                return [Refusal(503, why)] * len(rows)
             if isinstance(error, UnavailableError):
                 return [Refusal(500, short(error))] * len(rows)
             return [_said(error)] * len(rows)
@@ -268,9 +282,7 @@ def _read(value: Any, most: int, max_rows: int) -> list[Row]:
     if not isinstance(texts, list) or not texts:
         raise ValueError("prompt must be a list of at least one string")
     if len(texts) > max_rows:
-        raise TooLargeError(
-            f"{len(texts)} samples are more than the {max_rows} that may wait: send fewer in one request"
-        )
+        raise TooLargeError(f"{len(texts)} samples are more than may wait, {max_rows}: send fewer in one request")
     images, clips = value.get("image") or None, value.get("video") or None
     if (images is None) == (clips is None):
         raise ValueError("one of image and video must be a list, and the other null")
@@ -329,9 +341,6 @@ def serve(server: RewardServer, host: str, port: int, announce: Callable[[str], 
         ValueError: other machines would be let in without a token.
         OSError: the address cannot be listened on.
     """
-    require("uvicorn", "denoise-env[serve]", "serve-reward")
-    from uvicorn import Config, Server
-
     if not server.token and not is_loopback(host):
         raise ValueError(f"with the host {host} any machine could send requests: name the environment variable that "
                          "holds a token, with --token-env")  # fmt: skip
@@ -343,18 +352,30 @@ def serve(server: RewardServer, host: str, port: int, announce: Callable[[str], 
     with listener:
         name = f"[{host}]" if ":" in host else host
         announce(f"http://{name}:{listener.getsockname()[1]}")
-        config = Config(
-            server.app(),
-            log_level="warning",
-            access_log=False,
-            lifespan="on",
-            ws="none",
-            proxy_headers=False,
-            server_header=False,
-            limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=5,
-        )
-        Server(config).run(sockets=[listener])
+        http_server(server).run(sockets=[listener])
+
+
+def http_server(server: RewardServer) -> "Server":
+    """The HTTP server that runs a reward server's application."""
+    from uvicorn import Config, Server
+
+    class Stopping(Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            server.stop()
+            await super().shutdown(sockets)
+
+    config = Config(
+        server.app(),
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        ws="none",
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=5,
+    )
+    return Stopping(config)
 
 
 def is_loopback(host: str) -> bool:
