@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import httpx2
 
-from denoise_env.rewards.server import RewardServer, http_server
+from denoise_env.rewards.server import RewardServer, http_server, listen
 
 
 @contextlib.contextmanager
 def serving(reward, port=0, **options):
     """The URL of a real server."""
-    listener = socket.create_server(("127.0.0.1", port))
+    listener = listen("127.0.0.1", port)
     server = http_server(RewardServer(reward, **options))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

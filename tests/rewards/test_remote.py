@@ -16,7 +16,8 @@ from denoise_env.prompts import Prompt
 from denoise_env.rewards import connection, load_reward
 from denoise_env.rewards.connection import RemoteError
 from denoise_env.rewards.remote import Remote
-from denoise_env.shapes.grammar import CAPTIONS
+from denoise_env.shapes.grammar import ALL
+from denoise_env.shapes.renderer import render
 
 PROMPTS = [Prompt("a"), Prompt("b"), Prompt("c")]
 IMAGES = torch.rand(3, 3, 4, 4)
@@ -41,14 +42,12 @@ def shapes():
 
 
 def pictures():
-    """Pictures that the verifier is sure and unsure of, and text that is no caption."""
-    from denoise_env.shapes.renderer import render
-
+    """Pictures that the verifier is sure and unsure of, the last with a text that is no caption."""
     generator = torch.Generator().manual_seed(0)
-    captions = [*CAPTIONS[:5], CAPTIONS[7], "no caption at all"]
-    drawn = torch.stack([torch.as_tensor(render(c, generator)) for c in (*CAPTIONS[:5], CAPTIONS[8], CAPTIONS[9])])
+    captions = list(ALL[:6])
+    drawn = render([*captions[:5], ALL[20], captions[0]], generator)
     noise = torch.rand(drawn.shape, generator=generator)
-    return (0.8 * drawn + 0.2 * noise).clamp(0, 1), [Prompt(c) for c in captions]
+    return (0.8 * drawn + 0.2 * noise).clamp(0, 1), [Prompt(text) for text in (*captions, "no caption at all")]
 
 
 def test_float_values_give_the_scores_of_this_process(shapes):
@@ -319,7 +318,7 @@ def test_bad_arguments(arguments, message, monkeypatch):
 def test_bad_samples_are_not_sent():
     with answers({"rewards": [1, 2, 3]}) as server:
         for images in (IMAGES * 3, IMAGES[:2], IMAGES * math.nan, IMAGES[:, :1]):
-            with pytest.raises(ValueError, match="samples must|images need"):
+            with pytest.raises(ValueError, match=r"samples must|images need"):
                 Remote(server.url)(images, PROMPTS)
     assert not server.requests
 
