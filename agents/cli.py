@@ -1,4 +1,4 @@
-"""The command line: ``denoise-env train | eval | sample | describe | list``."""
+"""The command line: ``denoise-env train | eval | sample | describe | serve-reward | list``."""
 
 import argparse
 import contextlib
@@ -127,7 +127,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Try: denoise-env train (the five-minute demo), denoise-env list, denoise-env train --help",
     )
     parser.add_argument("-v", action="store_true", help="show the traceback of an error; anywhere on the line")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval | sample | describe | list")
+    names = "train | eval | sample | describe | serve-reward | list"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     train = commands.add_parser("train", help="train an agent", add_help=False)
     train.set_defaults(run="train:run")
     for name, run, text in (
@@ -172,6 +173,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--images", type=int, metavar="N", help="images of a rollout (default: preset's, or 128)")
     command.add_argument("--num-steps", type=int, metavar="K", help="denoising steps (default: the preset's, or 10)")
     command.add_argument("--json", metavar="FILE", help="write the figures there too, in bytes")
+    command = commands.add_parser(
+        "serve-reward",
+        help="compute a reward for the training runs of other processes and machines",
+        description="Compute a reward over HTTP, until Ctrl-C or SIGTERM, for training runs with the reward "
+        """remote(url="http://HOST:PORT"): other processes, machines or programs that speak Flow-Factory's form.""",
+    )
+    command.set_defaults(run="serve:run")
+    command.add_argument("reward", metavar="REWARD", help="as in denoise-env train --rewards (denoise-env list)")
+    command.add_argument("--host", default="127.0.0.1", help="any but a loopback address wants a token (%(default)s)")
+    command.add_argument("--port", type=int, default=0, metavar="N", help="default: a free one, which is printed")
+    command.add_argument("--token-env", metavar="NAME", help="the environment variable that holds the clients' token")
+    command.add_argument("--max-batch", type=int, default=64, metavar="N", help="samples scored together (%(default)s)")
+    command.add_argument("--max-queue", type=int, default=1024, metavar="N", help="samples that may wait (%(default)s)")
+    command.add_argument("--device", default="cpu", help="where the reward is given its samples (%(default)s)")
     commands.add_parser("list", help="models, rewards, kernels, agents, presets, environments").set_defaults(
         run="catalogue:run"
     )

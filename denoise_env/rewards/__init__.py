@@ -10,10 +10,17 @@ from denoise_env.worlds import WORLDS
 REWARDS: dict[str, str] = {
     "aesthetic": "denoise_env.rewards.aesthetic:Aesthetic",
     "clip_score": "denoise_env.rewards.clip_score:ClipScore",
+    "geneval": "denoise_env.rewards.geneval:GenEval",
     "hps": "denoise_env.rewards.hps:HPS",
     "hpsv3": "denoise_env.rewards.hpsv3:HPSv3",
     "image_reward": "denoise_env.rewards.image_reward:ImageReward",
+    "jpeg_compressibility": "denoise_env.rewards.jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "denoise_env.rewards.jpeg:JpegIncompressibility",
+    "judge": "denoise_env.rewards.judge:Judge",
+    "ocr": "denoise_env.rewards.ocr:Ocr",
+    "pairwise_judge": "denoise_env.rewards.judge:PairwiseJudge",
     "pickscore": "denoise_env.rewards.clip_score:PickScore",
+    "remote": "denoise_env.rewards.remote:Remote",
     "shapes-clip": "denoise_env.rewards.shapes:ShapesClip",
     "shapes-hps": "denoise_env.rewards.shapes:ShapesHPS",
     "videoalign": "denoise_env.rewards.videoalign:VideoAlign",
@@ -28,10 +35,6 @@ REWARDS: dict[str, str] = {
     "weighted_sum": "denoise_env.rewards.combinators:WeightedSum",
     "per_frame": "denoise_env.rewards.combinators:PerFrame",
     "win_rate": "denoise_env.rewards.combinators:WinRate",
-    "geneval": "denoise_env.rewards.geneval:GenEval",
-    "jpeg_compressibility": "denoise_env.rewards.jpeg:JpegCompressibility",
-    "jpeg_incompressibility": "denoise_env.rewards.jpeg:JpegIncompressibility",
-    "ocr": "denoise_env.rewards.ocr:Ocr",
 }
 """Name → "module:attribute"; a new reward is a line here."""
 NAMES: dict[str, str] = {
