@@ -44,7 +44,9 @@ class Combinator:
 
 
 class Threshold(Combinator):
-    """The binary reward: 1 where a reward is above a value, else 0 (DanceGRPO, arXiv 2505.07818, section 4.1).
+    """The binary reward: 1 where a reward is above a value, else 0.
+
+    DanceGRPO, arXiv 2505.07818, trains on HPS above 0.28 and CLIP above 0.39.
 
     Args:
         reward: the reward.
@@ -94,7 +96,7 @@ class Clip(Combinator):
 
 
 class WeightedSum(Combinator):
-    """Rewards added up: ``weighted_sum([hps, clip_score], [0.7, 1.4])``.
+    """Rewards added up, as in weighted_sum([hps, clip_score], [0.7, 1.4]).
 
     Agents normalise it as one reward. Several ``--rewards`` instead stay apart up to their advantages or losses, as
     ``reward_aggregation`` says.
@@ -123,7 +125,9 @@ class WeightedSum(Combinator):
 
 
 class PerFrame(Combinator):
-    """A reward of images on every frame of a clip: ``per_frame(hps, "mean", every=4)``. An image is a clip of one.
+    """A reward of images on the frames of a clip, as in per_frame(hps, "mean", every=4).
+
+    An image is a clip of one frame.
 
     Args:
         reward: takes images.
@@ -159,11 +163,10 @@ class PerFrame(Combinator):
 
 
 class WinRate(Combinator):
-    """The share of the other samples of its group that a sample beats, ties counting one half (Pref-GRPO,
-    arXiv 2508.20751).
+    """The share of the other samples of its group that a sample beats; a tie is half a win.
 
-    Every pair of a group is compared once, by the scores of a reward, or by a reward with a method
-    ``compare(images, others, prompts)`` that gives each pair 1 (the first is better), 0 or 0.5.
+    Pref-GRPO, arXiv 2508.20751. Every pair of a group is compared once, by the scores of a reward, or by a reward with a
+    method ``compare(images, others, prompts)`` that gives each pair 1 (the first is better), 0 or 0.5.
 
     Args:
         reward: what compares.

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from denoise_env.rewards.base import pixels
+
 
 class TooLargeError(ValueError):
     """More pixels than are allowed."""
@@ -16,8 +18,7 @@ class TooLargeError(ValueError):
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Images ``[..., 3, H, W]`` in [0, 1], rounded to 8 bits: ``[..., H, W, 3]``."""
-    levels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return levels.movedim(-3, -1).contiguous().cpu().numpy()
+    return pixels(images.detach()).numpy()
 
 
 def encode_png(pixels: np.ndarray, size: int | None = None) -> str:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from denoise_env.rewards.preprocess import to_levels
+
 PATCH, MERGE, FRAMES = 14, 2, 2
 """Pixels of a patch's side; patches of a token's side; frames of a token."""
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -55,7 +57,7 @@ def fit_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple
 
 def to_uint8(images: Tensor) -> Tensor:
     """Pixels in [0, 1] as uint8."""
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    return to_levels(images).to(torch.uint8)
 
 
 def to_patches(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
