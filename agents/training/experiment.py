@@ -113,6 +113,12 @@ def build(
     eval_policy = DenoisingPolicy(eval_mdp, *eval_kernel, reduction=config.reduction)
     agent = find_agent(config.agent)(policy, config.agent_options, config.seed, microbatch, ranks)
     agent.check_rows(rows)
+    for name, reward in eval_mdp.rewards.items():
+        if callable(check := getattr(reward, "check", None)):
+            try:
+                check()
+            except Exception as error:
+                raise ValueError(f"the reward {name!r} cannot score: {error}") from error
     for name in eval_mdp.compares_groups:
         if min(agent.group_size if name in mdp.rewards else 2, config.eval_images_per_prompt) < 2:
             raise ValueError(

@@ -63,6 +63,8 @@ def check_reward(name: str, reward: Any) -> None:
         raise ValueError(f"a reward's name must be a string, not {name!r}")
     if not callable(reward):
         raise ValueError(f"the reward {name!r} is not callable but {type(reward).__name__}")
+    if getattr(reward, "only_pairs", False):
+        raise ValueError(f"the reward {name!r} compares pairs of samples: write win_rate({name})")
     try:
         inspect.signature(reward).bind(None, None)
     except TypeError as error:

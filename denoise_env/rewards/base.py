@@ -25,6 +25,8 @@ class Reward(Protocol):
     - ``citation``: where the score is from.
     - ``compares_group``: whether it scores every sample against the others of its group, and has to be called with
       whole groups (by default it has not). It is then called with ``group_size`` too.
+    - ``check()``: raises where it can be known at the start that it will not score, as when its server is down.
+    - ``only_pairs``: whether it compares pairs and scores nothing alone, as in ``win_rate(pairwise_judge(…))``.
     - ``elsewhere(device)``: whether it computes on another machine or device than this one, the model's: a rollout then
       scores each microbatch while it denoises the next.
     """

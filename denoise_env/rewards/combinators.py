@@ -38,6 +38,12 @@ class Combinator:
         self.citation = "; ".join(filter(None, dict.fromkeys(getattr(reward, "citation", "") for reward in rewards)))
         self.compares_group = any(getattr(reward, "compares_group", False) for reward in rewards)
 
+    def check(self) -> None:
+        """Check the rewards that can be checked at the start."""
+        for reward in self.rewards:
+            if callable(check := getattr(reward, "check", None)):
+                check()
+
     def elsewhere(self, device: torch.device) -> bool:
         """Whether one of the rewards computes elsewhere."""
         return any(callable(at := getattr(reward, "elsewhere", None)) and at(device) for reward in self.rewards)
@@ -165,8 +171,8 @@ class PerFrame(Combinator):
 class WinRate(Combinator):
     """The share of the other samples of its group that a sample beats; a tie is half a win.
 
-    Pref-GRPO, arXiv 2508.20751. Every pair of a group is compared once, by the scores of a reward, or by a reward with a
-    method ``compare(images, others, prompts)`` that gives each pair 1 (the first is better), 0 or 0.5.
+    Pref-GRPO, arXiv 2508.20751. Every pair of a group is compared once, by the scores of a reward, or by a reward with
+    a method ``compare(images, others, prompts)`` that gives each pair 1 (the first is better), 0 or 0.5.
 
     Args:
         reward: what compares.
