@@ -30,6 +30,9 @@ class Combinator:
         for reward in rewards:
             if not callable(reward):
                 raise ValueError(f"{type(self).__name__} takes rewards, not {reward!r}")
+            if getattr(reward, "only_pairs", False) and not isinstance(self, WinRate):
+                raise ValueError(f"{type(self).__name__} takes scores, and a judge of pairs gives none: put win_rate "
+                                 "around the judge")  # fmt: skip
         self.rewards = rewards
         kinds: list[Takes] = [getattr(reward, "takes", "either") for reward in rewards]
         if {"images", "clips"} <= {*kinds}:

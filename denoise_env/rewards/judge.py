@@ -249,6 +249,7 @@ class PairwiseJudge(Chat):
     """
 
     citation = "Pref-GRPO, arXiv 2508.20751"
+    only_pairs = True
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from agents.training.evaluation import evaluate
 from denoise_env import DenoiseVectorEnv
 from denoise_env.mdp import DenoisingMDP, row_generators
 from denoise_env.prompts import Prompt
+from denoise_env.rewards import check_reward
 from denoise_env.rewards.combinators import Clip, PerFrame, Scale, Threshold, WeightedSum, WinRate
 
 NAN = math.nan
@@ -128,6 +129,8 @@ def test_what_a_combination_says_of_itself():
         (lambda: WeightedSum([fixed(1.0, takes="images"), fixed(1.0, takes="clips")]), "put per_frame around"),
         (lambda: WeightedSum([fixed(1.0)], [1, 2]), "1 rewards need as many weights"),
         (lambda: WeightedSum([]), "takes a list of rewards"),
+        (lambda: Threshold(fixed(1.0, only_pairs=True), 0), "put win_rate around the judge"),
+        (lambda: check_reward("j", fixed(1.0, only_pairs=True)), r"write win_rate\(j\)"),
         (lambda: Clip(fixed(1.0), 1, 1), "the lower end must be below the upper end"),
         (lambda: PerFrame(fixed(1.0, takes="clips")), "takes clips already"),
         (lambda: PerFrame(fixed(1.0), "median"), "the reduction must be one of"),

@@ -332,6 +332,7 @@ def test_building_one_asks_nobody():
 # --- In a rollout ---
 
 
+@pytest.mark.slow
 def test_a_rollout_while_the_server_dies_and_comes_back():
     port = free_port()
     name = f'remote(url="http://127.0.0.1:{port}", format="float", retries=0)'
