@@ -16,7 +16,8 @@ from denoise_env.rewards.pretrained import check_reference, fetch, from_transfor
 class Aesthetic(RewardModel):
     """LAION's aesthetic predictor v2: higher is more beautiful, from 1 to about 10.
 
-    The prompt does not matter. Linear layers on the normalised image embedding of OpenAI's CLIP ViT-L/14. They keep float32 whatever the dtype.
+    The prompt does not matter. Linear layers on the normalised image embedding of OpenAI's CLIP ViT-L/14; they keep
+    float32 whatever the dtype.
 
     Args:
         checkpoint: the predictor's file (published as `sac+logos+ava1-l14-linearMSE.pth`), or "owner/name/file" on the
