@@ -14,9 +14,10 @@ from denoise_env.rewards.pretrained import check_reference, fetch, from_transfor
 
 
 class Aesthetic(RewardModel):
-    """LAION's aesthetic predictor v2: how beautiful a picture is, from 1 to about 10, whatever its prompt.
+    """LAION's aesthetic predictor v2: higher is more beautiful, from 1 to about 10.
 
-    Linear layers on the normalised image embedding of OpenAI's CLIP ViT-L/14. They keep float32 whatever the dtype.
+    The prompt does not matter. Linear layers on the normalised image embedding of OpenAI's CLIP ViT-L/14; they keep
+    float32 whatever the dtype.
 
     Args:
         checkpoint: the predictor's file (published as `sac+logos+ava1-l14-linearMSE.pth`), or "owner/name/file" on the

@@ -51,7 +51,7 @@ _NAMES = (
 
 
 class ImageReward(RewardModel):
-    """ImageReward: how well a picture fits its prompt and pleases; people's mean is about 0, higher is better.
+    """ImageReward: higher fits the prompt and pleases better; 0 is about the mean.
 
     BLIP's text tower reads the prompt (35 tokens at most) with the picture in its cross-attention; linear layers on its
     first token give the score, normalised by mean and standard deviation over the training set. They keep float32

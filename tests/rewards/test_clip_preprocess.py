@@ -8,7 +8,7 @@ from tiny_clip import fixture_picture, pictures, to_tensor
 
 from denoise_env.rewards.preprocess import CLIP_MEAN, Preprocess, resize
 
-SIZES = [(90, 61), (61, 90), (64, 64), (64, 40), (200, 70), (33, 31), (131, 129)]
+SIZES = [(90, 61), (61, 90), (64, 64), (64, 40), (200, 70), (33, 31), (131, 129), (67, 64)]
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
