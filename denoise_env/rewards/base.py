@@ -107,8 +107,8 @@ class RewardModel(ABC):
             try:
                 self.network = self.load_network().eval().requires_grad_(False).to(self.dtype)
             except (Exception, SystemExit) as error:
-                message = f"{type(self).__name__} cannot be loaded: {type(error).__name__}: {error}"
-                raise UnavailableError(message) from error
+                why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+                raise UnavailableError(f"{type(self).__name__} cannot be loaded: {' '.join(why.split())}") from error
         self.network.to(device)
         scores = []
         for start in range(0, len(images), self.microbatch):
