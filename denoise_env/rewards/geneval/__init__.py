@@ -58,6 +58,7 @@ class GenEval(RewardModel):
             of GenEval's form.
     """
 
+    range = (2.0 - MOST, 1.0)
     citation = "GenEval, arXiv 2310.11513"
 
     def __init__(
@@ -73,7 +74,8 @@ class GenEval(RewardModel):
         if mode not in get_args(Mode):
             raise ValueError(f"the mode must be one of {list(get_args(Mode))}, not {mode!r}")
         self.mode: Mode = mode
-        self.range = (2.0 - MOST, 1.0) if mode == "score" else (0.0, 1.0)  # type: ignore[misc]
+        if mode != "score":
+            self.range = (0.0, 1.0)  # type: ignore[misc]
         self.detector, self.clip = _checkpoint(detector, "detector"), _checkpoint(clip, "clip")
         self.resolution = integer(resolution, "resolution", at_least=32)
 
