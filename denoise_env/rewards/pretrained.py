@@ -17,7 +17,7 @@ def check_reference(reference: Any, what: str, parts: int) -> None:
         parts: 2 for a repository (or a local directory), 3 for a file.
     """
     form = {2: "a directory, or owner/name on the Hugging Face hub", 3: "a file, or owner/name/file on the hub"}[parts]
-    if not isinstance(reference, str):
+    if not isinstance(reference, str) or not reference:
         raise ValueError(f"{what} must be {form}, not {reference!r}")
     if Path(reference).expanduser().exists():
         return

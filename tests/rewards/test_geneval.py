@@ -383,9 +383,9 @@ def test_arguments():
     assert (GenEval().range, GenEval("correct").range, GenEval("strict").range) == ((-14, 1), (0, 1), (0, 1))
     for expression, message in [
         ("geneval('best')", r"the mode must be one of \['score', 'correct', 'strict'\], not 'best'"),
-        ("geneval(detector='/nowhere/x')", "the detector '/nowhere/x' is no directory"),
-        ("geneval(clip='./nowhere')", "the clip './nowhere' is no directory"),
-        ("geneval(clip='')", "must be a directory or a name"),
+        ("geneval(detector='/nowhere/x')", "there is no detector '/nowhere/x'; give a directory"),
+        ("geneval(clip='./nowhere')", "there is no clip './nowhere'; give a directory"),
+        ("geneval(clip='')", "clip must be a directory, or owner/name on the Hugging Face hub, not ''"),
         ("geneval(resolution=8)", "resolution must be at least 32"),
         ("geneval(microbatch=0)", "microbatch must be at least 1"),
     ]:

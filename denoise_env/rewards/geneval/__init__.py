@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -25,6 +24,7 @@ from denoise_env.rewards.geneval.rules import (
     read_request,
     to_color,
 )
+from denoise_env.rewards.pretrained import check_reference, local
 
 
 class Networks(nn.Module):
@@ -76,7 +76,9 @@ class GenEval(RewardModel):
         self.mode: Mode = mode
         if mode != "score":
             self.range = (0.0, 1.0)  # type: ignore[misc]
-        self.detector, self.clip = _checkpoint(detector, "detector"), _checkpoint(clip, "clip")
+        check_reference(detector, "detector", 2)
+        check_reference(clip, "clip", 2)
+        self.detector, self.clip = local(detector), local(clip)
         self.resolution = integer(resolution, "resolution", at_least=32)
 
     def load_network(self) -> nn.Module:
@@ -104,16 +106,3 @@ class GenEval(RewardModel):
                 detection.color = name
             scores[i] = grade(objects, request, self.mode)
         return scores
-
-
-def _checkpoint(name: str, what: str) -> str:
-    """The name of a checkpoint; one that starts as a path does must be a directory."""
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"the {what} must be a directory or a name on the Hugging Face Hub, not {name!r}")
-    if not name.startswith(("/", ".", "~")):
-        return name
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        raise ValueError(f"the {what} {name!r} is no directory: give one with the checkpoint's config and weights, or "
-                         "the checkpoint's name on the Hugging Face Hub")  # fmt: skip
-    return str(path)
