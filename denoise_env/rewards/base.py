@@ -65,9 +65,9 @@ class RewardModel(ABC):
         ValueError: an argument out of its range, or a package that is not installed, with the command that installs it.
     """
 
-    takes: ClassVar[Takes] = "images"
-    range: ClassVar[tuple[float, float]] = (-float("inf"), float("inf"))
-    citation: ClassVar[str] = ""
+    takes: Takes = "images"
+    range: tuple[float, float] = (-float("inf"), float("inf"))
+    citation: str = ""
     packages: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, device: str | None = None, dtype: str = "fp32", microbatch: int = 32) -> None:

@@ -75,7 +75,7 @@ class GenEval(RewardModel):
             raise ValueError(f"the mode must be one of {list(get_args(Mode))}, not {mode!r}")
         self.mode: Mode = mode
         if mode != "score":
-            self.range = (0.0, 1.0)  # type: ignore[misc]
+            self.range = (0.0, 1.0)
         check_reference(detector, "detector", 2)
         check_reference(clip, "clip", 2)
         self.detector, self.clip = local(detector), local(clip)
