@@ -9,9 +9,11 @@ in ``docs/real-models.md``: all published ones, or those that are named behind i
 """
 
 import argparse
+import ctypes
 import dataclasses
 import itertools
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -94,6 +96,17 @@ def forget_most() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def forget_mapped_weights() -> None:
+    """Let go of the pages of weights files that are mapped: they are no longer read, and would count as resident."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(".safetensors"):
+            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+            if libc.madvise(start, end - start, mmap.MADV_DONTNEED):
+                raise OSError(ctypes.get_errno(), f"madvise: {line}")
+
+
 def measure(name: str, directory: str) -> dict[str, Any]:
     """A preset's row of the table, measured in this process."""
     torch.set_num_threads(1)
@@ -106,7 +119,8 @@ def measure(name: str, directory: str) -> dict[str, Any]:
     agent, measured = experiment.agent, {}
     for module in (experiment.mdp.model.network, *experiment.mdp.model.frozen().values()):
         for tensor in (*module.parameters(), *module.buffers()):
-            tensor.data = tensor.data.clone()  # a mapped file's pages come and go
+            tensor.data = tensor.data.clone()
+    forget_mapped_weights()  # a mapped file's pages come and go
     seconds = time.perf_counter()
     for parameter in agent.parameters:
         parameter.grad = torch.zeros_like(parameter)

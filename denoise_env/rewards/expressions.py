@@ -38,7 +38,8 @@ def build_reward(expression: str, known: Mapping[str, str]) -> Reward:
 
 def own_code(expression: str) -> list[str]:
     """The "module:attribute" that an expression names: building it imports and runs them."""
-    return sorted({name for name in _names(expression) if ":" in name})
+    names = _names(expression) if "(" in expression else [expression]
+    return sorted({name for name in names if ":" in name})
 
 
 def strings(expression: str) -> list[str]:
@@ -61,10 +62,12 @@ class Build:
         """The reward of a whole expression."""
         if not isinstance(expression, str) or not expression.strip():
             raise ValueError(f"unknown reward {expression!r}; {self._near(str(expression))}")
+        if "(" not in expression:
+            return self._build(expression)
         try:
             tree = ast.parse(_NAME.sub(self._stand_in, expression.strip()), mode="eval").body
-            if not isinstance(tree, ast.Name | ast.Call):
-                raise ValueError("this is no name and no call")
+            if not isinstance(tree, ast.Call):
+                raise ValueError("this is no call")
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ValueError(
                 f"cannot read the reward {expression!r}: {getattr(error, 'msg', error)}; it must be a name, "

@@ -14,6 +14,7 @@ from benchmarks.optimum import BETAS, CASES, Frontier, backward, load, measure, 
 from denoise_env.mdp import DenoisingMDP
 from denoise_env.models import load_model
 from denoise_env.models.points import Points
+from denoise_env.prompts import Prompt
 from denoise_env.rewards.points import PointsReward
 
 BOTH = pytest.mark.parametrize("policies", ["any", "gaussian"])
@@ -146,7 +147,7 @@ def train(policy: DenoisingPolicy, reference: DenoisingPolicy, beta: float, step
             if k in steps:
                 kl = kl + transition.kl(reference.transition(x, k, conditioning), "sum").mean()
             x = transition.sample(torch.randn(x.shape, generator=generator))
-        loss = beta * kl - PointsReward()(x, ["ring"] * 256, []).mean()
+        loss = beta * kl - PointsReward()(x, [Prompt("ring")] * 256).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
