@@ -98,6 +98,7 @@ def test_add_a_model(clone):
     assert "family                   colours" in done.stdout
 
 
+@pytest.mark.slow
 def test_bring_your_agent(capsys):
     found: dict = {}
     for language, _, text in blocks("bring-your-agent.md"):

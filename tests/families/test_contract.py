@@ -113,6 +113,7 @@ def roll(mdp, policy, agent, microbatch=None):
     return collect(mdp, policy, generators, prompts, shared_noise=True, **sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CASES, "points", "points-flow"])
 def test_an_unchanged_policy_has_ratio_one(load, name):
     variants = CASES[name].variants if name in CASES else {None: None}

@@ -85,6 +85,7 @@ def test_every_encoder_is_run(checkpoints, name):
     assert dry.encode(4) > dry.encode(1) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "stable-diffusion"])
 def test_cuda_keeps_more_in_float32(checkpoints, name):
     checkpoint = str(checkpoints(name, next(iter(CASES[name].variants))))

@@ -70,6 +70,7 @@ def test_shipped_weights_leave_room_to_learn(pipe, generator):
     assert shares["all"] < shares["score"]
 
 
+@pytest.mark.slow
 def test_the_caption_and_the_guidance_matter(pipe):
     """With the same noise: held-out captions' scores told two scales, and with another caption as the prompt."""
     scores = {}
@@ -98,6 +99,7 @@ def test_no_held_out_caption_is_drawn():
     assert set(SOURCE.captions) == set(PRETRAIN)
 
 
+@pytest.mark.slow
 def test_a_tiny_run_writes_a_loadable_pipeline(tmp_path, capsys):
     main(["--out", str(tmp_path), *TINY, "--eval-images", "12", "--seed", "3"])
     assert "held out, guidance 3.5, 12 samples" in capsys.readouterr().out
@@ -106,6 +108,7 @@ def test_a_tiny_run_writes_a_loadable_pipeline(tmp_path, capsys):
     assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) <= 8e6
 
 
+@pytest.mark.slow
 def test_runs_with_one_seed_agree(tmp_path):
     for name in ("first", "second"):
         main(["--out", str(tmp_path / name), *TINY, "--eval-images", "0"])

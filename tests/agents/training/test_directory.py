@@ -42,6 +42,7 @@ def contents(path):
     return {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_told_who_the_first_is_and_the_lock_dies_with_it(tmp_path):
     path = tmp_path / "run"
     other = holding(path)
@@ -73,6 +74,7 @@ def test_a_run_that_is_going_on_refuses_a_second_one(tmp_path, monkeypatch):
     assert ".lock" not in names(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_default_names_are_given_to_one_start_each(tmp_path):
     (tmp_path / "runs" / "points-2").mkdir(parents=True)
     starts = [holding(tmp_path / "runs" / "points", "numbered") for _ in range(6)]

@@ -67,6 +67,7 @@ def test_a_resumed_run_equals_the_run_that_never_stopped(whole, tmp_path, stoppe
     assert_same_run(whole, run(small(), directory, resume=True))
 
 
+@pytest.mark.slow
 def test_resuming_shapes_is_exact(tmp_path, stopped):
     config = TrainConfig(
         num_steps=3,

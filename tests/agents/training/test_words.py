@@ -7,6 +7,7 @@ import sys
 import textwrap
 import warnings
 
+import pytest
 from small_runs import run, small
 
 WORDS = [
@@ -74,6 +75,7 @@ def test_any_words_can_be_prompts_and_names_of_rewards(tmp_path, monkeypatch):
     assert (directory / "samples" / "prompts.txt").read_text(encoding="utf-8").splitlines() == WORDS
 
 
+@pytest.mark.slow
 def test_commands_work_without_utf8(tmp_path, monkeypatch):
     make_family(tmp_path, monkeypatch)
     script = """
