@@ -1,6 +1,6 @@
 """The demo on several training seeds: a row a seed, and an interval over training seeds.
 
-    python -m benchmarks.demo                  # five seeds, three minutes each; resumes where it stopped
+    python -m benchmarks.demo                  # five seeds, six to seven minutes each; resumes where it stopped
     python -m benchmarks.demo --seeds 3 --reward compositions -- --preset shapes-flux
 
 Each run is ``denoise-env train --seed N`` with whatever follows ``--``, in ``build/demo/<code>/<flags>``, and is not
