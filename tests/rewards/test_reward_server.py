@@ -446,6 +446,7 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
     command = [sys.executable, "-m", "denoise_env", "serve-reward", "own:reward", "--token-env", "TOKEN"]
     environment = {**os.environ, "TOKEN": "sesame", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     options = {"cwd": tmp_path, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # in a background job it is ignored
     numbers = [signal.SIGINT, signal.SIGTERM]
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(subprocess.Popen(command, **options)) for _ in numbers]
