@@ -262,7 +262,7 @@ class Agent(ABC):
 
     def idle_clip(self) -> dict[str, str]:
         """The entry of ``clip_range`` in `idle_settings`, for agents that clip a ratio."""
-        if self.config.updates_per_rollout * self.config.epochs > 1:
+        if self.config.updates_per_rollout * self.config.epochs > 1 or self.collects_ahead:
             return {}
         return {
             "clip_range": "with one optimizer step per rollout (updates_per_rollout and epochs are 1) every ratio is 1"
@@ -273,6 +273,11 @@ class Agent(ABC):
         return bool(getattr(self.config, name) != getattr(self.config_type(), name))
 
     # --- What an algorithm may say about its rollouts ---
+
+    @property
+    def collects_ahead(self) -> bool:
+        """Whether the next rollout is collected before the update on this one, while this one is scored."""
+        return False
 
     @property
     def best_of(self) -> int:
@@ -382,7 +387,8 @@ class Agent(ABC):
         """Train on a rollout.
 
         Args:
-            rollout: this rank's episodes, collected under `rollout_weights` as they are now.
+            rollout: this rank's episodes, collected under `rollout_weights` as they are now, or where the agent
+                `collects_ahead` as they were before the last update.
             iteration: the iteration's number, from which the agent's random draws follow.
 
         Returns:

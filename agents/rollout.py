@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from tensordict import TensorDict
@@ -28,7 +29,7 @@ class Rollout:
         prompt_index: each episode's place ``[B]`` in the MDP's prompts.
         store: holds the prompts' conditioning.
         final_latents: ``[B, *latent]``, a view.
-        scores: the rewards of the episodes.
+        scored: gives the rewards of the episodes, once they are computed.
         group_size: G; each run of G neighbouring episodes is a group, with one prompt.
         kernel: the kernel that made the steps.
         seeds: each episode's own seed, that of the generator it was drawn with; what training draws for the episode
@@ -39,10 +40,15 @@ class Rollout:
     prompt_index: torch.Tensor
     store: ConditioningStore
     final_latents: torch.Tensor
-    scores: Scores
+    scored: Callable[[], Scores]
     group_size: int
     kernel: Kernel
     seeds: Sequence[int]
+
+    @cached_property
+    def scores(self) -> Scores:
+        """The rewards of the episodes; waits for them where `collect` did not."""
+        return self.scored()
 
     def conditioning(self, episodes: torch.Tensor | slice) -> TensorDict:
         """The conditioning ``[n]`` of some episodes."""
@@ -244,33 +250,39 @@ def solve(
 
 
 class _Scoring:
-    """Scores each microbatch of a rollout in a thread while the next is denoised, where that saves time.
+    """Scores episodes in a thread while others are denoised, where that saves time.
 
-    That is where the rollout has several microbatches, a reward says that it computes ``elsewhere`` (on another
-    machine, or another device than the model's), and no group is cut.
+    That is where a reward says that it computes ``elsewhere`` (on another machine, or another device than the model's);
+    microbatch by microbatch where the rollout has several and no group is cut.
     """
 
     def __init__(
-        self, mdp: DenoisingMDP, final: torch.Tensor, prompt_index: torch.Tensor, group_size: int, size: int | None
+        self,
+        mdp: DenoisingMDP,
+        final: torch.Tensor,
+        prompt_index: torch.Tensor,
+        group_size: int,
+        size: int | None,
+        wait: bool,
     ) -> None:
-        device = mdp.model.device
-        elsewhere = any(callable(at := getattr(r, "elsewhere", None)) and at(device) for r in mdp.rewards.values())
         whole = not mdp.compares_groups or (size or 0) % group_size == 0
-        self.pool = ThreadPoolExecutor(1) if elsewhere and whole and size and size < len(final) else None
+        self.parted = bool(mdp.scores_elsewhere and whole and size and size < len(final))
+        self.pool = ThreadPoolExecutor(1) if self.parted or (mdp.scores_elsewhere and not wait) else None
         self.parts: list[Future[Scores]] = []
-        self.score = lambda rows: mdp.score(final[rows], prompt_index[rows], group_size)
+        self.score = lambda rows, final=final: mdp.score(final[rows], prompt_index[rows], group_size)
 
     def add(self, rows: slice) -> None:
         """Begin to score finished episodes."""
-        if self.pool:
+        if self.pool and self.parted:
             self.parts.append(self.pool.submit(self.score, rows))
 
-    def result(self) -> Scores | None:
-        """The scores of all episodes, where they were added."""
+    def finish(self, final: torch.Tensor) -> Callable[[], Scores]:
+        """A function that gives the scores of all episodes; those that were not added are the rows of ``final``."""
         if not self.pool:
-            return None
-        with self.pool:
-            return Scores.join([part.result() for part in self.parts])
+            return lambda: self.score(slice(None), final)
+        pool, parts = self.pool, self.parts or [self.pool.submit(self.score, slice(None), final)]
+        pool.shutdown(wait=False)
+        return lambda: Scores.join([part.result() for part in parts])
 
 
 def collect(
@@ -288,6 +300,7 @@ def collect(
     keep_means: bool = False,
     siblings: int = 0,
     solver_steps: Sequence[int] = (),
+    wait: bool = True,
 ) -> Rollout:
     """Roll the policy out from a reset and score the results.
 
@@ -309,6 +322,8 @@ def collect(
         siblings: how many episodes branch from each stochastic step of a trajectory, as in `denoise_branches`, with
             ``share_prefix`` for its share; 0 makes no branches.
         solver_steps: from the first of these steps on, `solve` makes the episodes' end in place of the kernel.
+        wait: whether to return with the scores. Otherwise they are computed in a thread where a reward computes
+            elsewhere, and when they are asked for where none does.
 
     Raises:
         ValueError: numbers that do not divide, or bad prompts.
@@ -322,7 +337,7 @@ def collect(
         latents[:, 0] = initial
     means: dict[str, torch.Tensor] = {}
     plain = not siblings and not solver_steps
-    scoring = _Scoring(mdp, latents[:, -1], prompt_index, group_size, microbatch if plain else None)
+    scoring = _Scoring(mdp, latents[:, -1], prompt_index, group_size, microbatch if plain else None, wait)
 
     def keep(chunk: slice, k: int, x: torch.Tensor, transition: Transition) -> None:
         if not means:
@@ -366,6 +381,9 @@ def collect(
         },
         batch_size=(rows, steps),
     )
-    scores = scoring.result() or mdp.score(final, prompt_index, group_size)
     seeds = [generator.initial_seed() for generator in generators]
-    return Rollout(td, prompt_index, mdp.conditioning, final, scores, group_size, kernel or policy.kernel, seeds)
+    scored = scoring.finish(final)
+    rollout = Rollout(td, prompt_index, mdp.conditioning, final, scored, group_size, kernel or policy.kernel, seeds)
+    if wait:
+        rollout.scores  # noqa: B018
+    return rollout

@@ -6,6 +6,7 @@ The ratio is that of the policy's log-prob, which is averaged or summed over lat
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,11 @@ class SurrogateConfig(TrajectoryConfig):
     the true ratio, D being the number of latent dimensions."""
     advantage_clip: float = 5.0
     """Advantages are clipped to the range from minus this to plus this."""
+    collect_ahead: bool = False
+    """Denoise the next rollout while the rewards of this one are computed on a server or another device, with the
+    weights from before this one's update. Such a rollout is one update old: the ratio accounts for that, and its clip
+    binds. None is collected ahead of a checkpoint, so that a run continues from one exactly; a run that is stopped
+    between two begins its next rollout anew. It takes the memory of a second rollout."""
 
 
 class ClippedSurrogate(TrajectoryAgent):
@@ -36,6 +42,15 @@ class ClippedSurrogate(TrajectoryAgent):
     def idle_settings(self) -> dict[str, str]:
         """As in `Agent.idle_settings`."""
         return super().idle_settings() | self.idle_clip()
+
+    @property
+    def collects_ahead(self) -> bool:
+        """As in `Agent.collects_ahead`."""
+        return bool(self.config.collect_ahead)
+
+    def rollout_options(self, iteration: int) -> dict[str, Any]:
+        """As in `Agent.rollout_options`."""
+        return {**super().rollout_options(iteration), "wait": not self.config.collect_ahead}
 
     def ratio(self, batch: Batch) -> Tensor:
         """The ratio ρ ``[N]`` that the loss clips."""

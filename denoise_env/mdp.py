@@ -28,7 +28,7 @@ from denoise_env.models import DenoisingModel, ModelOptions, find_family, load_m
 from denoise_env.naming import suggest
 from denoise_env.prompt_files import load_prompts
 from denoise_env.prompts import Prompt
-from denoise_env.rewards import Reward, UnavailableError, check_reward, check_takes, load_reward
+from denoise_env.rewards import Reward, UnavailableError, check_reward, check_takes, computes_elsewhere, load_reward
 from denoise_env.schedules import check_num_steps
 from denoise_env.worlds import DEFAULT, PROMPT_SETS, WORLDS
 
@@ -225,6 +225,11 @@ class DenoisingMDP:
         return [name for name, reward in self.rewards.items() if getattr(reward, "compares_group", False)]
 
     @property
+    def scores_elsewhere(self) -> bool:
+        """Whether a reward computes on another machine, or another device than the model's."""
+        return any(computes_elsewhere(reward, self.model.device) for reward in self.rewards.values())
+
+    @property
     def prompts(self) -> list[Prompt]:
         """The prompts that ``prompt_index`` points into."""
         return self.conditioning.prompts
@@ -343,8 +348,9 @@ class DenoisingMDP:
 
     @torch.no_grad()
     def render(self, latents: Tensor) -> Tensor:
-        """Pictures of ``latents [B, *latent]`` for a person, ``[B, H, W, 3]`` uint8 on the CPU, in microbatches."""
-        return torch.cat([self.model.render(part) for part in latents.split(self.microbatch or len(latents))])
+        """What `DenoisingModel.render` shows of ``latents [B, *latent]``, in microbatches."""
+        with self.model.decoding:
+            return torch.cat([self.model.render(part) for part in latents.split(self.microbatch or len(latents))])
 
     @torch.no_grad()
     def score(self, latents: Tensor, prompt_index: Tensor, group_size: int = 1) -> Scores:
@@ -366,7 +372,8 @@ class DenoisingMDP:
         errors, tracebacks = {}, {}
         for start in range(0, len(latents), size):
             rows = slice(start, start + size)
-            images = self.model.decode(latents[rows])
+            with self.model.decoding:
+                images = self.model.decode(latents[rows])
             prompts = [self.prompts[i] for i in indices[rows]]
             readers = len(self.rewards) + _same_memory(images, latents)
             for reader, (name, reward) in enumerate(self.rewards.items(), 1):

@@ -119,6 +119,12 @@ def build(
                 check()
             except Exception as error:
                 raise ValueError(f"the reward {name!r} cannot score: {error}") from error
+    if agent.collects_ahead and not mdp.scores_elsewhere:
+        raise ValueError(
+            "collect_ahead denoises the next rollout while a server or another device scores this one, and here the "
+            "rewards are computed on the model's own device: leave it out, or name a reward that is elsewhere, such as "
+            "remote(url=…)"
+        )
     for name in eval_mdp.compares_groups:
         if min(agent.group_size if name in mdp.rewards else 2, config.eval_images_per_prompt) < 2:
             raise ValueError(

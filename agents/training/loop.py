@@ -164,6 +164,8 @@ def _train(
             checkpoints.save(saved, done, state, about)
             checkpoints.prune(saved, config.keep_checkpoints)
 
+    ahead: dict[int, Collected] = {}
+    cost = 0  # network calls of the last iteration
     rest = range(done + 1, 1 + (config.iterations if spent < budget else done))
     bar = progress(
         rest,
@@ -179,7 +181,9 @@ def _train(
                 pending = None
             for iteration in bar:
                 stopping.check()
-                figures = _iterate(experiment, iteration, directory)
+                more = iteration < config.iterations and iteration % config.checkpoint_every and spent + cost < budget
+                figures = _iterate(experiment, iteration, directory, ahead, bool(more))
+                cost = int(figures["network_calls"])
                 before, spent = spent, spent + int(figures["network_calls"])
                 metrics.append({**figures, "network_calls": spent})
                 done, pending = iteration, before
@@ -233,19 +237,47 @@ def _to_its_end(policy: DenoisingPolicy) -> Iterator[None]:
 _SHOWN = ("reward", "ratio", "clip_fraction", "kl_old", "kl_reference", "grad_norm", "images_per_second")
 
 
-def _iterate(experiment: Experiment, iteration: int, directory: Path | None = None) -> dict[str, float]:
-    """One rollout and its update; what a reward raised is kept in ``directory``."""
+Collected = tuple[Rollout, int]
+"""A rollout, and how many network calls of this rank it cost."""
+
+
+def _collect(experiment: Experiment, iteration: int) -> Collected:
     config, agent = experiment.config, experiment.agent
-    started = time.perf_counter()
     count = config.prompts_per_iteration
     prompts = epoch_order(experiment.mdp.drawn_prompts, config.seed, (iteration - 1) * count, count)
-    rows = count * agent.group_size
-    seeds = row_seeds(config.seed, "rollout", iteration, rows)
+    seeds = row_seeds(config.seed, "rollout", iteration, count * agent.group_size)
     before = experiment.policy.network_calls
     options = agent.rollout_options(iteration)
     with agent.rollout_weights():
         generators = row_generators(agent.mine(seeds))
         rollout = collect(experiment.mdp, experiment.policy, generators, agent.mine(prompts), **options)
+    return rollout, experiment.policy.network_calls - before
+
+
+def _iterate(
+    experiment: Experiment,
+    iteration: int,
+    directory: Path | None = None,
+    ahead: dict[int, Collected] | None = None,
+    more: bool = False,
+) -> dict[str, float]:
+    """One rollout and its update.
+
+    Args:
+        experiment: the run's parts.
+        iteration: its number.
+        directory: where what a reward raised is kept.
+        ahead: the rollouts that were collected before, by their iteration; a new one is put there.
+        more: whether the next rollout may be collected before this update.
+    """
+    config, agent = experiment.config, experiment.agent
+    started = time.perf_counter()
+    ahead = {} if ahead is None else ahead
+    rollout, calls = ahead.pop(iteration, None) or _collect(experiment, iteration)
+    if more and agent.collects_ahead:
+        ahead[iteration + 1] = _collect(experiment, iteration + 1)
+    rows = config.prompts_per_iteration * agent.group_size
+    before = experiment.policy.network_calls - calls
     errors = _write_errors(directory, iteration, rollout, agent.ranks.rank)
     figures = {"iteration": iteration, **_reward_figures(agent, rollout)}
     if figures["unscored"] > config.max_unscored * rows:

@@ -44,7 +44,8 @@ class Memory:
             iterations), and what else it trains, such as a critic.
         kept_conditioning: the budget of encoded prompts on the device.
         encoding: activations of the encoders, for as many prompts as are encoded together.
-        rollout: latents of all steps and episodes, and what else the agent has the rollout record.
+        rollout: latents of all steps and episodes, and what else the agent has the rollout record; of two rollouts
+            where the agent collects one ahead.
         rollout_call: activations and conditioning of a network call without gradient, for a microbatch.
         decoding: activations and images of a microbatch that is decoded.
         swapped: the trained weights, set aside while others take their place; 0 where the agent has no others.
@@ -158,7 +159,7 @@ def plan(config: TrainConfig, cuda: bool = True, known: dict[str, list[int]] | N
         copies=sum(t.nbytes for t in others) + _bytes(_tensors(agent.modules)),
         kept_conditioning=int(config.conditioning_device_gib * GIB) if cuda else 0,
         encoding=encoding,
-        rollout=images * ((config.num_steps + 1) * latents * model.dtype.itemsize + means),
+        rollout=(1 + agent.collects_ahead) * images * ((config.num_steps + 1) * latents * model.dtype.itemsize + means),
         rollout_call=call,
         decoding=decoding,
         swapped=trained if others else 0,

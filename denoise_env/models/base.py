@@ -1,6 +1,7 @@
 """What an environment and a policy need of a generative model, and nothing else."""
 
 import contextlib
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class DenoisingModel(ABC):
         longest: how many tokens of a prompt are read at most, where that is a setting. A compiled model pads masked
             entries to it, so that its network sees one shape.
         portrait_size: how many samples one `portrait` shows; 0 where samples are looked at one by one (`render`).
+        decoding: held while samples are decoded, so that a thread that scores is alone with the decoder.
     """
 
     network: nn.Module
@@ -94,6 +96,7 @@ class DenoisingModel(ABC):
     masks: ClassVar[Mapping[str, str]] = {}
     longest: int | None = None
     portrait_size: ClassVar[int] = 0
+    decoding: ClassVar[contextlib.AbstractContextManager[Any]] = threading.Lock()
     compiled: bool = False
     _wrapped: nn.Module | None = None
     _kept: dict[str, Tensor] | None = None
@@ -216,11 +219,11 @@ class DenoisingModel(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """What the rewards see, ``[B, 3, H, W]`` in [0, 1] for images."""
+        """What the rewards see, float32 in [0, 1]: images ``[B, 3, H, W]``, or clips ``[B, F, 3, H, W]``."""
 
     def render(self, latents: Tensor) -> Tensor:
-        """Pictures of latents for a person, ``[B, H, W, 3]`` uint8 on the CPU."""
-        return (self.decode(latents).float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        """What a person is shown, uint8 on the CPU: images ``[B, H, W, 3]``, or clips ``[B, F, H, W, 3]``."""
+        return (self.decode(latents).float() * 255).round().to(torch.uint8).movedim(-3, -1).cpu()
 
     def portrait(self, latents: Tensor, prompt: Prompt) -> Tensor:
         """One picture ``[H, W, 3]`` uint8 of many samples of a prompt, where ``portrait_size`` is not 0."""

@@ -3,7 +3,7 @@
 import inspect
 from typing import Any, Literal
 
-from denoise_env.rewards.base import Reward, RewardModel, UnavailableError
+from denoise_env.rewards.base import Reward, RewardModel, UnavailableError, computes_elsewhere
 from denoise_env.rewards.expressions import build_reward
 from denoise_env.worlds import WORLDS
 
@@ -88,5 +88,6 @@ __all__ = [
     "UnavailableError",
     "check_reward",
     "check_takes",
+    "computes_elsewhere",
     "load_reward",
 ]

@@ -130,6 +130,11 @@ class RewardModel(ABC):
         self.network = None
 
 
+def computes_elsewhere(reward: Any, device: torch.device) -> bool:
+    """Whether a reward says that it computes on another machine or device than this one."""
+    return callable(at := getattr(reward, "elsewhere", None)) and bool(at(device))
+
+
 def require(module: str, install: str, who: str) -> None:
     """Raise a ``ValueError`` with the command that installs it for a module that is not installed."""
     if importlib.util.find_spec(module) is None:

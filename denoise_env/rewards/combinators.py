@@ -8,7 +8,7 @@ from torch import Tensor
 
 from denoise_env.arguments import number
 from denoise_env.prompts import Prompt
-from denoise_env.rewards.base import Reward, Takes, frames
+from denoise_env.rewards.base import Reward, Takes, computes_elsewhere, frames
 
 REDUCTIONS = {
     "mean": lambda scores: scores.mean(1),
@@ -49,7 +49,7 @@ class Combinator:
 
     def elsewhere(self, device: torch.device) -> bool:
         """Whether one of the rewards computes elsewhere."""
-        return any(callable(at := getattr(reward, "elsewhere", None)) and at(device) for reward in self.rewards)
+        return any(computes_elsewhere(reward, device) for reward in self.rewards)
 
 
 class Threshold(Combinator):
