@@ -74,6 +74,7 @@ class DenoisingModel(ABC):
         rows_guided: as ``rows_per_sample``, where `predict` is given another guidance scale than the model's.
         images_per_prompt: how many images a prompt must carry.
         makes: what `decode` gives rewards, "images" or "clips".
+        frame_rate: frames a second at which people are shown clips.
         masks: entry of the conditioning → its mask. Such an entry is a sequence ``[P, L, ...]`` with mask ``[P, L]``
             bool, True first: it is kept without its padding, and padded to the longest of every batch. Entries
             without a mask have one fixed shape: their padding is attended to.
@@ -93,6 +94,7 @@ class DenoisingModel(ABC):
     rows_guided: int = 2
     images_per_prompt: ClassVar[int] = 0
     makes: Literal["images", "clips"] = "images"
+    frame_rate: float = 8.0
     masks: ClassVar[Mapping[str, str]] = {}
     longest: int | None = None
     portrait_size: ClassVar[int] = 0
