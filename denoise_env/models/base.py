@@ -141,9 +141,14 @@ class DenoisingModel(ABC):
                 f"{prompt.negative!r} out"
             )
         if len(prompt.images) != self.images_per_prompt:
+            how = (
+                "give it in Prompt's images, or in a prompt file's column image"
+                if self.images_per_prompt
+                else "drop it"
+            )
             raise ValueError(
                 f"{type(self).__name__} takes {self.images_per_prompt or 'no'} image(s) with a prompt; "
-                f"{prompt.text!r} has {len(prompt.images) or 'none'}"
+                f"{prompt.text!r} has {len(prompt.images) or 'none'}: {how}"
             )
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
@@ -293,6 +298,12 @@ class DenoisingModel(ABC):
         """Keep a copy of the present weights for `reference`. Only the first call does so; later ones do nothing."""
         if self._kept is None:
             self._kept = copies(self.trainable())
+
+
+def example_prompt(model: DenoisingModel, text: str = "a prompt") -> Prompt:
+    """A prompt with as many images as the model takes; with one of the model's texts where these are all it knows."""
+    images = [torch.zeros(3, 64, 64)] * model.images_per_prompt
+    return Prompt(model.vocabulary[0] if model.vocabulary else text, images=images)
 
 
 def row_lengths(mask: Tensor) -> list[int]:
