@@ -24,6 +24,12 @@ class HunyuanOptions(VideoOptions):
     """Decode frames of more than 256 pixels a side in tiles of 256, a new one every 192. It takes less memory and up to
     1.8 times the computation, and seams may show. In time a clip of more than 16 frames is always decoded in
     overlapping pieces, with this or without."""
+    guidance_scale: float = 6.0
+    """The scale that the network is told, times 1000. It was distilled to be guided by it, with one row a sample; 1 is
+    a scale like any other."""
+    true_cfg_scale: float = 1.0
+    """Scale w of classifier-free guidance beside the embedded one, un + w (cond − un), with the prompts' negative
+    texts; 1 for none. It doubles the compute."""
     max_sequence_length: int = 256
     """Tokens of a prompt that LLaMA reads, its end mark among them and the template before it not; CLIP reads 77."""
 
@@ -50,9 +56,9 @@ class HunyuanModel(VideoModel):
     }
     prediction_type = "flow_prediction"
     trained: ClassVar[tuple[int, int, int]]
-    options: Any
+    options: HunyuanOptions
 
-    def __init__(self, pipeline: Any, options: Any, device: str | torch.device = "cpu") -> None:
+    def __init__(self, pipeline: Any, options: HunyuanOptions, device: str | torch.device = "cpu") -> None:
         check_schedule(options)
         number(options.guidance_scale, "guidance_scale", at_least=0)
         number(options.true_cfg_scale, "true_cfg_scale", at_least=1)
@@ -85,7 +91,7 @@ class HunyuanModel(VideoModel):
         """As in `PipelineModel.count_tokens`: LLaMA's, without those of the template's start."""
         template = _template()["template"]
         tokens = self.pipeline.tokenizer([template.format(text) for text in texts]).input_ids
-        return [len(ids) - self._crop for ids in tokens], self.longest
+        return [len(ids) - self._crop for ids in tokens], self.options.max_sequence_length
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -18,13 +18,6 @@ class HunyuanVideoOptions(HunyuanOptions):
 
     family = "hunyuan-video"
 
-    guidance_scale: float = 6.0
-    """The scale that the network is told, times 1000. It was distilled to be guided by it, with one row a sample; 1 is
-    a scale like any other."""
-    true_cfg_scale: float = 1.0
-    """Scale w of classifier-free guidance beside the embedded one, un + w (cond − un), with the prompts' negative
-    texts; 1 for none. It doubles the compute."""
-
 
 class HunyuanVideo(HunyuanModel):
     """A `HunyuanVideoPipeline`'s components; arguments and errors as in `PipelineModel`."""

@@ -88,7 +88,9 @@ def test_a_rollout_and_a_decoding_take_what_the_dry_run_says(load, checkpoints, 
 def test_every_encoder_is_run(checkpoints, name):
     checkpoint = str(checkpoints(name, next(iter(CASES[name].variants))))
     dry = DryRun(outline(checkpoint, model_options(checkpoint, **settings(name, dtype="bf16"))))
-    assert dry.encode(4) > dry.encode(1) > 0
+    four, one = dry.encode(4), dry.encode(1)
+    assert four >= one > 0
+    assert four > one or CASES[name].images  # images are encoded one by one, which may take the most
 
 
 @pytest.mark.slow

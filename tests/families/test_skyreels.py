@@ -74,16 +74,12 @@ def test_the_posteriors_sample_follows_from_the_image(load):
     assert (posterior.std * noise).abs().max() > 1e-3
 
 
-def test_an_image_of_another_size_is_stretched(load):
-    model, pixels = load(NAME), picture(30, 90)
+@pytest.mark.parametrize("size", [(30, 90), (HEIGHT, WIDTH)])
+def test_an_image_of_another_size_is_stretched(load, size):
+    model, pixels = load(NAME), picture(*size)
     wanted = np.array(Image.fromarray(pixels).resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS))
     found = model.image_pixels(Prompt("blue", images=pixels).images[0])
     assert torch.equal(found, torch.from_numpy(wanted).movedim(-1, 0)[None] / 255 * 2 - 1)
-    own = picture(HEIGHT, WIDTH)
-    assert torch.equal(
-        model.image_pixels(Prompt("blue", images=own).images[0])[0, 0, 0],
-        torch.tensor(own[0, :, 0] / 127.5 - 1, dtype=torch.float32),
-    )
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
@@ -135,10 +131,10 @@ def test_a_conditioning_cache_is_one_sizes_and_one_vaes(load):
 def test_the_vae_counts_among_the_encoders(checkpoints):
     checkpoint = str(checkpoints(NAME, "guided"))
     peaks = []
-    for side in (64, 2048):
+    for side in (64, 512):
         options = model_options(checkpoint, num_frames=1, height=side, width=side)
         peaks.append(DryRun(outline(checkpoint, options)).encode(1))
-    assert peaks[1] > 2 * peaks[0]
+    assert peaks[1] > 32 * peaks[0]
 
 
 def test_the_default_is_the_pipelines_clip(checkpoints):
