@@ -30,6 +30,7 @@ import torch
 from agents.grpo import GRPO, GRPOConfig
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect, denoise
+from benchmarks.timing import alternate, ratio, synchronize
 from denoise_env.mdp import DenoisingMDP, row_generators
 from denoise_env.worlds import DEFAULT
 
@@ -233,26 +234,8 @@ def compare(
     one: Callable[[], object], other: Callable[[], object], repeats: int, device: torch.device
 ) -> tuple[list[float], list[float]]:
     """Seconds of each after a warm-up, alternating which goes first."""
-    times: tuple[list[float], list[float]] = ([], [])
-    turns = [(one, times[0]), (other, times[1])]
-    for repeat in range(repeats + 1):
-        for function, found in turns if repeat % 2 else turns[::-1]:
-            synchronize(device)
-            started = time.perf_counter()
-            function()
-            synchronize(device)
-            if repeat:
-                found.append(time.perf_counter() - started)
-    return times
-
-
-def ratio(bare: list[float], ours: list[float]) -> float:
-    return statistics.median(b / o for b, o in zip(bare, ours, strict=True))
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    times = alternate({"one": one, "other": other}, repeats, device)
+    return times["one"], times["other"]
 
 
 def peak_memory(device: torch.device) -> float:

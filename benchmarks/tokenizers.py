@@ -57,7 +57,7 @@ QWEN_CHAT = (
 
 
 def qwen2_tokenizer(more: Sequence[str] = ()) -> Any:
-    """Qwen2's kind, learned from the rewards' templates: a word of theirs is about one token, as in the published one."""
+    """Qwen2's kind, learned from the rewards' templates, so that a word of theirs is about one token there too."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
