@@ -104,6 +104,11 @@ def trained(config, directory, make_watched):
     return train(experiment, directory, report=False), watched
 
 
+def contiguous(images, prompts):
+    """The served reward, of pictures in memory as they arrive there: another layout changes the last bit."""
+    return load_reward("shapes")(images.contiguous(), prompts)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The run with the outages, its warnings, and one with the reward in this process that masks the same calls."""
@@ -134,7 +139,7 @@ def runs(tmp_path_factory):
             raise RuntimeError("masked")
 
         masked = {call: fail for call, answer in enumerate(remote.answers) if answer is None}
-        here, local = trained(config, directory / "here", lambda weight: Watched(load_reward("shapes"), weight, masked))
+        here, local = trained(config, directory / "here", lambda weight: Watched(contiguous, weight, masked))
     return path, remote, said, here, local
 
 
