@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.tokenizers import bert_tokenizer, published_clip_tokenizer, qwen2_tokenizer
+from benchmarks.reward_tokenizers import bert_tokenizer, published_clip_tokenizer, qwen2_tokenizer
 from denoise_env.rewards import hpsv3, videoalign
 from denoise_env.rewards.aesthetic import Aesthetic
 from denoise_env.rewards.base import RewardModel

@@ -26,50 +26,21 @@ def t5_tokenizer(words: Sequence[str] = WORDS) -> Any:
     return T5Tokenizer(vocab=[(piece, -float(place)) for piece, place in vocab], extra_ids=0)
 
 
-def published_clip_tokenizer() -> Any:
-    """CLIP's own, with the merges that open_clip brings."""
-    from open_clip import SimpleTokenizer
-    from transformers import CLIPTokenizer
+def llama_tokenizer() -> Any:
+    """One to which the start of HunyuanVideo's template is 95 tokens, as it is to LLaMA 3's own."""
+    import json
 
-    simple = SimpleTokenizer()
-    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {names.get(word, word): number for word, number in simple.encoder.items()}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(simple.bpe_ranks))
-
-
-def bert_tokenizer() -> Any:
-    from transformers import BertTokenizer
-
-    words = dict.fromkeys(word for text in WORDS for word in text.split())
-    return BertTokenizer(vocab={word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])})
-
-
-QWEN_SPECIAL = (
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
-    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
-)
-QWEN_CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for content in message['content'] %}"
-    "{% if content['type'] == 'text' %}{{ content['text'] }}{% else %}"
-    "<|vision_start|><|{{ content['type'] }}_pad|><|vision_end|>{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def qwen2_tokenizer(more: Sequence[str] = ()) -> Any:
-    """Qwen2's kind, learned from the rewards' templates, so that a word of theirs is about one token there too."""
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import LlamaTokenizer
 
-    from denoise_env.rewards import hpsv3, videoalign
-
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=8000, initial_alphabet=alphabet, show_progress=False)
-    learner.train_from_iterator([videoalign.TEMPLATE, hpsv3.TEMPLATE, "yes no Yes No", *WORDS], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=learner, pad_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=QWEN_CHAT
-    )
-    tokenizer.add_tokens([*QWEN_SPECIAL, *more], special_tokens=True)
-    return tokenizer
+    marks = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    special = {"unk_token": "<unk>", "bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    special["pad_token"] = "<pad>"
+    learner = Tokenizer(models.BPE(unk_token="<unk>"))
+    learner.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=318, special_tokens=[*special.values(), *marks], show_progress=False)
+    learner.train_from_iterator([*WORDS, DEFAULT_PROMPT_TEMPLATE["template"]], trainer)
+    model = json.loads(learner.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return LlamaTokenizer(model["vocab"], merges, padding_side="right", extra_special_tokens=marks, **special)
