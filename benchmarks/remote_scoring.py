@@ -1,10 +1,10 @@
 """What a reward server in another process costs, and what scoring there while denoising here saves.
 
-A part of ``python -m benchmarks.throughput --rewards``, which runs this module as a program of its own.
+A part of ``python -m benchmarks.throughput --rewards``.
 """
 
 import contextlib
-import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,10 +28,11 @@ SERVED = "shapes-hps"
 
 
 @contextlib.contextmanager
-def served(reward: str, device: torch.device) -> Iterator[str]:
+def served(reward: str, device: torch.device, threads: int) -> Iterator[str]:
     """The URL of a server in a process of its own."""
     command = [sys.executable, "-m", "denoise_env", "serve-reward", reward, "--port", "0", "--device", str(device)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             yield process.stdout.readline().split(" is served on ")[1].split(";")[0]
@@ -111,16 +112,11 @@ def ahead_figures(url: str, device: torch.device, repeats: int) -> dict[str, flo
     return {**figures, "iteration, speed with collect_ahead relative to without": ratio(*times.values())}
 
 
-def main() -> None:
-    """All figures as JSON: ``DEVICE REPEATS``."""
-    device, repeats = torch.device(sys.argv[1]), int(sys.argv[2])
-    figures: dict[str, float] = {}
-    with served(SERVED, device) as url:
+def figures_of_servers(place: str, repeats: int, threads: int) -> dict[str, float]:
+    """All of these, with so many threads here and as many in the server."""
+    device, figures = torch.device(place), dict[str, float]()
+    torch.set_num_threads(threads)
+    with served(SERVED, device, threads) as url:
         for measure in (remote_figures, overlap_figures, ahead_figures):
             figures |= measure(url, device, repeats)
-            print(list(figures.items())[-1], file=sys.stderr, flush=True)
-    print(json.dumps(figures))
-
-
-if __name__ == "__main__":
-    main()
+    return figures

@@ -6,15 +6,15 @@ clips of 16 frames of 256x256; pictures of the worlds that ship are of their own
 """
 
 import argparse
+import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ SECONDS = 20.0
 """A row is repeated until that much time has passed, at least once."""
 MOST_SECONDS = 600
 """A process that takes longer is given up."""
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOADED = ("benchmarks.throughput", "benchmarks.remote_scoring", "transformers.models.auto", "open_clip", "httpx2")
 OBJECTS = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}]}
 
 
@@ -61,8 +63,10 @@ def prompts(name: str, rows: int) -> list[Prompt]:
     return [Prompt(captions[i % len(captions)], metadata=OBJECTS) for i in range(rows)]
 
 
-def measure(name: str, device: torch.device, rows: int, repeats: int) -> dict[str, Any]:
+def measure(name: str, place: str, rows: int, repeats: int, threads: int) -> dict[str, Any]:
     """A reward's row of the table, measured in this process."""
+    torch.set_num_threads(threads)
+    device = torch.device(place)
     published = PUBLISHED.get(name)
     dtype = published.dtype if published and device.type == "cuda" else "fp32"  # slow on a CPU without instructions
     found: dict[str, Any] = {"reward": name, "precision": dtype}
@@ -101,38 +105,52 @@ def measure(name: str, device: torch.device, rows: int, repeats: int) -> dict[st
 # --- All of them ---
 
 
-def apart(module: str, arguments: Sequence[str], threads: int) -> Any:
-    """What a module prints in a process of its own; a dictionary with "error" where it fails."""
-    # glibc gives large blocks back as soon as they are freed, so that what is resident is what is in use.
-    limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **limits}
-    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
-        try:
-            output, error = process.communicate(timeout=MOST_SECONDS)
-        except BaseException as stopped:
-            os.killpg(process.pid, signal.SIGKILL)  # with the server that it may have started
-            if isinstance(stopped, subprocess.TimeoutExpired):
-                return {"error": f"not done in {MOST_SECONDS} s"}
-            raise
-    if process.returncode:
-        return {"error": (error.strip().splitlines() or [f"status {process.returncode}"])[-1]}
-    return json.loads(output.splitlines()[-1])
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own; a dictionary with "error" where it fails.
+
+    The processes are forked from one that has imported what they need and has done nothing yet.
+    """
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_answer, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(MOST_SECONDS):
+            return {"error": f"not done in {MOST_SECONDS} s"}
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        return {"error": f"it ended with status {process.exitcode}"}
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid or 0, signal.SIGKILL)  # with the server that it may have started
+        process.join()
+
+
+def _answer(sender: Any, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    os.setsid()
+    try:
+        sender.send(function(*arguments))
+    except Exception as error:
+        sender.send({"error": f"{type(error).__name__}: {error}"})
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print and, where ``options.json`` names a file, write all rows there and in Markdown beside it."""
+    from benchmarks.remote_scoring import figures_of_servers
+
+    # glibc gives large blocks back as soon as they are freed, so that what is resident is what is in use.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    CONTEXT.set_forkserver_preload([*PRELOADED])
     threads = torch.get_num_threads()
     machine = {"device": options.device, "threads": threads, "torch": torch.__version__}
     rows = []
     for name in REWARDS:
-        arguments = [name, options.device, str(options.samples), str(options.repeats)]
-        row = apart("reward_throughput", arguments, threads)
+        row = apart(measure, name, options.device, options.samples, options.repeats, threads)
         rows.append(row if "error" not in row else {"reward": name, **row})
         print(_line(rows[-1]), flush=True)
     # trainer and server share the cores
-    servers = apart("remote_scoring", [options.device, str(options.repeats)], max(1, threads // 2))
+    servers = apart(figures_of_servers, options.device, options.repeats, max(1, threads // 2))
     report = {"machine": machine, "rewards": rows, "servers": servers}
     page = table(report)
     print(f"\n{page}")
@@ -160,13 +178,3 @@ def _line(row: dict[str, Any]) -> str:
     if "needed" in row:
         return f"{start} not run: its weights alone take {row['needed'] / 2**30:.1f} GiB | | |"
     return f"{start} {row['samples_per_second']:,.3g} | {row['ms_per_sample']:,.3g} | {row['peak_bytes'] / 2**30:.2f} |"
-
-
-def main() -> None:
-    """A reward's row as JSON: ``NAME DEVICE SAMPLES REPEATS``."""
-    name, device, rows, repeats = sys.argv[1:]
-    print(json.dumps(measure(name, torch.device(device), int(rows), int(repeats))))
-
-
-if __name__ == "__main__":
-    main()

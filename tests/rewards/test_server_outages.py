@@ -21,10 +21,12 @@ from agents.training import checkpoints
 from agents.training.config import TrainConfig
 from agents.training.experiment import build
 from agents.training.loop import train
+from denoise_env.prompts import Prompt
 from denoise_env.rewards import load_reward
-from denoise_env.rewards.connection import BACKOFF
+from denoise_env.rewards.connection import BACKOFF, SIGN_OF_LIFE
+from denoise_env.rewards.remote import Remote
 
-TIMEOUT = 3.0
+TIMEOUT = 6.0
 UNSCORED = [0, 4, 8, 8, 0, 4, 8, 0]
 """Of the 8 images of each iteration, which are scored in two halves."""
 GARBAGE = [b"\x80\x04K\x01.", {"rewards": [1, 2, "3", 4]}, {"rewards": [0.5]}, (200, {}, b'{"rewards": [1e300')]
@@ -32,13 +34,14 @@ GARBAGE = [b"\x80\x04K\x01.", {"rewards": [1, 2, "3", 4]}, {"rewards": [0.5]}, (
 
 @contextlib.contextmanager
 def server(port):
-    """``denoise-env serve-reward`` in a process of its own, once it serves."""
+    """``denoise-env serve-reward`` in a process of its own, once it has loaded what it scores with."""
     command = [sys.executable, "-m", "denoise_env", "serve-reward", "shapes", "--port", str(port)]
     paths = os.pathsep.join(filter(None, sys.path))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert " is served on " in process.stdout.readline()
+            Remote(f"http://127.0.0.1:{port}", timeout=120)(torch.zeros(1, 3, 32, 32), [Prompt("a red circle on gray")])
             yield process
         finally:
             process.kill()
@@ -171,7 +174,7 @@ def test_every_outage_is_told(runs):
         "its answer cannot be used",
         f"no answer in {TIMEOUT:g} s (tried",
     )
-    for reason in (*why, f"still silent: no answer in {TIMEOUT:g} s"):
+    for reason in (*why, f"still silent: no answer in {SIGN_OF_LIFE:g} s"):
         assert any(reason in warning for warning in said), reason
 
 
@@ -180,7 +183,7 @@ def test_an_outage_costs_the_retries_once(runs):
     seconds = runs[1].seconds
     whole = 2 * TIMEOUT + BACKOFF
     assert whole - BACKOFF / 2 <= seconds[11] < whole + 2
-    assert all(TIMEOUT <= seconds[call] < TIMEOUT + 2 for call in (12, 13))
+    assert all(SIGN_OF_LIFE <= seconds[call] < SIGN_OF_LIFE + 2 for call in (12, 13))
 
 
 @pytest.mark.slow
