@@ -34,6 +34,7 @@ WORLDS = {"shapes": SHAPES, "shapes-clip": SHAPES, "shapes-hps": SHAPES, "compos
 SIDE, ROWS = 32, 64
 """Of a world's pictures: pixels, and how many are scored at a time, or are in a rollout."""
 CLIPS = ("videoalign",)
+SERVERS = "servers"
 REWARDS = (*WORLDS, "jpeg_compressibility", *PUBLISHED)
 HOST_GIB = 14.0
 """The most memory that a network on the CPU may take here."""
@@ -42,7 +43,7 @@ SECONDS = 20.0
 MOST_SECONDS = 600
 """A process that takes longer is given up."""
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ("benchmarks.throughput", "benchmarks.remote_scoring", "transformers.models.auto", "open_clip", "httpx2")
+PRELOADED = ("benchmarks.remote_scoring", "transformers.models.auto", "open_clip", "httpx2")
 OBJECTS = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}]}
 
 
@@ -113,6 +114,8 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     receiver, sender = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_answer, args=(sender, function, arguments))
     process.start()
+    group = process.pid
+    assert group is not None
     sender.close()
     try:
         if not receiver.poll(MOST_SECONDS):
@@ -123,7 +126,7 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
         return {"error": f"it ended with status {process.exitcode}"}
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid or 0, signal.SIGKILL)  # with the server that it may have started
+            os.killpg(group, signal.SIGKILL)  # with the server that it may have started
         process.join()
 
 
@@ -136,27 +139,36 @@ def _answer(sender: Any, function: Callable[..., Any], arguments: Sequence[Any])
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, print and, where ``options.json`` names a file, write all rows there and in Markdown beside it."""
+    """Measure what ``options.rewards`` names, all by default, and print the table.
+
+    Where ``options.json`` names a file, all known rows are written there after each, and in Markdown beside it.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     from benchmarks.remote_scoring import figures_of_servers
 
+    if unknown := [name for name in options.rewards if name not in (*REWARDS, SERVERS)]:
+        raise ValueError(f"there is no {unknown[0]!r} to measure, but {', '.join((*REWARDS, SERVERS))}")
     # glibc gives large blocks back as soon as they are freed, so that what is resident is what is in use.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     CONTEXT.set_forkserver_preload([*PRELOADED])
-    threads = torch.get_num_threads()
-    machine = {"device": options.device, "threads": threads, "torch": torch.__version__}
-    rows = []
-    for name in REWARDS:
-        row = apart(measure, name, options.device, options.samples, options.repeats, threads)
-        rows.append(row if "error" not in row else {"reward": name, **row})
-        print(_line(rows[-1]), flush=True)
-    # trainer and server share the cores
-    servers = apart(figures_of_servers, options.device, options.repeats, max(1, threads // 2))
-    report = {"machine": machine, "rewards": rows, "servers": servers}
-    page = table(report)
-    print(f"\n{page}")
-    if options.json:
-        write_atomically(options.json, json.dumps(report, indent=1) + "\n")
-        write_atomically(options.json.with_suffix(".md"), page)
+    threads, file = torch.get_num_threads(), options.json
+    known = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else {}
+    report = {"rewards": [], SERVERS: {}, **known}
+    report["machine"] = {"device": options.device, "threads": threads, "torch": torch.__version__}
+    for name in options.rewards or (*REWARDS, SERVERS):
+        if name == SERVERS:  # trainer and server share the cores
+            report[SERVERS] = apart(figures_of_servers, options.device, options.repeats, max(1, threads // 2))
+        else:
+            row = apart(measure, name, options.device, options.samples, options.repeats, threads)
+            rows = {**{row["reward"]: row for row in report["rewards"]}, name: {"reward": name, **row}}
+            report["rewards"] = [rows[name] for name in REWARDS if name in rows]
+            print(_line(rows[name]), flush=True)
+        if file:
+            write_atomically(file, json.dumps(report, indent=1) + "\n")
+            write_atomically(file.with_suffix(".md"), table(report))
+    print(f"\n{table(report)}")
 
 
 def table(report: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.throughput [--model NAME] [--batch 128] [--num-steps 10] [--json FILE]
     python -m benchmarks.throughput --modes [--json FILE]
-    python -m benchmarks.throughput --rewards [--json FILE]
+    python -m benchmarks.throughput --rewards [NAME ...] [--json FILE]
 
 The bare rollout is K network calls in a loop on fixed inputs; the bare update is the same number of forward
 and backward passes with an optimizer step. A speed of 0.95 means that ours takes 1/0.95 of the bare time. Bare
@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--lora-rank", type=int, default=0)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--modes", action="store_true", help="eager, compiled, bf16 and both, at two sizes")
-    parser.add_argument("--rewards", action="store_true", help="samples/s and memory of every reward, and of servers")
+    about = "samples/s and memory of every reward, and servers; or of those named, which join the others in FILE"
+    parser.add_argument("--rewards", nargs="*", metavar="NAME", help=about)
     parser.add_argument("--samples", type=int, default=2, help="of large rewards (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
@@ -56,10 +57,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.rewards:
+    if options.rewards is not None:
         from benchmarks.reward_throughput import run
 
-        return run(options)
+        try:
+            return run(options)
+        except ValueError as error:
+            parser.error(str(error))
     figures = modes_figures(options) if options.modes else denoiser_figures(options) | points_figures(options.repeats)
     print(f"{platform.machine()}, {options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"\n| {'figure':<58} | {'value':>14} |\n|{'-' * 60}|{'-' * 15}:|")

@@ -139,8 +139,8 @@ class Connection:
         data = bytearray()
         try:
             method = "GET" if body is None else "POST"
-            url, options = f"{self.url}{path}", {"headers": headers, "timeout": timeout}
-            with self._client.stream(method, url, content=body, **options) as response:
+            url = f"{self.url}{path}"
+            with self._client.stream(method, url, content=body, headers=headers, timeout=timeout) as response:
                 for chunk in response.iter_raw():
                     data += chunk
                     if len(data) > self.max_answer:
