@@ -112,11 +112,11 @@ def ahead_figures(url: str, device: torch.device, repeats: int) -> dict[str, flo
     return {**figures, "iteration, speed with collect_ahead relative to without": ratio(*times.values())}
 
 
-def figures_of_servers(place: str, repeats: int, threads: int) -> dict[str, float]:
-    """All of these, with so many threads here and as many in the server."""
-    device, figures = torch.device(place), dict[str, float]()
+FIGURES = {"remote": remote_figures, "overlap": overlap_figures, "collect_ahead": ahead_figures}
+
+
+def measure(name: str, place: str, repeats: int, threads: int) -> dict[str, float]:
+    """One of `FIGURES`, with so many threads here and as many in the server."""
     torch.set_num_threads(threads)
-    with served(SERVED, device, threads) as url:
-        for measure in (remote_figures, overlap_figures, ahead_figures):
-            figures |= measure(url, device, repeats)
-    return figures
+    with served(SERVED, torch.device(place), threads) as url:
+        return FIGURES[name](url, torch.device(place), repeats)

@@ -34,7 +34,6 @@ WORLDS = {"shapes": SHAPES, "shapes-clip": SHAPES, "shapes-hps": SHAPES, "compos
 SIDE, ROWS = 32, 64
 """Of a world's pictures: pixels, and how many are scored at a time, or are in a rollout."""
 CLIPS = ("videoalign",)
-SERVERS = "servers"
 REWARDS = (*WORLDS, "jpeg_compressibility", *PUBLISHED)
 HOST_GIB = 14.0
 """The most memory that a network on the CPU may take here."""
@@ -146,20 +145,24 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ValueError: an unknown name.
     """
-    from benchmarks.remote_scoring import figures_of_servers
+    from benchmarks import remote_scoring
 
-    if unknown := [name for name in options.rewards if name not in (*REWARDS, SERVERS)]:
-        raise ValueError(f"there is no {unknown[0]!r} to measure, but {', '.join((*REWARDS, SERVERS))}")
+    every = (*REWARDS, *remote_scoring.FIGURES)
+    if unknown := [name for name in options.rewards if name not in every]:
+        raise ValueError(f"there is no {unknown[0]!r} to measure, but {', '.join(every)}")
     # glibc gives large blocks back as soon as they are freed, so that what is resident is what is in use.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     CONTEXT.set_forkserver_preload([*PRELOADED])
     threads, file = torch.get_num_threads(), options.json
     known = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else {}
-    report = {"rewards": [], SERVERS: {}, **known}
+    report = {"rewards": [], "servers": {}, **known}
     report["machine"] = {"device": options.device, "threads": threads, "torch": torch.__version__}
-    for name in options.rewards or (*REWARDS, SERVERS):
-        if name == SERVERS:  # trainer and server share the cores
-            report[SERVERS] = apart(figures_of_servers, options.device, options.repeats, max(1, threads // 2))
+    for name in options.rewards or every:
+        if name in remote_scoring.FIGURES:  # trainer and server share the cores
+            shared = max(1, threads // 2)
+            found = apart(remote_scoring.measure, name, options.device, options.repeats, shared)
+            report["servers"][name] = found
+            print(name, found, flush=True)
         else:
             row = apart(measure, name, options.device, options.samples, options.repeats, threads)
             rows = {**{row["reward"]: row for row in report["rewards"]}, name: {"reward": name, **row}}
@@ -175,10 +178,13 @@ def table(report: dict[str, Any]) -> str:
     """The rows in Markdown."""
     machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
     head = "| reward | parameters | precision | samples/s | ms/sample | peak memory, GiB |\n|---|---|---|---|---|---|"
-    figures = [f"| {name} | {value:,.3g} |" for name, value in report["servers"].items() if name != "error"]
-    failed = [report["servers"]["error"]] if "error" in report["servers"] else []
+    figures = [
+        f"| {name} | {value} |" if name == "error" else f"| {name} | {value:,.3g} |"
+        for found in report["servers"].values()
+        for name, value in found.items()
+    ]
     lines = [f"{machine}.", "", head, *map(_line, report["rewards"]), "", "| figure | value |", "|---|---|", *figures]
-    return "\n".join([*lines, *failed]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -42,9 +42,9 @@ class Connection:
     A request is sent again after refused and broken connections, timeouts, the statuses 408, 425, 429 and 5xx, and
     answers that cannot be used. Redirections are not followed.
 
-    A server that gave no answer to any try of a request is silent until one is answered: it is first asked for
-    ``/health``, which any answer does for, and then sent the request, both once. So an outage costs the retries once,
-    and not for every request of a rollout.
+    A server that gave no answer at all to the last try of a request is silent until one is answered: it is first asked
+    for ``/health``, where any answer will do, and then sent the request, both once. So an outage costs the retries
+    once, and not for every request of a rollout.
 
     Args:
         url: ``http://`` or ``https://``, with no user, password, query or fragment.
