@@ -150,8 +150,6 @@ def run(options: argparse.Namespace) -> None:
     every = (*REWARDS, *remote_scoring.FIGURES)
     if unknown := [name for name in options.rewards if name not in every]:
         raise ValueError(f"there is no {unknown[0]!r} to measure, but {', '.join(every)}")
-    # glibc gives large blocks back as soon as they are freed, so that what is resident is what is in use.
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     CONTEXT.set_forkserver_preload([*PRELOADED])
     threads, file = torch.get_num_threads(), options.json
     known = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else {}
