@@ -102,7 +102,9 @@ def test_a_negative_text_without_classifier_free_guidance_is_refused(load):
 
 def test_an_image_is_refused_with_a_sentence(load):
     prompt = Prompt(SHORT, images=torch.zeros(3, 8, 8))
-    with pytest.raises(ValueError, match=r"takes no image\(s\) with a prompt; 'a red circle on gray' has 1: drop it"):
+    with pytest.raises(
+        ValueError, match=r"takes no image\(s\) with a prompt; 'a red circle on gray' has 1: leave it out"
+    ):
         DenoisingMDP(load(NAME), {"brightness": brightness}, [prompt], 4)
 
 

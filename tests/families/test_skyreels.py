@@ -29,7 +29,7 @@ def picture(height, width, seed=0):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ((), "takes 1 image.* 'blue' has none: give it in Prompt's images, or in a prompt file's column image"),
+        ((), "takes 1 image.* 'blue' has none: images are given as a Prompt's, or in a prompt file's column image"),
         ([picture(8, 8), picture(8, 8, 1)], "takes 1 image.* 'blue' has 2"),
     ],
 )
