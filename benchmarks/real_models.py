@@ -56,6 +56,7 @@ REDUCED = {
     **dict.fromkeys(("updates_per_rollout", "epochs", "draws_per_sample", "window_size"), 1),
     "timestep_fraction": 1.0,
     "window_reach": "all",
+    "best_and_worst": 0,
 }
 """Instead of a preset's own, where its agent has such a setting."""
 

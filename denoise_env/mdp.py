@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,7 @@ from denoise_env.kernels import KERNELS, Kernel
 from denoise_env.models import DenoisingModel, ModelOptions, find_family, load_model
 from denoise_env.naming import suggest
 from denoise_env.prompt_files import load_prompts
-from denoise_env.prompts import Prompt
+from denoise_env.prompts import Prompt, check_prompts
 from denoise_env.rewards import Reward, UnavailableError, check_reward, check_takes, computes_elsewhere, load_reward
 from denoise_env.schedules import check_num_steps
 from denoise_env.worlds import DEFAULT, PROMPT_SETS, WORLDS
@@ -197,7 +198,8 @@ class DenoisingMDP:
             prompts = load_prompts(prompts, PROMPT_SETS) if prompts else [""]
         weights = check_weights({rewards: 1.0} if isinstance(rewards, str) else rewards)
         found = {name: load_reward(name) for name in weights}
-        loaded = load_model(model, options, device=device, **model_options)
+        check = partial(_check_parts, rewards=found, prompts=prompts)
+        loaded = load_model(model, options, device=device, check=check, **model_options)
         if prompts is None:
             if loaded.vocabulary is None:
                 raise ValueError(f"{model!r} has no prompts of its own: name them")
@@ -417,3 +419,11 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
 def row_generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """One CPU generator per row, seeded."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _check_parts(model: DenoisingModel, rewards: Mapping[str, Reward], prompts: Sequence[str | Prompt] | None) -> None:
+    """Raise a ``ValueError`` for rewards and prompts that a model does not go with."""
+    for name, reward in rewards.items():
+        check_takes(name, reward, model.makes)
+    for prompt in [] if prompts is None else check_prompts(prompts, allow_empty="" in (model.vocabulary or ())):
+        model.check_prompt(prompt)

@@ -17,6 +17,7 @@ from agents.training.config import TrainConfig
 from denoise_env.conditioning import ENCODED_TOGETHER, GIB, ConditioningStore, Row
 from denoise_env.mdp import DenoisingMDP
 from denoise_env.models import outline
+from denoise_env.models.base import example_prompt
 from denoise_env.models.memory import DryRun
 from denoise_env.prompts import Prompt
 
@@ -183,7 +184,7 @@ def _agent(config: TrainConfig, dry: DryRun) -> Agent:
     """The run's agent, with its copies of the weights and its own networks, on fake tensors."""
     store = _Store(dry.model)
     store.row = dry.row
-    prompts = [Prompt("a prompt"), Prompt("another")]  # one that compares captions needs two
+    prompts = [example_prompt(dry.model, text) for text in ("a prompt", "another")]  # who compares captions needs two
     mdp = DenoisingMDP(dry.model, {"any": _any}, prompts, config.num_steps, conditioning=store)
     policy = DenoisingPolicy(mdp, config.kernel, config.eta, config.last_step, reduction=config.reduction)
     return find_agent(config.agent)(policy, config.agent_options, config.seed)

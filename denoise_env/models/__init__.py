@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,7 +116,12 @@ def check_options(options: type[ModelOptions], names: Iterable[str]) -> None:
 
 
 def load_model(
-    model: str, options: ModelOptions | None = None, *, device: str | torch.device = "cpu", **changes: Any
+    model: str,
+    options: ModelOptions | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    check: Callable[[DenoisingModel], object] | None = None,
+    **changes: Any,
 ) -> DenoisingModel:
     """Load a model.
 
@@ -124,12 +129,15 @@ def load_model(
         model: as in `find_family`.
         options: the options of the model's family; default: the model's own.
         device: where the model lives.
+        check: called with the model's outline, where its family has one, to refuse it before weights are read.
         changes: options by name, instead of ``options``.
 
     Raises:
         ValueError: no such model, an option that its family lacks, or a checkpoint that cannot be loaded.
     """
     family, checkpoint, options = _chosen(model, options, changes)
+    if check and family.outline:
+        check(family.outline(checkpoint, options))
     return family.load(checkpoint, options, device)
 
 

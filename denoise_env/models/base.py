@@ -141,11 +141,9 @@ class DenoisingModel(ABC):
                 f"{prompt.negative!r} out"
             )
         if len(prompt.images) != self.images_per_prompt:
-            how = (
-                "give it in Prompt's images, or in a prompt file's column image"
-                if self.images_per_prompt
-                else "drop it"
-            )
+            how = "leave it out"
+            if self.images_per_prompt:
+                how = "images are given as a Prompt's, or in a prompt file's column image"
             raise ValueError(
                 f"{type(self).__name__} takes {self.images_per_prompt or 'no'} image(s) with a prompt; "
                 f"{prompt.text!r} has {len(prompt.images) or 'none'}: {how}"

@@ -55,6 +55,7 @@ class HunyuanModel(VideoModel):
         "negative_prompt_embeds": "negative_prompt_embeds_mask",
     }
     prediction_type = "flow_prediction"
+    frame_rate = 24.0
     trained: ClassVar[tuple[int, int, int]]
     options: HunyuanOptions
 

@@ -102,7 +102,9 @@ def test_a_negative_text_without_classifier_free_guidance_is_refused(load):
 
 def test_an_image_is_refused_with_a_sentence(load):
     prompt = Prompt(SHORT, images=torch.zeros(3, 8, 8))
-    with pytest.raises(ValueError, match=r"takes no image\(s\) with a prompt; 'a red circle on gray' has 1: drop it"):
+    with pytest.raises(
+        ValueError, match=r"takes no image\(s\) with a prompt; 'a red circle on gray' has 1: leave it out"
+    ):
         DenoisingMDP(load(NAME), {"brightness": brightness}, [prompt], 4)
 
 
@@ -172,3 +174,22 @@ def test_another_network_is_refused(tmp_path, settings, message):
 def test_bad_options_are_refused(load, options, message):
     with pytest.raises(ValueError, match=message):
         load(NAME, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "reward", "prompt", "message"),
+    [
+        (NAME, "jpeg_compressibility", Prompt(SHORT), r"the model makes clips: write per_frame"),
+        (NAME, "cases:brightness", Prompt(SHORT, images=torch.zeros(3, 8, 8)), "takes no image"),
+        ("skyreels", "cases:brightness", Prompt(SHORT), "takes 1 image"),
+    ],
+)
+def test_what_a_checkpoint_does_not_go_with_is_told_before_weights_are_read(
+    checkpoints, monkeypatch, name, reward, prompt, message
+):
+    monkeypatch.setattr(
+        "diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: pytest.fail("weights were read")
+    )
+    checkpoint = str(checkpoints(name, next(iter(CASES[name].variants))))
+    with pytest.raises(ValueError, match=message):
+        DenoisingMDP.make(checkpoint, reward, [prompt], 4)

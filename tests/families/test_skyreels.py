@@ -10,6 +10,8 @@ from PIL import Image
 from test_contract import noise_of
 from test_hunyuan_video import rows_of, told
 
+from agents.training.memory import plan
+from agents.training.presets import make_config
 from denoise_env.conditioning import fingerprint
 from denoise_env.mdp import DenoisingMDP
 from denoise_env.models import model_options, outline
@@ -29,7 +31,7 @@ def picture(height, width, seed=0):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ((), "takes 1 image.* 'blue' has none: give it in Prompt's images, or in a prompt file's column image"),
+        ((), "takes 1 image.* 'blue' has none: images are given as a Prompt's, or in a prompt file's column image"),
         ([picture(8, 8), picture(8, 8, 1)], "takes 1 image.* 'blue' has 2"),
     ],
 )
@@ -143,3 +145,12 @@ def test_the_default_is_the_pipelines_clip(checkpoints):
     assert found.latents == (4, 25, 68, 120)
     assert found.conditioning["first_frame"] == (4, 1, 68, 120)
     assert found.rows_per_sample == 2
+
+
+@pytest.mark.slow
+def test_a_run_is_planned_from_the_configuration(checkpoints):
+    config = make_config("dancegrpo-skyreels", model=str(checkpoints(NAME, "guided")))
+    small = replace(config.model_options, num_frames=5, height=HEIGHT, width=WIDTH)
+    found = plan(replace(config, model_options=small, num_steps=2))
+    assert found.images == 32 * 8
+    assert all(count > 0 for count in found.phases.values())
