@@ -204,7 +204,7 @@ class TrajectoryAgent(Agent):
         loss, figures = add_losses(examples, lambda e: self.loss(replace(batch, advantage=e["advantage"], examples=e)))
         loss = loss * self.step_weights[steps.to(loss.device)]
         difference = (log_prob - old).detach()
-        dimensions = latents[0].numel() if self.policy.reduction == "mean" else 1
+        dimensions = transition.dimensions if self.policy.reduction == "mean" else 1
         figures |= {"ratio": difference.exp(), "kl_old": kl_estimate(dimensions * difference.double())}
         if self.config.kl_coef:
             reference = rollout.kernel.transition(latents, examples["reference"], steps)

@@ -79,6 +79,9 @@ class DenoisingModel(ABC):
             without a mask have one fixed shape: their padding is attended to.
         longest: how many tokens of a prompt are read at most, where that is a setting. A compiled model pads masked
             entries to it, so that its network sees one shape.
+        free: ``[*latent_shape]`` bool on the model's device, which of a row's latents are denoised; ``None`` for all.
+            The others are given with the prompt: `predict` ignores them and answers that the prompt's are the clean
+            ones, and they have no part in log-probs, entropies and KLs.
         portrait_size: how many samples one `portrait` shows; 0 where samples are looked at one by one (`render`).
         decoding: held while samples are decoded, so that a thread that scores is alone with the decoder.
     """
@@ -95,6 +98,7 @@ class DenoisingModel(ABC):
     makes: Literal["images", "clips"] = "images"
     masks: ClassVar[Mapping[str, str]] = {}
     longest: int | None = None
+    free: Tensor | None = None
     portrait_size: ClassVar[int] = 0
     decoding: ClassVar[contextlib.AbstractContextManager[Any]] = threading.Lock()
     compiled: bool = False
