@@ -107,7 +107,7 @@ class TrajectoryAgent(Agent):
 
     def steps_of(self, kernel: Kernel) -> Tensor:
         """The steps of a kernel that can be trained."""
-        trainable = kernel.stochastic.clone()
+        trainable = kernel.stochastic & self.policy.model.trained_steps(kernel.schedule)
         if self.config.drop_last:
             trainable[-1] = False
         return trainable.nonzero().flatten()

@@ -118,6 +118,10 @@ class DenoisingModel(ABC):
             ValueError: fewer than 1, or more than the model was trained with.
         """
 
+    def trained_steps(self, schedule: Schedule) -> Tensor:
+        """Which of a schedule's K steps call weights that are trained, bool ``[K]``; here all."""
+        return torch.ones(schedule.num_steps, dtype=torch.bool)
+
     # --- Prompts ---
 
     @abstractmethod
@@ -297,10 +301,13 @@ class DenoisingModel(ABC):
             self._kept = copies(self.trainable())
 
 
-def row_lengths(mask: Tensor) -> list[int]:
-    """How many entries of each row of ``mask [B, L]`` are True; L of a mask without data, meta or fake."""
+def has_data(tensor: Tensor) -> bool:
+    """Whether a tensor is more than a shape; meta and fake tensors are not."""
     from torch._subclasses.fake_tensor import FakeTensor
 
-    if mask.is_meta or isinstance(mask, FakeTensor):
-        return [mask.shape[1]] * len(mask)
-    return mask.sum(1).tolist()
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def row_lengths(mask: Tensor) -> list[int]:
+    """How many entries of each row of ``mask [B, L]`` are True; L of a mask without data."""
+    return mask.sum(1).tolist() if has_data(mask) else [mask.shape[1]] * len(mask)
