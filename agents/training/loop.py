@@ -273,7 +273,7 @@ def _iterate(
     config, agent = experiment.config, experiment.agent
     started = time.perf_counter()
     ahead = {} if ahead is None else ahead
-    rollout, calls = ahead.pop(iteration, None) or _collect(experiment, iteration)
+    rollout, calls = ahead.pop(iteration) if iteration in ahead else _collect(experiment, iteration)
     if more and agent.collects_ahead:
         ahead[iteration + 1] = _collect(experiment, iteration + 1)
     rows = config.prompts_per_iteration * agent.group_size

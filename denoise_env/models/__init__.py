@@ -21,6 +21,8 @@ FAMILIES = (
     "denoise_env.models.flux2:FAMILY",
     "denoise_env.models.qwen_image:FAMILY",
     "denoise_env.models.z_image:FAMILY",
+    "denoise_env.models.hunyuan_video:FAMILY",
+    "denoise_env.models.skyreels:FAMILY",
     "denoise_env.models.wan:FAMILY",
     "denoise_env.models.wan:IMAGE_TO_VIDEO",
 )

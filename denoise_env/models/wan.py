@@ -16,7 +16,7 @@ from denoise_env.models.experts import Experts
 from denoise_env.models.flow_match import check_schedule, flow_schedule
 from denoise_env.models.pipeline import quiet
 from denoise_env.models.video import VideoModel, VideoOptions
-from denoise_env.prompts import Prompt
+from denoise_env.prompts import Prompt, PromptImage
 from denoise_env.schedules import Schedule, check_num_steps
 
 SIZE, FRAMES = (480, 832), 81
@@ -64,7 +64,7 @@ class Wan(VideoModel):
     network_names = ("transformer", "transformer_2")
     prediction_type = "flow_prediction"
     longest = 512
-    shared_entries: tuple[str, ...] = ()
+    frame_rate = 16.0
     options: WanOptions
 
     def __init__(self, pipeline: Any, options: Any = None, device: str | torch.device = "cpu") -> None:
@@ -77,6 +77,8 @@ class Wan(VideoModel):
         # UniPC tells the network whole numbers.
         self.truncates = options.schedule == "pipeline" and bool(scheduler.config.get("use_flow_sigmas"))
         super().__init__(pipeline, options, device)
+        if pipeline.config.expand_timesteps:  # Wan 2.2 5B
+            self.frame_rate = 24.0
         patch = pipeline.transformer.config.patch_size[1]
         frames = self.latent_frames(FRAMES, pipeline.vae_scale_factor_temporal)
         size = self.latent_size(SIZE, pipeline.vae_scale_factor_spatial, patch)
@@ -136,7 +138,10 @@ class Wan(VideoModel):
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """``prompt_embeds [P, 512, 4096]`` of UMT5."""
+        """``prompt_embeds [P, 512, 4096]`` of UMT5. On the meta device, where nothing is read, they are empty."""
+        if self.device.type == "meta":
+            width = self.pipeline.transformer.config.text_dim
+            return {"prompt_embeds": torch.empty(len(texts), self.longest, width, dtype=self.dtype, device="meta")}
         with quiet():
             embeds, _ = self.pipeline.encode_prompt(
                 list(texts),
@@ -162,8 +167,7 @@ class Wan(VideoModel):
             guidance_scale = torch.where(told >= self.boundary, scale, self.options.guidance_scale_2)
         if guidance_scale is not None:
             scale = guidance_scale.view(-1, 1, 1, 1, 1)
-        shared = {name: conditioning[name] for name in self.shared_entries}
-        return self.guide(latents, told, conditioning, scale, shared)
+        return self.guide(latents, told, conditioning, scale)
 
     def call(self, latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """As in `GuidedModel.call`."""
@@ -233,6 +237,7 @@ class WanImageToVideo(Wan):
         patch = config.patch_size[1]
         self._noisy_tokens = self.free[0, :, ::patch, ::patch].flatten().float()
 
+    @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> TensorDict:
         """As in `GuidedModel.encode`, with the images' entries.
 
@@ -242,20 +247,19 @@ class WanImageToVideo(Wan):
         from PIL import Image
 
         found = super().encode(prompts)
-        images = [Image.fromarray(prompt.images[0].pixels()) for prompt in prompts]
-        with torch.no_grad(), quiet():
-            found["image_latents"] = torch.cat([self._latents_of(image) for image in images])
-            if "image_embeds" in self.shared_entries:
+        found["image_latents"] = torch.cat([self._latents_of(prompt.images[0]) for prompt in prompts])
+        if "image_embeds" in self.shared_entries:
+            images = [Image.fromarray(prompt.images[0].pixels()) for prompt in prompts]
+            with quiet():
                 found["image_embeds"] = self.pipeline.encode_image(images, self.device).to(self.dtype)
         return found
 
-    def _latents_of(self, image: Any) -> Tensor:
-        pipeline, (_, frames, height, width) = self.pipeline, self.latent_shape
-        factor, stride = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
-        clip = pipeline.video_processor.preprocess(image, height=height * factor, width=width * factor)[:, :, None]
+    def _latents_of(self, image: PromptImage) -> Tensor:
+        clip = self.image_pixels(image)[:, :, None]
         if not self.given:
-            clip = F.pad(clip, (0, 0, 0, 0, 0, (frames - 1) * stride))
-        posterior = pipeline.vae.encode(clip.to(self.device, self.dtype), return_dict=False)[0]
+            further = (self.latent_shape[1] - 1) * self.pipeline.vae_scale_factor_temporal
+            clip = F.pad(clip, (0, 0, 0, 0, 0, further))
+        posterior = self.pipeline.vae.encode(clip, return_dict=False)[0]
         mean, std = self.scaling()
         latents: Tensor = (posterior.mode().float() - mean) / std
         return latents.to(self.dtype)

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pipelines
+import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
 
 from denoise_env.models.flow_match import pack, unpack
+from denoise_env.models.skyreels import posterior_seed
 from denoise_env.prompts import Prompt
 from denoise_env.shapes import WEIGHTS
 
@@ -135,6 +137,19 @@ def encoded_negative(pipeline: Any, texts: list[str]) -> Mapping[str, Any]:
     return {"negative_prompt_embeds": pipeline.encode_prompt(texts, max_sequence_length=40)[0]}
 
 
+def pictures(prompts: Sequence[Prompt]) -> list[Any]:
+    """The prompts' first images as PIL's."""
+    from PIL import Image
+
+    return [Image.fromarray(prompt.images[0].pixels()) for prompt in prompts]
+
+
+def sampled_pictures(prompts: Sequence[Prompt]) -> Mapping[str, Any]:
+    """SkyReels' first frames, with the noise of their latents."""
+    seeds = [posterior_seed(prompt.images[0]) for prompt in prompts]
+    return {"image": pictures(prompts), "generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
+
+
 CASES: dict[str, Case] = {
     "stable-diffusion": Case(
         stable_diffusion,
@@ -243,6 +258,35 @@ CASES: dict[str, Case] = {
                 pipeline={"dynamic": False},
             ),
         },
+    ),
+    "hunyuan-video": Case(
+        pipelines.hunyuan_video,
+        {
+            "clips": Variant({"num_frames": 9}, {"guidance_scale": 6.0, "num_frames": 9}),
+            "clips, true guidance": Variant(
+                {"num_frames": 5, "true_cfg_scale": 4.0, "guidance_scale": 1.0},
+                {"num_frames": 5, "true_cfg_scale": 4.0, "guidance_scale": 1.0},
+                "blurry",
+                rows=2,
+            ),
+            "images, cut": Variant(
+                {"num_frames": 1, "max_sequence_length": 6}, {"num_frames": 1, "max_sequence_length": 6}
+            ),
+        },
+    ),
+    "skyreels": Case(
+        pipelines.skyreels,
+        {
+            "guided": Variant({"num_frames": 5}, {"num_frames": 5, "negative_prompt": [""] * len(TEXTS)}, rows=2),
+            "negative": Variant(
+                {"num_frames": 9, "true_cfg_scale": 5.0}, {"num_frames": 9, "true_cfg_scale": 5.0}, "blurry", rows=2
+            ),
+            "plain, not told": Variant(
+                {"num_frames": 5, "true_cfg_scale": 1.0}, {"num_frames": 5}, pipeline={"guidance_embeds": False}
+            ),
+        },
+        images=1,
+        given_images=sampled_pictures,
     ),
     "wan": Case(
         pipelines.wan,

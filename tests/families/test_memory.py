@@ -12,6 +12,8 @@ from denoise_env.models.memory import DryRun
 
 ROWS = 2
 CONVOLUTIONAL = ("stable-diffusion", "stable-diffusion-xl")
+MASKED = ("qwen-image", "z-image", "hunyuan-video", "skyreels")  # their prompts are as long as their text
+VIDEO_VAE = ("qwen-image", "hunyuan-video", "skyreels")
 LARGER = {"stable-diffusion-3": 1, "flux": 4}  # the former's positions end there; the latter's network is the smallest
 
 
@@ -31,7 +33,7 @@ def settings(name, **changes):
     case = CASES[name]
     height, width = (side * LARGER.get(name, 2) for side in case.size)
     options = {**next(iter(case.variants.values())).options, "height": height, "width": width, **changes}
-    return options | ({"max_sequence_length": 16} if name in ("qwen-image", "z-image") else {})
+    return options | ({"max_sequence_length": 16} if name in MASKED else {})
 
 
 def long_row(model, name):
@@ -74,7 +76,7 @@ def test_a_rollout_and_a_decoding_take_what_the_dry_run_says(load, checkpoints, 
     update(model, row, grad=False)
     found = allocated(lambda: update(model, row, grad=False), tmp_path / "call.json")
     assert dry.predict(ROWS) == pytest.approx(found, rel=0.1)
-    if name == "qwen-image":  # on a CPU its VAE's convolutions, of three dimensions, take buffers of their own
+    if name in VIDEO_VAE:  # on a CPU its convolutions, of three dimensions, take buffers of their own
         return
     latents = torch.zeros(ROWS, *model.latent_shape)
     with torch.no_grad():
@@ -86,7 +88,9 @@ def test_a_rollout_and_a_decoding_take_what_the_dry_run_says(load, checkpoints, 
 def test_every_encoder_is_run(checkpoints, name):
     checkpoint = str(checkpoints(name, next(iter(CASES[name].variants))))
     dry = DryRun(outline(checkpoint, model_options(checkpoint, **settings(name, dtype="bf16"))))
-    assert dry.encode(4) > dry.encode(1) > 0
+    four, one = dry.encode(4), dry.encode(1)
+    assert four >= one > 0
+    assert four > one or CASES[name].images  # images are encoded one by one, which may take the most
 
 
 @pytest.mark.slow
