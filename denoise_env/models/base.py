@@ -124,6 +124,10 @@ class DenoisingModel(ABC):
         """Which of a schedule's K steps call weights that are trained, bool ``[K]``; here all."""
         return torch.ones(schedule.num_steps, dtype=torch.bool)
 
+    def network_of(self, schedule: Schedule) -> Tensor:
+        """Which network each of a schedule's K steps calls, counted from 0, ``[K]``; here all the same."""
+        return torch.zeros(schedule.num_steps, dtype=torch.long)
+
     # --- Prompts ---
 
     @abstractmethod

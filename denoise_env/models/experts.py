@@ -12,6 +12,8 @@ from denoise_env.models.base import has_data
 class Experts(nn.Module):
     """Two networks as one: rows at ``boundary`` or above go through the first, those below through the second.
 
+    Rows of both in one batch are two smaller batches, which changes them by rounding, as any other batch size does.
+
     With gradient, the trained parameters of a network that gets no row have a gradient of 0 and not none, so that every
     backward pass has something to reach, and ``DistributedDataParallel`` finds all its parameters.
 

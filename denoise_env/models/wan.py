@@ -1,13 +1,13 @@
 """Wan 2.1 and 2.2: text to video and image to video."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from denoise_env.arguments import number
@@ -18,6 +18,7 @@ from denoise_env.models.pipeline import quiet
 from denoise_env.models.video import VideoModel, VideoOptions
 from denoise_env.prompts import Prompt, PromptImage
 from denoise_env.schedules import Schedule, check_num_steps
+from denoise_env.weights import is_sharded
 
 SIZE, FRAMES = (480, 832), 81
 """What the pipelines make unless they are told otherwise."""
@@ -102,6 +103,15 @@ class Wan(VideoModel):
             self.networks[name].requires_grad_(False).to(self.dtype)
         return super().make_network() if self.boundary is None else Experts(self.networks, self.boundary)
 
+    def wrap(self, wrapper: Callable[[nn.Module], nn.Module]) -> None:
+        """As in `DenoisingModel.wrap`; a ``ValueError`` where two networks are trained and get sharded."""
+        super().wrap(wrapper)
+        if len(self.trained_networks) == 2 and any(map(is_sharded, self.network.parameters())):
+            raise ValueError(
+                "the processes that share a sharded network must call it together, and their rows may need different "
+                "ones of Wan 2.2 A14B's two: do not shard them, or train one (experts)"
+            )
+
     def schedule(self, num_steps: int) -> Schedule:
         """As in `DenoisingModel.schedule`.
 
@@ -121,10 +131,14 @@ class Wan(VideoModel):
 
     def trained_steps(self, schedule: Schedule) -> Tensor:
         """As in `DenoisingModel.trained_steps`: those of the networks that ``experts`` names."""
-        if self.boundary is None or self.options.experts == "both":
-            return super().trained_steps(schedule)
-        high = self._told(schedule.timesteps) >= self.boundary
-        return high if self.options.experts == "high_noise" else ~high
+        wanted = {"both": (0, 1), "high_noise": (0,), "low_noise": (1,)}[self.options.experts]
+        return torch.isin(self.network_of(schedule), torch.tensor(wanted))
+
+    def network_of(self, schedule: Schedule) -> Tensor:
+        """As in `DenoisingModel.network_of`: 1 below the boundary."""
+        if self.boundary is None:
+            return super().network_of(schedule)
+        return (self._told(schedule.timesteps) < self.boundary).long()
 
     def _told(self, timestep: Tensor) -> Tensor:
         return timestep.trunc() if self.truncates else timestep

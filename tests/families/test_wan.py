@@ -111,6 +111,17 @@ def test_an_agent_of_noised_samples_trains_one_expert():
     assert agent.update(rollout, 1)["grad_norm"] == 0
 
 
+def test_two_trained_experts_are_not_sharded():
+    def shard(network):
+        for parameter in network.parameters():
+            parameter.full_tensor = None  # as a DTensor has it
+        return network
+
+    a14b(experts="high_noise").wrap(shard)
+    with pytest.raises(ValueError, match="do not shard them, or train one"):
+        a14b().wrap(shard)
+
+
 @torch.no_grad()
 def test_exported_adapters_of_both_experts_are_loaded_again(tmp_path):
     model = a14b(lora_rank=2, lora_alpha=8.0)
