@@ -136,8 +136,8 @@ class TrajectoryAgent(Agent):
     def select_steps(self, seeds: Sequence[int], kernel: Kernel | None = None) -> Tensor:
         """The steps to train ``[B, T]``, a random subset per episode, T = timestep_fraction · trainable steps, rounded.
 
-        An episode's steps follow from its own seed, or with "per_group" from the seed of its group's first episode. Where
-        a model has several networks, they are in the order of those that they call, so that a column calls few.
+        An episode's steps follow from its own seed, or with "per_group" from the seed of its group's first episode.
+        Where a model has several networks, they are in the order of those that they call, so that a column calls few.
 
         Args:
             seeds: the seeds of B episodes.
