@@ -150,7 +150,7 @@ class TrajectoryAgent(Agent):
         order = episode_numbers(seeds[::draws], "steps", len(trainable))
         steps = trainable[order.argsort(1)[:, :count]]
         networks = self.policy.model.network_of(kernel.schedule)[steps]
-        return steps.gather(1, networks.argsort(1, stable=True)).repeat_interleave(draws, 0)
+        return steps.gather(1, networks.argsort(dim=1, stable=True)).repeat_interleave(draws, 0)
 
     def _counts(self, trainable: int) -> dict[str, int]:
         """How many of the trainable steps are trained, by how their number is rounded."""

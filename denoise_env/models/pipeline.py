@@ -240,8 +240,11 @@ class PipelineModel(DenoisingModel):
                 )
             try:
                 for name, network in self.trained_networks.items():
-                    where = {} if name == self.network_names[0] else {"subfolder": name, f"load_into_{name}": True}
-                    self.pipeline.load_lora_weights(options.lora, adapter_name="default", use_safetensors=True, **where)
+                    path, into = Path(options.lora), {}
+                    if name != self.network_names[0]:
+                        path = path / name if len(self.trained_networks) > 1 or (path / name).is_dir() else path
+                        into = {f"load_into_{name}": True}
+                    self.pipeline.load_lora_weights(str(path), adapter_name="default", use_safetensors=True, **into)
                     network.peft_config["default"]  # raises where the file had nothing for this network
             except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
                 raise ValueError(f"cannot load {self.title} LoRA weights from {options.lora!r}: {error}") from error
