@@ -176,12 +176,10 @@ class Wan(VideoModel):
     ) -> Tensor:
         """As in `DenoisingModel.predict`; rows on both sides of the boundary take a call of each network."""
         told = self._told(timestep.to(latents.device)).expand(len(latents))
-        scale: float | Tensor | None = self.guidance_scale if self.rows_per_sample == 2 else None
-        if guidance_scale is None and scale is not None and self.options.guidance_scale_2 is not None:
-            guidance_scale = torch.where(told >= self.boundary, scale, self.options.guidance_scale_2)
-        if guidance_scale is not None:
-            scale = guidance_scale.view(-1, 1, 1, 1, 1)
-        return self.guide(latents, told, conditioning, scale)
+        first, second = self.guidance_scale, self.options.guidance_scale_2
+        if guidance_scale is None and self.rows_per_sample == 2 and self.boundary and first and second:
+            guidance_scale = torch.where(told < self.boundary, second, first)
+        return super().predict(latents, told, conditioning, guidance_scale)
 
     def call(self, latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """As in `GuidedModel.call`."""
