@@ -32,6 +32,7 @@ from agents.training.memory import plan
 from agents.training.presets import make_config
 from agents.training.presets.published import FLUX, HUNYUAN, PUBLISHED, SD14, SD15, SD35, SKYREELS, WAN
 from benchmarks.architectures import Depth, write_configuration, write_weights
+from benchmarks.timing import forget_most, resident
 from denoise_env.conditioning import ENCODED_TOGETHER
 from denoise_env.mdp import row_generators
 from denoise_env.models import outline
@@ -92,18 +93,6 @@ def configuration(name: str, directory: str) -> TrainConfig:
         microbatch=1,
         device="cpu",
     )
-
-
-def resident(most: bool = False) -> int:
-    """This process's resident bytes, or the most of them since `forget_most`, as Linux counts them."""
-    name = "VmHWM" if most else "VmRSS"
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
-def forget_most() -> None:
-    """Begin anew to count the most resident bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def forget_mapped_weights() -> None:

@@ -22,7 +22,8 @@ ABSENT = {
 def reason(words):
     """Why a test is skipped whose failure says these words: an extra that is not installed; or ``None``."""
     for extra, modules in ABSENT.items():
-        if f"[{extra}]" in words or any(f"No module named '{module}" in words for module in modules):
+        said = [text for module in modules for text in (f"No module named '{module}", f"requires the {module.title()}")]
+        if any(text in words for text in (f"[{extra}]", *said)):
             return f"the extra {extra!r} is not installed"
     return None
 

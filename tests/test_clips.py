@@ -1,6 +1,7 @@
 """What people see of a model that makes clips, and prompts with an image."""
 
 import base64
+import importlib.util
 import io
 import re
 
@@ -53,7 +54,8 @@ def test_rewards_of_images_are_refused_with_what_to_write_and_rewards_of_clips_t
 FLAGS = (
     *("--model", "clip_points:FAMILY", "--rewards", "clip_points:to_the_left", "1", "--prompts", "points"),
     *("--iterations", "2", "--num-steps", "3", "--agent.group-size", "4", "--prompts-per-iteration", "2"),
-    *("--eval-images-per-prompt", "2", "--sample-every", "1", "--tensorboard"),
+    *("--eval-images-per-prompt", "2", "--sample-every", "1"),
+    *(["--tensorboard"] if importlib.util.find_spec("tensorboard") else []),
 )
 
 
