@@ -14,6 +14,7 @@ from agents.grpo import GRPO, GRPOConfig
 from agents.nft import NFT, NFTConfig
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect
+from denoise_env.kernels import ODE
 from denoise_env.mdp import DenoisingMDP, row_generators
 from denoise_env.models import load_model
 from denoise_env.models.pipeline import save_pipeline
@@ -234,6 +235,20 @@ def test_unipcs_levels_and_whole_timesteps_are_its_own(num_steps, shift):
     conditioning = rows_of(make_mdp(model, TEXT), num_steps)
     model.predict(noise_of(model, num_steps), schedule.timesteps, conditioning)
     assert told[0].tolist() == own.timesteps.tolist()
+
+
+@torch.no_grad()
+def test_eulers_steps_on_unipcs_levels_end_elsewhere():
+    pipeline, latents = pipelines.wan(solver="unipc"), torch.randn(1, 4, 2, 8, 8, generator=row_generators([0])[0])
+    pipeline.set_progress_bar_config(disable=True)
+    model = Wan(pipeline, WanOptions(**SIZE))
+    mdp = make_mdp(model, TEXT)
+    kernel, ours = ODE(mdp.schedule, "flow_prediction"), latents
+    for k, timestep in enumerate(mdp.schedule.timesteps):
+        ours = kernel.transition(ours, model.predict(ours, timestep, rows_of(mdp, 1)), k).mean
+    settings = {"num_inference_steps": 4, "height": 64, "width": 64, "num_frames": 5, "output_type": "latent"}
+    theirs = pipeline(prompt=[TEXT.text], latents=latents, **settings).frames
+    assert 0.02 < (ours - theirs).abs().max() < 0.3
 
 
 def test_linspace_is_dancegrpos_grid():
