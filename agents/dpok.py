@@ -65,7 +65,7 @@ class DPOK(ActorCritic):
         if self.config.kl_scaling == "paper":
             return super().divergence(transition, reference, step)
         gains = self.policy.kernel.gains[step.cpu()].to(transition.mean)
-        return (transition.mean - reference.mean).flatten(1).square().mean(1) / gains.square()
+        return transition.reduce((transition.mean - reference.mean).square()) / gains.square()
 
     def idle_settings(self) -> dict[str, str]:
         """As in `Agent.idle_settings`."""

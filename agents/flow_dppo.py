@@ -7,7 +7,7 @@ of the step's Gaussians, |μ_θ − μ_old|²/(2 std²) with the step's std, in 
 the first half are stochastic and trained, all others follow the ODE.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -16,7 +16,6 @@ from agents.base import SharedNoise
 from agents.grpo import GRPO, GRPOConfig
 from agents.trajectory import Batch
 from agents.window import Reach, Strategy, WindowConfig, Windowed
-from denoise_env.kernels import Transition
 
 
 @dataclass
@@ -58,7 +57,7 @@ class FlowDPPO(Windowed, GRPO):
     def surrogate(self, batch: Batch, ratio: Tensor) -> tuple[Tensor, Tensor]:
         """The unclipped surrogate, without the samples that would leave the trust region."""
         assert batch.old_mean is not None
-        old = Transition(batch.old_mean, batch.transition.std)
+        old = replace(batch.transition, mean=batch.old_mean)
         far = old.kl(batch.transition, self.policy.reduction).detach() >= self.config.clip_range
         kept = ~(far & ((batch.advantage * (ratio - 1)).detach() > 0))
         return (-batch.advantage * ratio).where(kept, 0.0), ~kept

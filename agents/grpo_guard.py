@@ -52,7 +52,7 @@ class GRPOGuard(GRPO):
         assert batch.old_mean is not None
         transition = batch.transition
         noise = (batch.action.to(transition.mean) - batch.old_mean) / transition.std
-        return (noise * (transition.mean - batch.old_mean)).flatten(1).mean(1).exp()
+        return transition.reduce(noise * (transition.mean - batch.old_mean)).exp()
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """As in `ClippedSurrogate.loss`, divided by the step's size."""

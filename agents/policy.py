@@ -1,6 +1,7 @@
 """A denoiser and a transition kernel as a stochastic policy."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -105,7 +106,7 @@ class DenoisingPolicy(TensorDictModuleBase):
     def log_prob(self, transition: Transition, action: Tensor) -> Tensor:
         """Log-prob ``[B]`` of ``action [B, *latent]``, in the policy's reduction."""
         if self.squared_error:
-            return -(action.to(transition.mean.dtype) - transition.mean).flatten(1).square().mean(1)
+            return -transition.reduce((action.to(transition.mean.dtype) - transition.mean).square())
         return transition.log_prob(action, self.reduction)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -118,7 +119,8 @@ class DenoisingPolicy(TensorDictModuleBase):
         noise = torch.empty_like(flat).normal_(generator=self.generator)
         action = transition.sample(noise)
         random = transition.std.flatten() > 0
-        density = Transition(transition.mean, torch.where(random.view_as(transition.std), transition.std, 1.0))
+        std = torch.where(random.view_as(transition.std), transition.std, 1.0)
+        density = replace(transition, std=std, stochastic=True)
         log_prob = torch.where(random, self.log_prob(density, action), 0.0)
         tensordict["action"] = action.view_as(latents)
         tensordict["action_log_prob"] = log_prob.reshape(latents.shape[: latents.ndim - len(self.model.latent_shape)])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -150,8 +150,7 @@ def denoise(
         for k in range(first, last):
             transition = policy.transition(x[::share], k, conditioning, kernel)
             if share > 1:
-                mean = transition.mean.repeat_interleave(share, 0)
-                transition = Transition(mean, transition.std, transition.stochastic)
+                transition = replace(transition, mean=transition.mean.repeat_interleave(share, 0))
             if visit:
                 visit(chunk, k, x, transition)
             x = transition.sample(latents[chunk, k + 1])

@@ -107,7 +107,7 @@ class TrajectoryAgent(Agent):
 
     def steps_of(self, kernel: Kernel) -> Tensor:
         """The steps of a kernel that can be trained."""
-        trainable = kernel.stochastic.clone()
+        trainable = kernel.stochastic & self.policy.model.trained_steps(kernel.schedule)
         if self.config.drop_last:
             trainable[-1] = False
         return trainable.nonzero().flatten()
@@ -137,16 +137,20 @@ class TrajectoryAgent(Agent):
         """The steps to train ``[B, T]``, a random subset per episode, T = timestep_fraction · trainable steps, rounded.
 
         An episode's steps follow from its own seed, or with "per_group" from the seed of its group's first episode.
+        Where a model has several networks, they are in the order of those that they call, so that a column calls few.
 
         Args:
             seeds: the seeds of B episodes.
             kernel: the kernel of their rollout; default: the policy's.
         """
-        trainable = self.trainable_steps if kernel is None else self.steps_of(kernel)
+        kernel = kernel or self.policy.kernel
+        trainable = self.steps_of(kernel)
         count = self._counts(len(trainable))[self.config.timestep_rounding]
         draws = self.group_size if self.config.timestep_selection == "per_group" else 1
         order = episode_numbers(seeds[::draws], "steps", len(trainable))
-        return trainable[order.argsort(1)[:, :count]].repeat_interleave(draws, 0)
+        steps = trainable[order.argsort(1)[:, :count]]
+        networks = self.policy.model.network_of(kernel.schedule)[steps]
+        return steps.gather(1, networks.argsort(dim=1, stable=True)).repeat_interleave(draws, 0)
 
     def _counts(self, trainable: int) -> dict[str, int]:
         """How many of the trainable steps are trained, by how their number is rounded."""
@@ -204,7 +208,7 @@ class TrajectoryAgent(Agent):
         loss, figures = add_losses(examples, lambda e: self.loss(replace(batch, advantage=e["advantage"], examples=e)))
         loss = loss * self.step_weights[steps.to(loss.device)]
         difference = (log_prob - old).detach()
-        dimensions = latents[0].numel() if self.policy.reduction == "mean" else 1
+        dimensions = transition.dimensions if self.policy.reduction == "mean" else 1
         figures |= {"ratio": difference.exp(), "kl_old": kl_estimate(dimensions * difference.double())}
         if self.config.kl_coef:
             reference = rollout.kernel.transition(latents, examples["reference"], steps)

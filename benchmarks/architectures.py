@@ -1,8 +1,9 @@
 """The published presets' models in their true architecture: whole from configuration alone, or shallow with weights.
 
-Widths, heads, vocabularies and VAEs are the published ones. Those of FLUX.1-dev, HunyuanVideo and their VAEs are
-diffusers' defaults; Stable Diffusion 1.4's and 3.5 medium's are written here. Of SkyReels only its 32 channels could be
-read, and not whether its network is told a guidance scale; LLaMA's vocabulary is written from memory. No hub is needed.
+Widths, heads, vocabularies and VAEs are the published ones. Those of FLUX.1-dev, HunyuanVideo, their VAEs and Wan's are
+diffusers' defaults; Stable Diffusion 1.4's and 3.5 medium's, and Wan 2.1 1.3B's network and UMT5, are written here. Of
+SkyReels only its 32 channels could be read, and not whether its network is told a guidance scale; LLaMA's vocabulary is
+written from memory. No hub is needed.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from agents.training.presets.published import FLUX, HUNYUAN, SD14, SD15, SD35, SKYREELS
+from agents.training.presets.published import FLUX, HUNYUAN, SD14, SD15, SD35, SKYREELS, WAN
 from benchmarks.tokenizers import clip_tokenizer, llama_tokenizer, t5_tokenizer
 from denoise_env.models.pipeline import quiet, save_pipeline
 
@@ -190,6 +191,32 @@ def skyreels(depth: Depth) -> dict[str, Any]:
     return hunyuan_video(depth, in_channels=32)
 
 
+def wan(depth: Depth) -> dict[str, Any]:
+    """Wan 2.1 1.3B."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    (layers,) = depth.network or (30,)
+    umt5 = UMT5Config(
+        vocab_size=256384,
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=depth.encoders or 24,
+        num_heads=64,
+        is_encoder_decoder=False,
+    )
+    return {
+        "vae": lambda: AutoencoderKLWan(),
+        "text_encoder": lambda: UMT5EncoderModel(umt5),
+        "transformer": lambda: WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=layers),
+        "tokenizer": t5_tokenizer(),
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+        ),
+    }
+
+
 ARCHITECTURES: dict[str, tuple[str, Callable[[Depth], dict[str, Any]]]] = {
     SD14: ("StableDiffusionPipeline", stable_diffusion_1),
     SD15: ("StableDiffusionPipeline", stable_diffusion_1),
@@ -197,6 +224,7 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[Depth], dict[str, Any]]]] = {
     FLUX: ("FluxPipeline", flux),
     HUNYUAN: ("HunyuanVideoPipeline", hunyuan_video),
     SKYREELS: ("HunyuanSkyreelsImageToVideoPipeline", skyreels),
+    WAN: ("WanPipeline", wan),
 }
 """A checkpoint's id → its pipeline's class, and what makes the pipeline's parts at a depth, modules when called."""
 MODULES = {"vae", "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"}

@@ -30,7 +30,7 @@ from agents.training.config import TrainConfig
 from agents.training.experiment import build
 from agents.training.memory import plan
 from agents.training.presets import make_config
-from agents.training.presets.published import FLUX, HUNYUAN, PUBLISHED, SD14, SD15, SD35, SKYREELS
+from agents.training.presets.published import FLUX, HUNYUAN, PUBLISHED, SD14, SD15, SD35, SKYREELS, WAN
 from benchmarks.architectures import Depth, write_configuration, write_weights
 from benchmarks.timing import forget_most, resident
 from denoise_env.conditioning import ENCODED_TOGETHER
@@ -46,10 +46,10 @@ BEGIN, END = "<!-- table: python -m benchmarks.real_models page -->\n", "<!-- en
 
 MAIN = (
     *("ddpo-is", "dancegrpo", "flow-grpo", "dancegrpo-flux-lora", "dancegrpo-flux"),
-    *("dancegrpo-hunyuan", "dancegrpo-skyreels"),
+    *("dancegrpo-hunyuan", "dancegrpo-skyreels", "wan"),
 )
 """One for each model and choice of trained weights among the published presets: these draw larger images."""
-BLOCKS = {SD14: (3, 1), SD15: (3, 1), SD35: (1, 1), FLUX: (1, 1), HUNYUAN: (1, 1), SKYREELS: (1, 1)}
+BLOCKS = {SD14: (3, 1), SD15: (3, 1), SD35: (1, 1), FLUX: (1, 1), HUNYUAN: (1, 1), SKYREELS: (1, 1), WAN: (1,)}
 """A model → the blocks that are left of its network, as in `benchmarks.architectures.Depth`."""
 REDUCED = {
     **dict.fromkeys(("group_size", "branches"), 2),

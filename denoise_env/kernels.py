@@ -52,11 +52,14 @@ class Transition:
         mean: ``[B, *latent]`` float32 (float64 for float64 latents).
         std: broadcastable to ``mean``; one number per row.
         stochastic: false where the step is known to have std 0, so that it has no density.
+        free: ``[*latent]`` bool, which of a row's dimensions are random; ``None`` for all. The others are left out of
+            log-probs, entropies and KLs, and a sample has the mean there.
     """
 
     mean: Tensor
     std: Tensor
     stochastic: bool = True
+    free: Tensor | None = None
 
     def sample(self, noise: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """``mean + std · noise``, rounded to ``dtype`` (default: the noise's).
@@ -64,14 +67,15 @@ class Transition:
         Take the log-prob of what this returns: rounding first is what keeps the ratio of an
         unchanged policy at exactly 1 in every dtype.
         """
-        return (self.mean + self.std * noise).to(dtype or noise.dtype)
+        random = noise if self.free is None else noise * self.free
+        return (self.mean + self.std * random).to(dtype or noise.dtype)
 
     def log_prob(self, x: Tensor, reduction: Reduction = "mean") -> Tensor:
         """Log-density of ``x``, ``[B]``.
 
         Args:
             x: ``[B, *latent]``.
-            reduction: "sum" is the log-density. "mean" divides it by the number of latent dimensions D, as
+            reduction: "sum" is the log-density. "mean" divides it by the number of free latent dimensions D, as
                 DDPO and DanceGRPO do; its ratio is (true ratio)^(1/D) and depends on the resolution.
 
         Raises:
@@ -79,13 +83,13 @@ class Transition:
         """
         self._need_density("log-prob")
         z = (x.to(self.mean.dtype) - self.mean) / self.std
-        return _reduce(-0.5 * (z * z) - self.std.log() - 0.5 * math.log(2 * math.pi), reduction)
+        return self.reduce(-0.5 * (z * z) - self.std.log() - 0.5 * math.log(2 * math.pi), reduction)
 
     def entropy(self, reduction: Reduction = "mean") -> Tensor:
         """Differential entropy ``[B]`` in nats, per dimension or summed over them."""
         self._need_density("entropy")
         per_dim = self.std.log() + 0.5 * math.log(2 * math.pi * math.e)
-        return _reduce(per_dim.expand_as(self.mean), reduction)
+        return self.reduce(per_dim.expand_as(self.mean), reduction)
 
     def kl(self, other: "Transition", reduction: Reduction = "mean") -> Tensor:
         """KL(self ‖ other) ``[B]``; |μ − μ'|²/(2 std²) where the stds agree, with the two means μ and μ'."""
@@ -93,7 +97,22 @@ class Transition:
         other._need_density("KL")
         z = (self.mean - other.mean) / other.std
         wider = (self.std - other.std) / other.std  # (r² − 1)/2 − log r of the ratio r would cancel where r ≈ 1
-        return _reduce(0.5 * (z * z) + (wider + 0.5 * (wider * wider) - wider.log1p()), reduction)
+        return self.reduce(0.5 * (z * z) + (wider + 0.5 * (wider * wider) - wider.log1p()), reduction)
+
+    @property
+    def dimensions(self) -> int | Tensor:
+        """D, the number of a row's free dimensions."""
+        return self.mean[0].numel() if self.free is None else self.free.sum()
+
+    def reduce(self, per_dim: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """The mean or the sum ``[B]`` over the free dimensions of ``per_dim [B, *latent]``."""
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f'reduction must be "mean" or "sum", not {reduction!r}')
+        if self.free is None:
+            flat = per_dim.flatten(1)
+            return flat.mean(1) if reduction == "mean" else flat.sum(1)
+        total = per_dim.where(self.free, 0.0).flatten(1).sum(1)
+        return total / self.dimensions if reduction == "mean" else total
 
     def _need_density(self, what: str) -> None:
         if not self.stochastic:
@@ -101,13 +120,6 @@ class Transition:
                 f"a deterministic step (std 0) has no density, so no {what}: use a stochastic kernel "
                 "(eta > 0), or leave the steps out where kernel.stochastic is False"
             )
-
-
-def _reduce(per_dim: Tensor, reduction: Reduction) -> Tensor:
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction must be "mean" or "sum", not {reduction!r}')
-    flat = per_dim.flatten(1)
-    return flat.mean(1) if reduction == "mean" else flat.sum(1)
 
 
 class Reading(NamedTuple):
@@ -151,6 +163,8 @@ class Kernel:
         eta: how much noise the kernel's steps add; 0 makes every step deterministic.
         last_step: "sde" keeps the kernel's own last step; "ode" makes it deterministic, so that with a final
             σ of 0 the sample is the last x̂0. ``None`` takes the kernel's default.
+        free: ``[*latent]`` bool, the dimensions that have the kernel's noise; ``None`` for all. The others take the
+            ODE's steps.
 
     Attributes:
         stds: ``[K]`` float64.
@@ -172,6 +186,7 @@ class Kernel:
         prediction_type: PredictionType,
         eta: float | None = None,
         last_step: Literal["sde", "ode"] | None = None,
+        free: Tensor | None = None,
     ) -> None:
         if schedule.path not in self.paths:
             fitting = [name for name, kernel in KERNELS.items() if schedule.path in kernel.paths]
@@ -190,6 +205,7 @@ class Kernel:
             raise ValueError(f'last_step must be "sde" or "ode", not {last_step!r}')
         self.schedule = schedule
         self.prediction_type = prediction_type
+        self.free = free
         kept, stds = self._coefficients(schedule)
         if self.last_step == "ode":
             kept[-1], stds[-1] = schedule.sigmas[-1], 0.0
@@ -201,10 +217,13 @@ class Kernel:
         schedule = self.schedule
         read = _read(self.prediction_type, schedule.alphas[:-1], schedule.sigmas[:-1])
         alphas = schedule.alphas[1:]
-        # the mean α' x̂0 + kept ε̂ in terms of x_k and of the output; std; x̂0 in the same terms
-        mean_from_x = alphas * read.x0_from_x + kept * read.noise_from_x
-        mean_from_output = alphas * read.x0_from_output + kept * read.noise_from_output
-        self._table = torch.stack([mean_from_x, mean_from_output, stds, read.x0_from_x, read.x0_from_output])
+        # the mean α' x̂0 + kept ε̂ in terms of x_k and of the output; std; x̂0 in the same terms; the ODE's mean
+        means = [
+            alphas * x0 + noise * of_noise
+            for noise in (kept, schedule.sigmas[1:])
+            for x0, of_noise in ((read.x0_from_x, read.noise_from_x), (read.x0_from_output, read.noise_from_output))
+        ]
+        self._table = torch.stack([*means[:2], stds, read.x0_from_x, read.x0_from_output, *means[2:]])
         if not self._table.isfinite().all():
             raise ValueError(
                 f"the kernel {self.name!r} cannot read {self.prediction_type!r} on this schedule: a mean, std or x̂0 "
@@ -238,7 +257,7 @@ class Kernel:
             self._cast[key] = self._table.to(*key)
         table = self._cast[key]
         rows = table[:, step : step + 1] if isinstance(step, int) else table[:, step.to(latents.device)]
-        return rows.reshape(5, -1, *[1] * (latents.ndim - 1)), dtype
+        return rows.reshape(len(rows), -1, *[1] * (latents.ndim - 1)), dtype
 
     def transition(self, latents: Tensor, output: Tensor, step: int | Tensor) -> Transition:
         """The Gaussian of the next latents.
@@ -251,8 +270,10 @@ class Kernel:
         """
         rows, dtype = self._rows(latents, step)
         mean = latents.to(dtype) * rows[0] + output.to(dtype) * rows[1]
+        if self.free is not None:
+            mean = mean.where(self.free, latents.to(dtype) * rows[5] + output.to(dtype) * rows[6])
         known = isinstance(step, int) or step.device.type == "cpu"
-        return Transition(mean, rows[2], bool(self.stochastic[step].all()) if known else True)
+        return Transition(mean, rows[2], bool(self.stochastic[step].all()) if known else True, self.free)
 
     def pred_x0(self, latents: Tensor, output: Tensor, step: int | Tensor) -> Tensor:
         """x̂0 ``[B, *latent]``, the network's estimate of the clean latents."""

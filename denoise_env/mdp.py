@@ -258,7 +258,7 @@ class DenoisingMDP:
             name = "ddim" if self.schedule.path == "diffusion" else "dance_sde"
         if name not in KERNELS:
             raise ValueError(f"unknown kernel {name!r}; {suggest(str(name), KERNELS)}")
-        return KERNELS[name](self.schedule, self.model.prediction_type, eta, last_step)
+        return KERNELS[name](self.schedule, self.model.prediction_type, eta, last_step, self.model.free)
 
     def reset(
         self,

@@ -6,6 +6,7 @@ x̂0 = x − σ v and ε̂ = x + (1 − σ) v. A step goes from σ to σ' = σ �
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -283,6 +284,33 @@ def test_kl_of_equal_stds_is_the_squared_distance() -> None:
     expected = (p.mean - q.mean).square().sum(1) / (2 * column(0.1, 0.4)[:, 0] ** 2)
     torch.testing.assert_close(p.kl(q, "sum"), expected)
     assert p.kl(p, "sum").tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_only_free_dimensions_count(pair, reduction) -> None:
+    """Log-prob, entropy and KL are those of the free dimensions alone, whatever the others are."""
+    free = torch.zeros(4, 5, dtype=torch.bool)
+    free[1:, :3] = True
+    whole, part = (
+        [replace(g, mean=g.mean.where(free, torch.nan), free=free) for g in pair],
+        [replace(g, mean=g.mean[:, 1:, :3]) for g in pair],
+    )
+    x = pair[0].sample(normal(3, 4, 5, seed=3, dtype=pair[0].mean.dtype))
+    assert whole[0].dimensions == part[0].dimensions == 9
+    torch.testing.assert_close(whole[0].log_prob(x, reduction), part[0].log_prob(x[:, 1:, :3], reduction))
+    torch.testing.assert_close(whole[0].entropy(reduction), part[0].entropy(reduction))
+    torch.testing.assert_close(whole[0].kl(whole[1], reduction), part[0].kl(part[1], reduction))
+
+
+@pytest.mark.parametrize("kernel", [DanceSDE, FlowSDE, CPS])
+@pytest.mark.parametrize("step", [0, 7])
+def test_dimensions_that_are_not_free_take_the_odes_step(kernel: type[Kernel], step: int) -> None:
+    free = torch.tensor([False, True, True])
+    x, v, noise = (normal(2, 3, seed=seed) for seed in range(3))
+    found = flow_kernel(kernel, 8, 3, last_step="sde", free=free).transition(x, v, step).sample(noise)
+    plain = flow_kernel(kernel, 8, 3, last_step="sde").transition(x, v, step).sample(noise)
+    assert torch.equal(found[:, 1:], plain[:, 1:])
+    assert torch.equal(found[:, 0], flow_kernel(ODE, 8, 3).transition(x, v, step).mean[:, 0])
 
 
 @pytest.mark.parametrize(("moved", "widened"), [(1e-4, 0.0), (1e-6, 0.0), (0.0, 1e-3), (0.0, -1e-3)])

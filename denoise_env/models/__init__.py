@@ -23,6 +23,8 @@ FAMILIES = (
     "denoise_env.models.z_image:FAMILY",
     "denoise_env.models.hunyuan_video:FAMILY",
     "denoise_env.models.skyreels:FAMILY",
+    "denoise_env.models.wan:FAMILY",
+    "denoise_env.models.wan:IMAGE_TO_VIDEO",
 )
 """Where the families' records are; a new family is a file and a line here."""
 INDEX = "model_index.json"

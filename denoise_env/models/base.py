@@ -80,6 +80,9 @@ class DenoisingModel(ABC):
             without a mask have one fixed shape: their padding is attended to.
         longest: how many tokens of a prompt are read at most, where that is a setting. A compiled model pads masked
             entries to it, so that its network sees one shape.
+        free: ``[*latent_shape]`` bool on the model's device, which of a row's latents are denoised; ``None`` for all.
+            The others are given with the prompt: `predict` ignores them and answers that the prompt's are the clean
+            ones, and they have no part in log-probs, entropies and KLs.
         portrait_size: how many samples one `portrait` shows; 0 where samples are looked at one by one (`render`).
         decoding: held while samples are decoded, so that a thread that scores is alone with the decoder.
     """
@@ -97,6 +100,7 @@ class DenoisingModel(ABC):
     frame_rate: float = 8.0
     masks: ClassVar[Mapping[str, str]] = {}
     longest: int | None = None
+    free: Tensor | None = None
     portrait_size: ClassVar[int] = 0
     decoding: ClassVar[contextlib.AbstractContextManager[Any]] = threading.Lock()
     compiled: bool = False
@@ -115,6 +119,14 @@ class DenoisingModel(ABC):
         Raises:
             ValueError: fewer than 1, or more than the model was trained with.
         """
+
+    def trained_steps(self, schedule: Schedule) -> Tensor:
+        """Which of a schedule's K steps call weights that are trained, bool ``[K]``; here all."""
+        return torch.ones(schedule.num_steps, dtype=torch.bool)
+
+    def network_of(self, schedule: Schedule) -> Tensor:
+        """Which network each of a schedule's K steps calls, counted from 0, ``[K]``; here all the same."""
+        return torch.zeros(schedule.num_steps, dtype=torch.long)
 
     # --- Prompts ---
 
@@ -304,10 +316,13 @@ def example_prompt(model: DenoisingModel, text: str = "a prompt") -> Prompt:
     return Prompt(model.vocabulary[0] if model.vocabulary else text, images=images)
 
 
-def row_lengths(mask: Tensor) -> list[int]:
-    """How many entries of each row of ``mask [B, L]`` are True; L of a mask without data, meta or fake."""
+def has_data(tensor: Tensor) -> bool:
+    """Whether a tensor is more than a shape; meta and fake tensors are not."""
     from torch._subclasses.fake_tensor import FakeTensor
 
-    if mask.is_meta or isinstance(mask, FakeTensor):
-        return [mask.shape[1]] * len(mask)
-    return mask.sum(1).tolist()
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def row_lengths(mask: Tensor) -> list[int]:
+    """How many entries of each row of ``mask [B, L]`` are True; L of a mask without data."""
+    return mask.sum(1).tolist() if has_data(mask) else [mask.shape[1]] * len(mask)

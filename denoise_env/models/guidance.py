@@ -33,7 +33,7 @@ class GuidedModel(PipelineModel):
 
     default_negative: ClassVar[str] = ""
     entries: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
-    shared_entries: ClassVar[tuple[str, ...]] = ()
+    shared_entries: tuple[str, ...] = ()
 
     def guide_by(self, scale: float) -> None:
         """Set the scale w of classifier-free guidance, 1 for none; a ``ValueError`` below."""

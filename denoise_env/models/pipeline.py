@@ -66,7 +66,7 @@ class PipelineModel(DenoisingModel):
         title: the family's name in messages.
         pipeline_class: the pipeline's class in diffusers; or several, of which the checkpoint's ``model_index.json``
             names one.
-        network_name: the pipeline's part that is the network.
+        network_names: its parts that are the network; those that a checkpoint lacks count for nothing.
         encoder_names: its parts that read prompts.
         lora_targets: the modules that get adapters, by the ends of their names or by one regular expression.
         pipeline_arguments: what the pipeline is made with beside its parts.
@@ -77,7 +77,7 @@ class PipelineModel(DenoisingModel):
 
     title: ClassVar[str]
     pipeline_class: ClassVar[str | tuple[str, ...]]
-    network_name: ClassVar[str] = "transformer"
+    network_names: ClassVar[tuple[str, ...]] = ("transformer",)
     encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     optional_encoders: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[list[str] | str] = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -101,7 +101,7 @@ class PipelineModel(DenoisingModel):
             for frozen in self.frozen().values():
                 frozen.requires_grad_(False).to(self.dtype).eval()
             pipeline.vae.to(device)
-            self.network = getattr(pipeline, self.network_name).eval()
+            self.network = self.make_network().eval()
             if options.lora or options.lora_rank:
                 self.network.requires_grad_(False).to(self.dtype)  # first: the device need not hold it in float32
             self.network.to(device)
@@ -123,10 +123,12 @@ class PipelineModel(DenoisingModel):
         cls.outline(checkpoint, options)
         local = Path(checkpoint).is_dir()
         dtype = DTYPES[options.dtype]
-        dtypes = {"default": dtype, cls.network_name: dtype if options.lora or options.lora_rank else torch.float32}
         try:
             with quiet():
                 kind, index = cls._read_index(checkpoint, local)
+                networks = [name for name in cls.network_names if name in index]
+                trained = dtype if options.lora or options.lora_rank else torch.float32
+                dtypes = {"default": dtype, **dict.fromkeys(networks, trained)}
                 parts = cls._arguments(cls._check_parts(checkpoint, index))
                 with warnings.catch_warnings():  # older releases know the argument by no other name
                     warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
@@ -203,6 +205,21 @@ class PipelineModel(DenoisingModel):
         absent += [name.replace("text_encoder", "tokenizer") for name in absent]
         return {**cls.pipeline_arguments, **dict.fromkeys(absent)}
 
+    @property
+    def networks(self) -> dict[str, Any]:
+        """The pipeline's parts that are the network, by name."""
+        return {name: part for name in self.network_names if (part := getattr(self.pipeline, name)) is not None}
+
+    @property
+    def trained_networks(self) -> dict[str, Any]:
+        """Those of `networks` that are trained; here all."""
+        return self.networks
+
+    def make_network(self) -> Any:
+        """The module that is the network: the one of `networks`, unless a family joins several."""
+        (network,) = self.networks.values()
+        return network
+
     def encoders(self) -> dict[str, nn.Module]:
         """As in `DenoisingModel.encoders`."""
         return {name: part for name in self.encoder_names if (part := getattr(self.pipeline, name)) is not None}
@@ -216,9 +233,19 @@ class PipelineModel(DenoisingModel):
         from peft import LoraConfig
 
         if options.lora:
+            if len(self.trained_networks) > 1 and Path(options.lora).is_file():
+                raise ValueError(
+                    f"{options.lora!r} is one file, and {' and '.join(self.trained_networks)} are trained: give the "
+                    "directory that holds one for each"
+                )
             try:
-                self.pipeline.load_lora_weights(options.lora, adapter_name="default", use_safetensors=True)
-                self._adapters  # noqa: B018  raises where the file had nothing for this network
+                for name, network in self.trained_networks.items():
+                    path, into = Path(options.lora), {}
+                    if name != self.network_names[0]:
+                        path = path / name if len(self.trained_networks) > 1 or (path / name).is_dir() else path
+                        into = {f"load_into_{name}": True}
+                    self.pipeline.load_lora_weights(str(path), adapter_name="default", use_safetensors=True, **into)
+                    network.peft_config["default"]  # raises where the file had nothing for this network
             except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
                 raise ValueError(f"cannot load {self.title} LoRA weights from {options.lora!r}: {error}") from error
             rank, alpha = self._adapters.r, self._adapters.lora_alpha
@@ -236,7 +263,8 @@ class PipelineModel(DenoisingModel):
             )
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._seed)
-                self.network.add_adapter(config)
+                for network in self.trained_networks.values():
+                    network.add_adapter(config)
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_("lora_" in name)
         cast_training_params(self.network, dtype=torch.float32)
@@ -244,20 +272,22 @@ class PipelineModel(DenoisingModel):
     @property
     def adapted(self) -> bool:
         """Whether LoRA adapters are trained, rather than the network."""
-        return bool(getattr(self.network, "peft_config", None))
+        return any(getattr(network, "peft_config", None) for network in self.trained_networks.values())
 
     @property
     def _adapters(self) -> Any:
-        return self.network.peft_config["default"]
+        return next(iter(self.trained_networks.values())).peft_config["default"]
 
     def _save_memory(self, options: Any) -> None:
-        if options.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
-        if options.attention_backend:
-            try:
-                self.network.set_attention_backend(options.attention_backend)
-            except (AttributeError, ValueError, RuntimeError, ImportError, NotImplementedError) as error:
-                raise ValueError(f"attention_backend={options.attention_backend!r} cannot be used: {error}") from error
+        for network in self.networks.values():
+            if options.gradient_checkpointing:
+                network.enable_gradient_checkpointing()
+            if options.attention_backend:
+                try:
+                    network.set_attention_backend(options.attention_backend)
+                except (AttributeError, ValueError, RuntimeError, ImportError, NotImplementedError) as error:
+                    reason = f"attention_backend={options.attention_backend!r} cannot be used: {error}"
+                    raise ValueError(reason) from error
         if options.vae_slicing:
             self.pipeline.vae.enable_slicing()
         if options.vae_tiling:
@@ -316,7 +346,10 @@ class PipelineModel(DenoisingModel):
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     def export(self, directory: Path) -> None:
-        """Write a whole pipeline, or with LoRA ``pytorch_lora_weights.safetensors`` for ``load_lora_weights``."""
+        """Write a whole pipeline, or with LoRA ``pytorch_lora_weights.safetensors`` for ``load_lora_weights``.
+
+        The adapters of the second of several networks are in a folder of its name.
+        """
         if not self.adapted:
             with quiet():
                 save_pipeline(self.pipeline, directory)
@@ -324,18 +357,23 @@ class PipelineModel(DenoisingModel):
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft import get_peft_model_state_dict
 
-        layers = get_peft_model_state_dict(self.network)
-        if self.network_name == "unet":
-            layers = convert_state_dict_to_diffusers(layers)
-        # Without the metadata alpha is lost: whoever loads the file takes it for the rank.
-        named = {"lora_layers": layers, "lora_adapter_metadata": self._adapters.to_dict()}
-        self.pipeline.save_lora_weights(
-            directory, **{f"{self.network_name}_{key}": value for key, value in named.items()}
-        )
+        for name, network in self.trained_networks.items():
+            layers = get_peft_model_state_dict(network)
+            if name == "unet":
+                layers = convert_state_dict_to_diffusers(layers)
+            # Without the metadata alpha is lost: whoever loads the file takes it for the rank.
+            named = {"lora_layers": layers, "lora_adapter_metadata": self._adapters.to_dict()}
+            first = self.network_names[0]
+            self.pipeline.save_lora_weights(
+                directory if name == first else directory / name,
+                **{f"{first}_{key}": value for key, value in named.items()},
+            )
 
     def architecture(self) -> dict[str, Any]:
         """As in `DenoisingModel.architecture`, with the network's config and the adapters' rank and alpha."""
-        config = {k: v for k, v in self.network.config.items() if not k.startswith("_")}
+        networks = list(self.trained_networks.values())
+        configs = [{k: v for k, v in network.config.items() if not k.startswith("_")} for network in networks]
+        config = configs[0] if len(configs) == 1 else configs
         lora = {"rank": self._adapters.r, "alpha": self._adapters.lora_alpha} if self.adapted else None
         return {**super().architecture(), "lora": lora, "network": config}
 
@@ -380,22 +418,23 @@ def save_pipeline(pipeline: Any, directory: Path) -> None:
     """Write a pipeline in the diffusers layout, so that every release of diffusers and transformers reads it.
 
     transformers from 5.6 on names a `CLIPTextModel`'s weights without the prefix ``text_model.`` that hub
-    checkpoints have, and reads both; older releases find none of the bare names and silently start from random
-    weights. So the prefix is put back.
+    checkpoints have, and a `CLIPVisionModel`'s without ``vision_model.``, and reads both; older releases find none of
+    the bare names and silently start from random weights. So the prefix is put back.
 
     Args:
         pipeline: the pipeline to save.
         directory: where to write it; made if absent.
     """
     from safetensors.torch import load_file, save_file
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPVisionModel
 
+    prefixes = {CLIPTextModel: "text_model.", CLIPVisionModel: "vision_model."}
     pipeline.save_pretrained(directory)
     for name, part in pipeline.components.items():
-        if type(part) is CLIPTextModel:
+        if prefix := prefixes.get(type(part)):
             path = directory / name / "model.safetensors"
             weights = load_file(path)
-            prefixed = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in weights.items()}
+            prefixed = {f"{prefix}{key.removeprefix(prefix)}": tensor for key, tensor in weights.items()}
             save_file(prefixed, path, metadata={"format": "pt"})
 
 

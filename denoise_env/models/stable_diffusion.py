@@ -33,7 +33,7 @@ class StableDiffusion(GuidedModel):
 
     title = "Stable Diffusion"
     pipeline_class = "StableDiffusionPipeline"
-    network_name = "unet"
+    network_names = ("unet",)
     pipeline_arguments = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}  # noqa: RUF012
     options: StableDiffusionOptions
 

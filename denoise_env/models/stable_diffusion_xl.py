@@ -34,7 +34,7 @@ class StableDiffusionXL(GuidedModel):
 
     title = "Stable Diffusion XL"
     pipeline_class = "StableDiffusionXLPipeline"
-    network_name = "unet"
+    network_names = ("unet",)
     encoder_names = ("text_encoder", "text_encoder_2")
     pipeline_arguments = {"image_encoder": None, "feature_extractor": None}  # noqa: RUF012
     entries = ("prompt_embeds", "pooled_prompt_embeds")

@@ -60,6 +60,7 @@ class Case:
         step: height and width must be multiples of it.
         tolerance: of latents against the plain pipeline's.
         negative: negative texts as the plain pipeline's arguments.
+        load_adapters: loads exported adapters into the plain pipeline.
         family: the family's name; default: the case's.
     """
 
@@ -74,6 +75,7 @@ class Case:
     step: int = 16
     tolerance: float = 1e-4
     negative: Callable[[Any, list[str]], Mapping[str, Any]] = lambda pipeline, texts: {"negative_prompt": texts}
+    load_adapters: Callable[[Any, Path], None] = lambda pipeline, directory: pipeline.load_lora_weights(directory)
     family: str | None = None
 
 
@@ -115,6 +117,20 @@ def normalised(latents: Tensor, height: int, width: int) -> Tensor:
     """FLUX.2-klein's latents as the network sees them, of those that it gives to its VAE."""
     std = (pipelines.FLUX2_VARIANCE + 1e-4).sqrt()
     return (pixel_unshuffle(latents, 2) - pipelines.FLUX2_MEAN[:, None, None]) / std[:, None, None]
+
+
+def picture(prompts: Sequence[Prompt]) -> Mapping[str, Any]:
+    """The one prompt's image."""
+    from PIL import Image
+
+    (prompt,) = prompts
+    return {"image": Image.fromarray(prompt.images[0].pixels())}
+
+
+def load_both(pipeline: Any, directory: Path) -> None:
+    """Load exported adapters of two networks."""
+    pipeline.load_lora_weights(directory)
+    pipeline.load_lora_weights(directory / "transformer_2", load_into_transformer_2=True)
 
 
 def encoded_negative(pipeline: Any, texts: list[str]) -> Mapping[str, Any]:
@@ -271,6 +287,72 @@ CASES: dict[str, Case] = {
         },
         images=1,
         given_images=sampled_pictures,
+    ),
+    "wan": Case(
+        pipelines.wan,
+        {
+            "guided": Variant({"num_frames": 5}, {"num_frames": 5}, rows=2),
+            "negative": Variant(
+                {"num_frames": 9, "guidance_scale": 3.0}, {"num_frames": 9, "guidance_scale": 3.0}, "blurry", rows=2
+            ),
+            "plain, one frame": Variant(
+                {"num_frames": 1, "guidance_scale": 1.0}, {"num_frames": 1, "guidance_scale": 1.0}
+            ),
+        },
+    ),
+    "wan-a14b": Case(
+        pipelines.wan,
+        {
+            "guided": Variant(
+                {"num_frames": 5, "guidance_scale": 4.0, "guidance_scale_2": 3.0},
+                {"num_frames": 5, "guidance_scale": 4.0, "guidance_scale_2": 3.0},
+                pipeline={"experts": 2},
+                rows=2,
+            ),
+            "plain": Variant(
+                {"num_frames": 5, "guidance_scale": 1.0},
+                {"num_frames": 5, "guidance_scale": 1.0},
+                pipeline={"experts": 2},
+            ),
+        },
+        load_adapters=load_both,
+        family="wan",
+    ),
+    "wan-5b": Case(
+        pipelines.wan_5b,
+        {"guided": Variant({"num_frames": 5}, {"num_frames": 5}, rows=2)},
+        size=(64, 96),
+        step=32,
+        family="wan",
+    ),
+    "wan-image-to-video": Case(
+        pipelines.wan_image_to_video,
+        {
+            "guided": Variant({"num_frames": 5}, {"num_frames": 5}, rows=2),
+            "plain": Variant({"num_frames": 9, "guidance_scale": 1.0}, {"num_frames": 9, "guidance_scale": 1.0}),
+        },
+        images=1,
+        given_images=picture,
+        alone=True,
+    ),
+    "wan-a14b-image-to-video": Case(
+        pipelines.wan_image_to_video,
+        {"negative": Variant({"num_frames": 5}, {"num_frames": 5}, "blurry", pipeline={"experts": 2}, rows=2)},
+        images=1,
+        given_images=picture,
+        alone=True,
+        load_adapters=load_both,
+        family="wan-image-to-video",
+    ),
+    "wan-5b-image-to-video": Case(
+        pipelines.wan_5b_image_to_video,
+        {"guided": Variant({"num_frames": 9}, {"num_frames": 9}, rows=2)},
+        images=1,
+        given_images=picture,
+        alone=True,
+        size=(64, 96),
+        step=32,
+        family="wan-image-to-video",
     ),
 }
 """Name → case."""

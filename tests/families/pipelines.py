@@ -8,6 +8,7 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -25,15 +26,22 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlamaModel,
     Mistral3Config,
@@ -48,6 +56,8 @@ from transformers import (
     Qwen3Model,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from benchmarks.tokenizers import WORDS, clip_tokenizer, llama_tokenizer, t5_tokenizer
@@ -432,6 +442,100 @@ def z_image(dynamic=True):
         tokenizer=tokenizer,
         transformer=transformer,
     )
+
+
+def wan_transformer(latents, **changes):
+    settings = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": latents,
+        "out_channels": latents,
+        "text_dim": 32,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": 2,
+        "rope_max_seq_len": 32,
+    }
+    return WanTransformer3DModel(**{**settings, **changes})
+
+
+def wan_vae(latents, **changes):
+    settings = {
+        "base_dim": 4,
+        "z_dim": latents,
+        "dim_mult": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        "latents_mean": torch.linspace(-0.5, 0.5, latents).tolist(),
+        "latents_std": torch.linspace(0.5, 2.0, latents).tolist(),
+    }
+    return AutoencoderKLWan(**{**settings, **changes})
+
+
+def wan_parts(vae, networks, solver="euler"):
+    tokenizer = t5_tokenizer()
+    config = UMT5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        is_encoder_decoder=False,
+    )
+    flow = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+    schedulers = {
+        "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "unipc": lambda: UniPCMultistepScheduler(**flow),
+    }
+    return {
+        "scheduler": schedulers[solver](),
+        "vae": vae,
+        "text_encoder": UMT5EncoderModel(config),
+        "tokenizer": tokenizer,
+        **dict(zip(("transformer", "transformer_2"), networks, strict=False)),
+    }
+
+
+def wan(experts=1, solver="euler"):
+    """Wan 2.1, or 2.2 A14B with two experts."""
+    torch.manual_seed(0)
+    networks = [wan_transformer(4) for _ in range(experts)]
+    return WanPipeline(**wan_parts(wan_vae(4), networks, solver), boundary_ratio=0.875 if experts == 2 else None)
+
+
+def wan_image_to_video(experts=1, solver="euler"):
+    """Wan 2.1 with CLIP's features, or 2.2 A14B with two experts and without them."""
+    torch.manual_seed(0)
+    seen = {"image_dim": 32, "added_kv_proj_dim": 24} if experts == 1 else {}
+    networks = [wan_transformer(4, in_channels=12, **seen) for _ in range(experts)]
+    clip = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    encoder = {
+        "image_encoder": CLIPVisionModel(clip),
+        "image_processor": CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+    }
+    return WanImageToVideoPipeline(
+        **wan_parts(wan_vae(4), networks, solver),
+        **(encoder if seen else {}),
+        boundary_ratio=0.9 if experts == 2 else None,
+    )
+
+
+def wan_5b(kind=WanPipeline, solver="euler"):
+    """Wan 2.2 5B, whose VAE has twice the stride."""
+    torch.manual_seed(0)
+    vae = wan_vae(6, in_channels=12, out_channels=12, is_residual=True, patch_size=2, scale_factor_spatial=16)
+    return kind(**wan_parts(vae, [wan_transformer(6)], solver), expand_timesteps=True)
+
+
+def wan_5b_image_to_video(**settings):
+    return wan_5b(WanImageToVideoPipeline, **settings)
 
 
 def hunyuan_parts(in_channels, guidance_embeds):

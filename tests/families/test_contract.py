@@ -225,7 +225,7 @@ def test_trained_adapters_give_our_samples_in_the_plain_pipeline(load, checkpoin
     assert (ours - our_latents(load(name, variant), prompts_of(name, variant), latents)).abs().max() > 1e-2
     model.export(tmp_path)
     plain = plain_pipeline(checkpoints(name, variant))
-    plain.load_lora_weights(tmp_path)
+    CASES[name].load_adapters(plain, tmp_path)
     theirs = their_samples(plain, name, variant, latents, "latent")
     torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=2 * CASES[name].tolerance)
 

@@ -14,6 +14,7 @@ SD35 = "stabilityai/stable-diffusion-3.5-medium"
 FLUX = "black-forest-labs/FLUX.1-dev"
 HUNYUAN = "hunyuanvideo-community/HunyuanVideo"
 SKYREELS = "Skywork/SkyReels-V1-Hunyuan-I2V"
+WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
 _MEMORY: dict[str, Any] = {"dtype": "bf16", "gradient_checkpointing": True}
 _AT_512: dict[str, Any] = {"height": 512, "width": 512, **_MEMORY}
@@ -163,6 +164,30 @@ PUBLISHED: dict[str, Preset] = {
         {**_NOISY_END, "num_steps": 6, "eval_num_steps": 28, "eta": 0.9},
         {"guidance_scale": 3.5, "max_sequence_length": 128, "lora_rank": 64, "lora_alpha": 128.0, **_AT_512},
         "flux",
+    ),
+    "wan": Preset(
+        "Flow-GRPO on Wan 2.1 1.3B (clips, OCR): 20 noisy steps, clips of 33 frames, a KL to the base model, LoRA.",
+        WAN,
+        "flow-grpo",
+        {
+            **_FLOW_GRPO,
+            "group_size": 4,
+            "lr": 1e-4,
+            "clip_range": 1e-3,
+            "advantage_std": "group",
+            "kl_coef": 0.004,
+            "kl_scaling": "mean",
+        },
+        {
+            **_NOISY_END,
+            "num_steps": 20,
+            "eval_num_steps": 50,
+            "eta": 0.5,
+            "prompts_per_iteration": 4,
+            "microbatch": 4,
+        },
+        {"guidance_scale": 4.5, "height": 240, "width": 416, "num_frames": 33, **_MEMORY, **_LORA},
+        "wan",
     ),
     "flow-grpo-fast": _sd35(
         "Flow-GRPO-Fast on Stable Diffusion 3.5 medium (PickScore): noise and training in a window of 2 steps.",
