@@ -1,0 +1,6 @@
+"""Captions of moving shapes, clips of them, and a verifier."""
+
+from denoise_env.shapes.motion.grammar import ALL, HELD_OUT, TRAIN, Motion, caption, parse
+from denoise_env.shapes.motion.renderer import FRAMES, render
+
+__all__ = ["ALL", "FRAMES", "HELD_OUT", "TRAIN", "Motion", "caption", "parse", "render"]
