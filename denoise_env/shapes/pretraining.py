@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
@@ -30,29 +30,31 @@ class Source:
 
 
 def train_vae(
-    vae: AutoencoderKL,
+    vae: AutoencoderKL | AutoencoderKLHunyuanVideo,
     source: Source,
     steps: int,
     generator: torch.Generator,
     lr: float = 2e-3,
     edges: float = 0.0,
+    batch_size: int = 16,
 ) -> float:
     """Fit the autoencoder by squared error with a slight pull to a normal prior; returns the last error.
 
     Args:
         vae: the autoencoder.
-        source: where its pictures are from, 16 a step.
+        source: where its pictures or clips are from.
         steps: optimiser steps.
         generator: the source of randomness.
         lr: peak of the one-cycle learning rate.
         edges: weight of the squared error of the differences between neighbouring pixels, and of a twentieth of the
             absolute error. Without them small objects long stay blobs.
+        batch_size: pictures or clips a step.
     """
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
     schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     error = torch.zeros(())
     for _ in (bar := progress(range(steps), desc="autoencoder")):
-        pictures, _ = source.draw(16, generator)
+        pictures, _ = source.draw(batch_size, generator)
         posterior = vae.encode(pictures).latent_dist
         decoded = vae.decode(posterior.sample(generator)).sample
         error = F.mse_loss(decoded, pictures)
