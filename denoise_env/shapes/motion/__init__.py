@@ -2,5 +2,6 @@
 
 from denoise_env.shapes.motion.grammar import ALL, HELD_OUT, TRAIN, Motion, caption, parse
 from denoise_env.shapes.motion.renderer import FRAMES, render
+from denoise_env.shapes.motion.verifier import Reading, Verifier
 
-__all__ = ["ALL", "FRAMES", "HELD_OUT", "TRAIN", "Motion", "caption", "parse", "render"]
+__all__ = ["ALL", "FRAMES", "HELD_OUT", "TRAIN", "Motion", "Reading", "Verifier", "caption", "parse", "render"]
