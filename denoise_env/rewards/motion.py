@@ -19,7 +19,7 @@ def _verifier(device: torch.device) -> Verifier:
 
 
 class MotionReward:
-    """`Verifier.score`, graded in [0, 1]: looks, direction, speed and consistency; NaN where the prompt is no caption."""
+    """`Verifier.score`, graded in [0, 1]: looks, direction, speed, consistency; NaN where the prompt is no caption."""
 
     takes: Takes = "clips"
 

@@ -57,7 +57,8 @@ def close_up(captions: Sequence[str], generator: torch.Generator) -> Tensor:
     clips = whole(captions, generator)
     passed = (clips - clips[..., :1, :1]).abs().amax((1, 2)).flatten(1)
     centre = passed.multinomial(1, generator=generator)[:, 0]
-    row, column = ((place - CLOSE // 2).clamp(0, BASE_SIZE - CLOSE) for place in (centre // BASE_SIZE, centre % BASE_SIZE))
+    centre = torch.stack([centre // BASE_SIZE, centre % BASE_SIZE])
+    row, column = (centre - CLOSE // 2).clamp(0, BASE_SIZE - CLOSE)
     parts = clips.unfold(3, CLOSE, 1).unfold(4, CLOSE, 1)
     return parts[torch.arange(len(clips)), :, :, row, column]
 

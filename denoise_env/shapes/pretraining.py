@@ -17,7 +17,7 @@ from denoise_env.progress import progress
 
 @dataclass(frozen=True)
 class Source:
-    """Captions, and a renderer (captions, generator) → ``[n, 3, 32, 32]``, or clips ``[n, 3, F, 32, 32]``, in [0, 1]."""
+    """Captions, and a renderer (captions, generator) → pictures ``[n, 3, H, W]`` or clips ``[n, 3, F, H, W]`` in [0, 1]."""
 
     captions: Sequence[str]
     render: Callable[[Sequence[str], torch.Generator], Tensor]
@@ -169,14 +169,14 @@ def train_flow(
     optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=1e-3)
     schedule = OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.1)
     held = {"network": network, "ema": ema, "optimizer": optimizer, "schedule": schedule}
-    done = 0
+    first = 1
     if checkpoint and checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
         for name, holder in held.items():
             holder.load_state_dict(state[name])
         generator.set_state(state["generator"])
-        done, losses = state["done"], state["losses"]
-    for done in (bar := progress(range(done + 1, config.steps + 1), desc="flow")):
+        first, losses = state["done"] + 1, state["losses"]
+    for done in (bar := progress(range(first, config.steps + 1), desc="flow")):
         sigma = torch.randn(n, generator=generator).sigmoid()
         noisy, velocity, shown = batch(sigma)
         shown = shown.masked_fill(torch.rand(n, generator=generator) < config.drop, empty)

@@ -65,7 +65,7 @@ def test_held_out_is_balanced(names, times):
     assert len(counts) == math.prod(len(ATTRIBUTES[name]) for name in names)
 
 
-@pytest.mark.parametrize("pair", itertools.combinations(ATTRIBUTES, 2))
+@pytest.mark.parametrize("pair", list(itertools.combinations(ATTRIBUTES, 2)))
 def test_every_pair_is_seen_in_training(pair):
     seen = {parts(text, *pair) for text in TRAIN}
     assert len(seen) == math.prod(len(ATTRIBUTES[name]) for name in pair)

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -97,9 +99,9 @@ def test_motion_is_at_chance_on_shuffled_frames(reader, clips, generator):
     [
         (lambda t: changed(t, colour="red" if parse(t).colour == "blue" else "blue"), "colour", PARTS[1:]),
         (lambda t: changed(t, shape="cross" if parse(t).shape == "circle" else "circle"), "shape", PARTS[1:]),
-        (lambda t: changed(t, background="gray" if parse(t).background == "black" else "black"), "background", PARTS[1:]),
+        (lambda t: changed(t, background="gray" if "black" in t else "black"), "background", PARTS[1:]),
         (opposite, "motion", ("appearance", "speed", "consistency")),
-        (lambda t: changed(t, speed="" if parse(t).speed else "fast"), "speed", ("appearance", "direction", "consistency")),
+        (lambda t: changed(t, speed="" if "fast" in t else "fast"), "speed", ("appearance", "direction")),
     ],
     ids=["colour", "shape", "background", "direction", "speed"],
 )
@@ -113,7 +115,7 @@ def test_parts_move_apart(reader, clips, change, wrong, right):
         torch.testing.assert_close(parts[name], own[name])
     for name, hit in reader.correct(clips, others).items():
         assert share(hit) > 0.99 if name not in (wrong, "all") else share(hit) < 0.02, name
-    assert reader.score(clips, others).mean() < reader.score(clips, SOME).mean() - 0.2
+    assert reader.score(clips, others).mean() < reader.score(clips, SOME).mean() - 0.1
 
 
 def test_backwards_a_straight_motion_is_its_opposite(reader, clips):
@@ -153,7 +155,7 @@ def test_empty_clips_score_nothing(reader, value):
 def test_score_falls_with_noise(reader, clips, generator):
     noise = torch.randn(clips.shape, generator=generator)
     scores = [reader.score((clips + level * noise).clamp(0, 1), SOME).mean() for level in (0, 0.05, 0.1, 0.2)]
-    assert all(later < earlier for earlier, later in zip(scores, scores[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(scores))
     assert scores[-1] < 0.05
 
 

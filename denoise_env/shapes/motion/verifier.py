@@ -13,7 +13,6 @@ from denoise_env.shapes.motion.renderer import BOUNCES, FRAMES, TURNS, encode
 from denoise_env.shapes.renderer import BASE_SIZE, coverage
 from denoise_env.shapes.verifier import resample
 
-
 _REACHES = (1.0, -1.0, 0.5, -0.5)
 """Pixels over which slopes are taken, step by step, outwards and inwards in turn: a mask has slopes at its rim only."""
 
@@ -235,7 +234,8 @@ class Verifier(nn.Module):
     def score(self, clips: Tensor, captions: Sequence[str]) -> Tensor:
         """How far each clip shows its own caption: ``[B]`` float32 in [0, 1].
 
-        The consistency times the mean of appearance, direction, and direction times speed, as `parts` has them.
+        The consistency times the mean of appearance and motion, which is the direction, half of it as far as the speed
+        is right: consistency · (appearance + direction · (1 + speed) / 2) / 2 of `parts`.
 
         Raises:
             ValueError: if a caption is not of the grammar, or the numbers of clips and captions differ.
@@ -276,5 +276,5 @@ class Verifier(nn.Module):
 
 def total(parts: dict[str, Tensor]) -> Tensor:
     """`Verifier.score` of `Verifier.parts`."""
-    motion = parts["direction"] * (1 + parts["speed"])
-    return parts["consistency"] * (parts["appearance"] + motion) / 3
+    motion = parts["direction"] * (1 + parts["speed"]) / 2
+    return parts["consistency"] * (parts["appearance"] + motion) / 2
