@@ -17,7 +17,7 @@ from denoise_env.progress import progress
 
 @dataclass(frozen=True)
 class Source:
-    """Captions, and a renderer: (captions, generator) → pictures ``[n, 3, H, W]``, clips ``[n, 3, F, H, W]``, in [0, 1]."""
+    """Captions, and a renderer (captions, generator) → ``[n, 3, H, W]``, or clips ``[n, 3, F, H, W]``, in [0, 1]."""
 
     captions: Sequence[str]
     render: Callable[[Sequence[str], torch.Generator], Tensor]
