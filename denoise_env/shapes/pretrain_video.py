@@ -11,6 +11,8 @@ template into the 95 tokens that the pipeline crops, so the plain pipeline sampl
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 import tyro
@@ -78,17 +80,16 @@ class Config(FlowConfig):
     """Latents per step."""
     text_steps: int = 150
     """Optimiser steps of the text encoders, 32 captions each."""
-    vae_steps: int = 1000
-    """Optimiser steps of the autoencoder, 4 close-ups each, and ..."""
-    vae_steps_whole: int = 150
-    """... 4 whole clips each."""
+    vae_steps: int = 2500
+    """Optimiser steps of the autoencoder, 8 close-ups each, and ..."""
+    vae_steps_whole: int = 400
+    """... 8 whole clips each."""
     clips: int = 4000
     """Rendered clips the flow is trained on."""
     eval_clips: int = 240
     """Samples per set of captions that the verifier reads at the end; 0 for none."""
     resume: bool = False
-    """Go on where an earlier run with the same settings was stopped: with the text encoders and the autoencoder that it
-    left in `out`, and from its last checkpoint of the flow."""
+    """Go on from the checkpoints that an earlier run with the same settings left in `out` when it was stopped."""
 
 
 def build_pipeline() -> HunyuanVideoPipeline:
@@ -275,30 +276,25 @@ def pretrain(config: Config) -> HunyuanVideoPipeline:
     torch.manual_seed(config.seed)
     pipe = build_pipeline()
     generator = torch.Generator()
-    parts = ("text_encoder", "text_encoder_2", "vae")
-    if config.resume and all((config.out / part / "config.json").is_file() for part in parts):
-        for part in parts:
-            model = type(getattr(pipe, part)).from_pretrained(config.out / part, local_files_only=True)
-            setattr(pipe, part, model)
-    else:
-        right = train_texts(pipe, config.text_steps, generator.manual_seed(config.seed))
-        print(f"captions read {right:.4f}", flush=True)
-        generator.manual_seed(config.seed + 1)
-        train_vae(pipe.vae, CLOSE_UPS, config.vae_steps, generator, lr=4e-3, edges=1.0, batch_size=4)
-        error = train_vae(pipe.vae, SOURCE, config.vae_steps_whole, generator, lr=1e-3, edges=1.0, batch_size=4)
-        print(f"autoencoder error {error:.5f}", flush=True)
-        save_pipeline(pipe, config.out)
-    for part in parts:
-        getattr(pipe, part).requires_grad_(False)
+    config.out.mkdir(parents=True, exist_ok=True)
+    kept = [config.out / f"{stage}.pt" for stage in ("close_ups", "whole", "flow")]
+    if not config.resume:
+        _remove(kept)
+    right = train_texts(pipe, config.text_steps, generator.manual_seed(config.seed))
+    print(f"captions read {right:.4f}", flush=True)
+    fit = partial(train_vae, pipe.vae, generator=generator, edges=1.0, batch_size=8)
+    generator.manual_seed(config.seed + 1)
+    fit(CLOSE_UPS, config.vae_steps, lr=2e-3, path=kept[0])
+    error = fit(SOURCE, config.vae_steps_whole, lr=1e-3, path=kept[1])
+    print(f"autoencoder error {error:.5f}", flush=True)
+    for part in (pipe.text_encoder, pipe.text_encoder_2, pipe.vae):
+        part.requires_grad_(False)
     generator.manual_seed(config.seed + 2)
     latents, places = encode_pictures(pipe.vae, SOURCE, config.clips, generator)
     texts = read_captions(pipe, [*TRAIN, ""])
-    checkpoint = config.out / "flow.pt"
-    if not config.resume:
-        checkpoint.unlink(missing_ok=True)
-    loss = train_flow(Flow, pipe.transformer, latents, places, texts, config, generator, checkpoint)
+    loss = train_flow(Flow, pipe.transformer, latents, places, texts, config, generator, kept[2])
     save_pipeline(pipe, config.out)
-    checkpoint.unlink(missing_ok=True)
+    _remove(kept)
     size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
     print(f"flow loss {loss:.4f}, {size / 1e6:.2f} MB, trained in {time.perf_counter() - started:.0f} s", flush=True)
     if config.eval_clips:
@@ -308,6 +304,11 @@ def pretrain(config: Config) -> HunyuanVideoPipeline:
                 report = ", ".join(f"{key} {share:.3f}" for key, share in shares.items())
                 print(f"{name}, guidance {guidance:g}, {config.eval_clips} samples: {report}", flush=True)
     return pipe
+
+
+def _remove(files: Sequence[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def main(args: Sequence[str] | None = None) -> None:

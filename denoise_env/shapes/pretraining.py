@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo
@@ -32,6 +33,35 @@ class Source:
         return self.render([self.captions[i] for i in index.tolist()], generator) * 2 - 1, index
 
 
+class Checkpoint:
+    """A training's state in a file, for it to be stopped and gone on with.
+
+    Args:
+        path: the file; ``None`` for none.
+        generator: the source of randomness, whose state is kept too.
+        parts: what else is kept; each has a state dictionary.
+    """
+
+    def __init__(self, path: Path | None, generator: torch.Generator, **parts: Any) -> None:
+        self.path, self.generator, self.parts = path, generator, parts
+
+    def restore(self) -> int:
+        """Go back to the file's state, if it is there; returns the steps that were done."""
+        if not (self.path and self.path.is_file()):
+            return 0
+        state = torch.load(self.path, weights_only=True)
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.generator.set_state(state["generator"])
+        return state["done"]
+
+    def keep(self, done: int) -> None:
+        """Write the state, every hundred steps."""
+        if self.path and done % 100 == 0:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            torch.save(state | {"generator": self.generator.get_state(), "done": done}, self.path)
+
+
 def train_vae(
     vae: AutoencoderKL | AutoencoderKLHunyuanVideo,
     source: Source,
@@ -40,6 +70,7 @@ def train_vae(
     lr: float = 2e-3,
     edges: float = 0.0,
     batch_size: int = 16,
+    path: Path | None = None,
 ) -> float:
     """Fit the autoencoder by squared error with a slight pull to a normal prior; returns the last error.
 
@@ -52,11 +83,13 @@ def train_vae(
         edges: weight of the squared error of the differences between neighbouring pixels, and of a twentieth of the
             absolute error. Without them small objects long stay blobs.
         batch_size: pictures or clips a step.
+        path: of its `Checkpoint`.
     """
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
     schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    checkpoint = Checkpoint(path, generator, vae=vae, optimizer=optimizer, schedule=schedule)
     error = torch.zeros(())
-    for _ in (bar := progress(range(steps), desc="autoencoder")):
+    for done in (bar := progress(range(checkpoint.restore(), steps), desc="autoencoder")):
         pictures, _ = source.draw(batch_size, generator)
         posterior = vae.encode(pictures).latent_dist
         decoded = vae.decode(posterior.sample(generator)).sample
@@ -67,6 +100,7 @@ def train_vae(
             steep = rest.diff(dim=-1).square().mean() + rest.diff(dim=-2).square().mean()
             loss = loss + edges * (steep + 0.05 * rest.abs().mean())
         step(loss, optimizer, schedule, vae.parameters())
+        checkpoint.keep(done + 1)
         bar.set_postfix_str(f"error {error.item():.4f}", refresh=False)
     return error.item()
 
@@ -139,7 +173,7 @@ def train_flow(
     texts: Texts,
     config: FlowConfig,
     generator: torch.Generator,
-    checkpoint: Path | None = None,
+    path: Path | None = None,
 ) -> float:
     """Fit a network to the velocity ε − x0, then to guidance; leave the average of its weights in it.
 
@@ -154,7 +188,7 @@ def train_flow(
         texts: what was encoded of every caption, and in the last row of the empty prompt.
         config: steps, rates and shares.
         generator: the source of randomness.
-        checkpoint: a file that is written every hundred steps of the first stage, and gone on from if it is there.
+        path: of the `Checkpoint` of its first stage.
     """
     flow, weights, n = make(network), list(network.parameters()), config.batch_size
     empty = len(texts[0]) - 1
@@ -168,26 +202,17 @@ def train_flow(
     ema, losses = EMAModel(weights, decay=config.ema), [0.0]
     optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=1e-3)
     schedule = OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.1)
-    held = {"network": network, "ema": ema, "optimizer": optimizer, "schedule": schedule}
-    first = 1
-    if checkpoint and checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        for name, holder in held.items():
-            holder.load_state_dict(state[name])
-        generator.set_state(state["generator"])
-        first, losses = state["done"] + 1, state["losses"]
-    for done in (bar := progress(range(first, config.steps + 1), desc="flow")):
+    checkpoint = Checkpoint(path, generator, network=network, ema=ema, optimizer=optimizer, schedule=schedule)
+    for done in (bar := progress(range(checkpoint.restore(), config.steps), desc="flow")):
         sigma = torch.randn(n, generator=generator).sigmoid()
         noisy, velocity, shown = batch(sigma)
         shown = shown.masked_fill(torch.rand(n, generator=generator) < config.drop, empty)
         loss = F.mse_loss(flow(noisy, sigma, _rows(texts, shown), torch.ones(n)), velocity)
         step(loss, optimizer, schedule, weights)
         ema.step(weights)
+        checkpoint.keep(done + 1)
         losses = [*losses[-99:], loss.item()]
         bar.set_postfix_str(f"loss {sum(losses) / len(losses):.4f}", refresh=False)
-        if checkpoint and done % 100 == 0:
-            state = {name: holder.state_dict() for name, holder in held.items()}
-            torch.save(state | {"generator": generator.get_state(), "done": done, "losses": losses}, checkpoint)
     ema.copy_to(weights)
     if config.distill_steps:
         _distill(make, network, config, batch, texts, generator)
