@@ -78,7 +78,7 @@ class Config(FlowConfig):
     """Optimiser steps in which the network learns to be guided."""
     batch_size: int = 32
     """Latents per step."""
-    text_steps: int = 150
+    text_steps: int = 500
     """Optimiser steps of the text encoders, 32 captions each."""
     vae_steps: int = 2500
     """Optimiser steps of the autoencoder, 8 close-ups each, and ..."""

@@ -17,7 +17,7 @@ def drawn(captions, seed=0):
     return paths(motion, speed, torch.Generator().manual_seed(seed)), motion, speed
 
 
-@pytest.mark.parametrize("size", [16, 32, 48])
+@pytest.mark.parametrize("size", [32, 48, 64])
 def test_clips_have_their_form_and_lie_inside(size, generator):
     clips = render(SOME, generator, size)
     assert clips.shape == (len(SOME), FRAMES, 3, size, size)
@@ -27,7 +27,7 @@ def test_clips_have_their_form_and_lie_inside(size, generator):
     corner = clips[..., :1, :1]
     for edge in (clips[..., :1, :], clips[..., -1:, :], clips[..., :1], clips[..., -1:]):
         # An object cut off at the edge would differ by 0.4; smoothing spills a little over an acute corner.
-        assert (edge - corner).abs().max() < 0.3
+        assert (edge - corner).abs().max() < 0.15
     assert ((clips - corner).abs().amax((2, 3, 4)) > 0.3).all()
 
 
