@@ -131,7 +131,7 @@ def test_a_still_clip_has_looks_and_no_motion(reader, clips):
     assert parts["direction"].mean() < 0.1
     assert parts["speed"].mean() < 0.2
     assert not reader.correct(still, SOME)["all"].any()
-    assert reader.score(still, SOME).mean() < 0.4
+    assert 0.4 < reader.score(still, SOME).mean() < 0.55
 
 
 def test_an_object_that_changes_is_not_consistent(reader):
