@@ -384,7 +384,7 @@ class Agent(ABC):
         return examples
 
     def update(self, rollout: Rollout, iteration: int) -> dict[str, float]:
-        """Train on a rollout.
+        """Train on a rollout. An optimizer step none of whose episodes was scored is left out.
 
         Args:
             rollout: this rank's episodes, collected under `rollout_weights` as they are now, or where the agent
@@ -444,11 +444,13 @@ class Agent(ABC):
         finite = norm.isfinite()
         if others := [p for p in self.modules.parameters() if p.grad is not None]:
             finite = finite & clip(others, self.config.max_grad_norm).isfinite()
-        made = bool(self.ranks.each(finite).all())
+        scored = rollout.scores.valid[examples["episode"]].any().to(finite.device)
+        finite, scored = self.ranks.each(torch.stack([finite, scored])).unbind(1)
+        made = bool(finite.all() and scored.any())  # without a score only the optimizer's momentum would move weights
         if made:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.skipped = 0 if made else self.skipped + 1
+        self.skipped = 0 if finite.all() else self.skipped + 1
         if self.skipped > self.config.max_skipped_updates:
             raise FloatingPointError(
                 f"the gradient is not finite, {self.skipped} optimizer steps in a row: lower the learning rate, use "

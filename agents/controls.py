@@ -117,4 +117,4 @@ class ShuffledReward(GRPO):
             total=shuffle(scores.total),
             valid=shuffle(scores.valid),
         )
-        return super().examples(dataclasses.replace(rollout, scores=shuffled), iteration)
+        return super().examples(dataclasses.replace(rollout, scored=lambda: shuffled), iteration)

@@ -1,7 +1,8 @@
 """The published presets' models in their true architecture: whole from configuration alone, or shallow with weights.
 
-Widths, heads, vocabularies and VAEs are the published ones. Those of FLUX.1-dev and of AutoencoderKL are diffusers'
-defaults and the pipelines' documented VAE; Stable Diffusion 1.4's and 3.5 medium's are written here. No hub is needed.
+Widths, heads, vocabularies and VAEs are the published ones. Those of FLUX.1-dev, HunyuanVideo and their VAEs are
+diffusers' defaults; Stable Diffusion 1.4's and 3.5 medium's are written here. Of SkyReels only its 32 channels could be
+read, and not whether its network is told a guidance scale; LLaMA's vocabulary is written from memory. No hub is needed.
 """
 
 import json
@@ -12,8 +13,8 @@ from typing import Any
 
 import torch
 
-from agents.training.presets.published import FLUX, SD14, SD15, SD35
-from benchmarks.tokenizers import clip_tokenizer, t5_tokenizer
+from agents.training.presets.published import FLUX, HUNYUAN, SD14, SD15, SD35, SKYREELS
+from benchmarks.tokenizers import clip_tokenizer, llama_tokenizer, t5_tokenizer
 from denoise_env.models.pipeline import quiet, save_pipeline
 
 
@@ -24,7 +25,7 @@ class Depth:
     Attributes:
         network: blocks of the network: a UNet's levels with their blocks a level, or a transformer's blocks of each
             kind.
-        encoders: layers of every text encoder.
+        encoders: layers of every text encoder, up to the one whose states are read.
     """
 
     network: tuple[int, ...] | None = None
@@ -149,11 +150,53 @@ def flux(depth: Depth) -> dict[str, Any]:
     }
 
 
+def _llama(depth: Depth) -> Any:
+    """LLaMA 3 8B in LLaVA's version; the states that are read come from the layer below its last two."""
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        vocab_size=128320,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=(depth.encoders or 30) + 2,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+    )
+    return LlamaModel(config)
+
+
+def hunyuan_video(depth: Depth, in_channels: int = 16) -> dict[str, Any]:
+    """HunyuanVideo."""
+    from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, HunyuanVideoTransformer3DModel
+
+    double, single = depth.network or (20, 40)
+    return {
+        "vae": AutoencoderKLHunyuanVideo,
+        "text_encoder": lambda: _llama(depth),
+        "text_encoder_2": lambda: _clip("CLIPTextModel", 768, 12, 12, 768, depth),
+        "transformer": lambda: HunyuanVideoTransformer3DModel(
+            in_channels=in_channels, num_layers=double, num_single_layers=single
+        ),
+        "tokenizer": llama_tokenizer(),
+        "tokenizer_2": clip_tokenizer(77),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
+    }
+
+
+def skyreels(depth: Depth) -> dict[str, Any]:
+    """SkyReels-V1, image to video: HunyuanVideo's parts, and a network that gets the first frame's latents too."""
+    return hunyuan_video(depth, in_channels=32)
+
+
 ARCHITECTURES: dict[str, tuple[str, Callable[[Depth], dict[str, Any]]]] = {
     SD14: ("StableDiffusionPipeline", stable_diffusion_1),
     SD15: ("StableDiffusionPipeline", stable_diffusion_1),
     SD35: ("StableDiffusion3Pipeline", stable_diffusion_3_5),
     FLUX: ("FluxPipeline", flux),
+    HUNYUAN: ("HunyuanVideoPipeline", hunyuan_video),
+    SKYREELS: ("HunyuanSkyreelsImageToVideoPipeline", skyreels),
 }
 """A checkpoint's id → its pipeline's class, and what makes the pipeline's parts at a depth, modules when called."""
 MODULES = {"vae", "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"}

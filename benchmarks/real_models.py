@@ -30,21 +30,26 @@ from agents.training.config import TrainConfig
 from agents.training.experiment import build
 from agents.training.memory import plan
 from agents.training.presets import make_config
-from agents.training.presets.published import FLUX, PUBLISHED, SD14, SD15, SD35
+from agents.training.presets.published import FLUX, HUNYUAN, PUBLISHED, SD14, SD15, SD35, SKYREELS
 from benchmarks.architectures import Depth, write_configuration, write_weights
+from benchmarks.timing import forget_most, resident
 from denoise_env.conditioning import ENCODED_TOGETHER
 from denoise_env.mdp import row_generators
 from denoise_env.models import outline
-from denoise_env.prompts import Prompt
+from denoise_env.models.base import example_prompt
+from denoise_env.models.video import VideoOptions
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "real-models.md"
 BEGIN, END = "<!-- table: python -m benchmarks.real_models page -->\n", "<!-- end of table -->\n"
 
 
-MAIN = ("ddpo-is", "dancegrpo", "flow-grpo", "dancegrpo-flux-lora", "dancegrpo-flux")
+MAIN = (
+    *("ddpo-is", "dancegrpo", "flow-grpo", "dancegrpo-flux-lora", "dancegrpo-flux"),
+    *("dancegrpo-hunyuan", "dancegrpo-skyreels"),
+)
 """One for each model and choice of trained weights among the published presets: these draw larger images."""
-BLOCKS = {SD14: (3, 1), SD15: (3, 1), SD35: (1, 1), FLUX: (1, 1)}
+BLOCKS = {SD14: (3, 1), SD15: (3, 1), SD35: (1, 1), FLUX: (1, 1), HUNYUAN: (1, 1), SKYREELS: (1, 1)}
 """A model → the blocks that are left of its network, as in `benchmarks.architectures.Depth`."""
 REDUCED = {
     **dict.fromkeys(("group_size", "branches"), 2),
@@ -60,9 +65,13 @@ def side(name: str) -> int:
     return 256 if name in MAIN else 128
 
 
-def brightness(images: Any, prompts: Any) -> Any:
+FRAMES = 5
+"""Frames of a clip where it is measured."""
+
+
+def brightness(samples: Any, prompts: Any) -> Any:
     """A reward that takes no memory."""
-    return images.mean((1, 2, 3))
+    return samples.flatten(1).mean(1)
 
 
 def configuration(name: str, directory: str) -> TrainConfig:
@@ -71,29 +80,19 @@ def configuration(name: str, directory: str) -> TrainConfig:
     config = make_config(name, model=directory)
     agent = {key: value for key, value in REDUCED.items() if getattr(config.agent_options, key, None) is not None}
     options = {"height": side(name), "width": side(name), "dtype": "fp32"}
+    if isinstance(config.model_options, VideoOptions):
+        options["num_frames"] = FRAMES
     return dataclasses.replace(
         config,
         model_options=dataclasses.replace(config.model_options, **options),
         agent_options=dataclasses.replace(config.agent_options, **agent),
         rewards={"benchmarks.real_models:brightness": 1.0},
-        prompts=("a red circle on gray",),
+        prompts=(example_prompt(outline(directory, config.model_options), "a red circle on gray"),),
         num_steps=2,
         prompts_per_iteration=1,
         microbatch=1,
         device="cpu",
     )
-
-
-def resident(most: bool = False) -> int:
-    """This process's resident bytes, or the most of them since `forget_most`, as Linux counts them."""
-    name = "VmHWM" if most else "VmRSS"
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
-def forget_most() -> None:
-    """Begin anew to count the most resident bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def forget_mapped_weights() -> None:
@@ -128,7 +127,8 @@ def measure(name: str, directory: str) -> dict[str, Any]:
     agent.optimizer.zero_grad()
     forget_most()
     with torch.no_grad():
-        experiment.mdp.model.encode([Prompt(f"a red circle on gray {i}") for i in range(ENCODED_TOGETHER)])
+        model = experiment.mdp.model
+        model.encode([example_prompt(model, f"a red circle on gray {i}") for i in range(ENCODED_TOGETHER)])
     measured["encode prompts"] = resident(most=True) - before
     forget_most()
     rows = row_generators(range(memory.images))
@@ -149,6 +149,7 @@ def measure(name: str, directory: str) -> dict[str, Any]:
         "predicted": predicted,
         "measured": measured,
         "standing": memory.standing,
+        "frames": getattr(config.model_options, "num_frames", 1),
         "seconds": time.perf_counter() - seconds,
     }
 
@@ -191,7 +192,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        name, image = row["preset"], f"{side(row['preset'])}²"
+        name, image = row["preset"], f"{side(row['preset'])}²" + f" × {FRAMES}" * (row.get("frames", 1) > 1)
         if "error" in row:
             lines.append(f"| {name} | – | – | {image} | – | failed: {row['error']} | – | – |")
             continue

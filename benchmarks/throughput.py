@@ -2,6 +2,7 @@
 
     python -m benchmarks.throughput [--model NAME] [--batch 128] [--num-steps 10] [--json FILE]
     python -m benchmarks.throughput --modes [--json FILE]
+    python -m benchmarks.throughput --rewards [NAME ...] [--json FILE]
 
 The bare rollout is K network calls in a loop on fixed inputs; the bare update is the same number of forward
 and backward passes with an optimizer step. A speed of 0.95 means that ours takes 1/0.95 of the bare time. Bare
@@ -10,6 +11,8 @@ and ours alternate, and each ratio is the median over the repeats.
 ``--modes`` compares eager, compiled, bf16 and compiled bf16 instead: one forward pass, and one forward and backward
 pass, of the shipped network and of one about 30 times larger with random weights, all modes in turn in one run. Beside
 the times stands how far compiling takes the first ratio from 1: rollout and update are compiled apart.
+
+``--rewards`` measures what scoring costs (`benchmarks.reward_throughput`); its FILE has a table in Markdown beside it.
 """
 
 import argparse
@@ -27,6 +30,7 @@ import torch
 from agents.grpo import GRPO, GRPOConfig
 from agents.policy import DenoisingPolicy
 from agents.rollout import collect, denoise
+from benchmarks.timing import alternate, ratio, synchronize
 from denoise_env.mdp import DenoisingMDP, row_generators
 from denoise_env.worlds import DEFAULT
 
@@ -43,6 +47,9 @@ def main() -> None:
     parser.add_argument("--lora-rank", type=int, default=0)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--modes", action="store_true", help="eager, compiled, bf16 and both, at two sizes")
+    about = "samples/s and memory of every reward, and servers; or of those named, which join the others in FILE"
+    parser.add_argument("--rewards", nargs="*", metavar="NAME", help=about)
+    parser.add_argument("--samples", type=int, default=2, help="of large rewards (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -50,6 +57,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.rewards is not None:
+        from benchmarks.reward_throughput import run
+
+        try:
+            return run(options)
+        except ValueError as error:
+            parser.error(str(error))
     figures = modes_figures(options) if options.modes else denoiser_figures(options) | points_figures(options.repeats)
     print(f"{platform.machine()}, {options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"\n| {'figure':<58} | {'value':>14} |\n|{'-' * 60}|{'-' * 15}:|")
@@ -224,26 +238,8 @@ def compare(
     one: Callable[[], object], other: Callable[[], object], repeats: int, device: torch.device
 ) -> tuple[list[float], list[float]]:
     """Seconds of each after a warm-up, alternating which goes first."""
-    times: tuple[list[float], list[float]] = ([], [])
-    turns = [(one, times[0]), (other, times[1])]
-    for repeat in range(repeats + 1):
-        for function, found in turns if repeat % 2 else turns[::-1]:
-            synchronize(device)
-            started = time.perf_counter()
-            function()
-            synchronize(device)
-            if repeat:
-                found.append(time.perf_counter() - started)
-    return times
-
-
-def ratio(bare: list[float], ours: list[float]) -> float:
-    return statistics.median(b / o for b, o in zip(bare, ours, strict=True))
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    times = alternate({"one": one, "other": other}, repeats, device)
+    return times["one"], times["other"]
 
 
 def peak_memory(device: torch.device) -> float:

@@ -229,7 +229,7 @@ class _Files:
             raise ValueError(f"the conditioning cache {self.directory} cannot be used: {error!r}") from error
         if found != self._checkpoint:
             raise ValueError(
-                f"the conditioning cache {self.directory} was made by another checkpoint, precision or length: "
+                f"the conditioning cache {self.directory} was made by another checkpoint, precision, length or size: "
                 "choose another directory for this one"
             )
 
@@ -280,11 +280,15 @@ def _replace(path: Path, content: bytes) -> None:
 def fingerprint(model: DenoisingModel) -> str:
     """What tells the conditioning of one checkpoint from that of another: a digest of its encoders, dtype and length.
 
-    Of every parameter its name, shape and up to 64 entries are read, so that billions of them take well under a
-    second.
+    Where prompts carry images, the VAE is one of the encoders, and the size of the latents counts too. Of every
+    parameter its name, shape and up to 64 entries are read, so that billions of them take well under a second.
     """
     digest = hashlib.sha256(f"{type(model).__name__} {model.dtype} {model.longest}".encode())
-    for name, encoder in model.encoders().items():
+    encoders = model.encoders()
+    if model.images_per_prompt:
+        digest.update(str(model.latent_shape).encode())
+        encoders = model.frozen()
+    for name, encoder in encoders.items():
         for key, tensor in encoder.state_dict().items():
             digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
             entries = tensor.detach().flatten()

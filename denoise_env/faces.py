@@ -15,7 +15,7 @@ from denoise_env.mdp import DenoisingMDP, State, row_generators
 from denoise_env.naming import suggest
 from denoise_env.prompts import Prompt
 
-RESET_OPTIONS = ("prompts", "group_size", "shared_noise", "reset_mask")
+RESET_OPTIONS = ("prompts", "images", "group_size", "shared_noise", "reset_mask")
 
 
 def resolve_mdp(
@@ -91,9 +91,25 @@ class ResetRequest:
                 raise ValueError(
                     f"a group is reset whole: reset_mask splits the group of rows {first} to {first + size - 1}"
                 )
-        return cls(
-            mask, options.get("prompts"), size, boolean(options.get("shared_noise", shared_noise), "shared_noise")
-        )
+        prompts = options.get("prompts")
+        if options.get("images") is not None:
+            prompts = _with_images(prompts, options["images"])
+        return cls(mask, prompts, size, boolean(options.get("shared_noise", shared_noise), "shared_noise"))
+
+
+def _with_images(prompts: Any, images: Any) -> list[Prompt]:
+    """Prompts, each with its image; a ``ValueError`` where they do not go together."""
+    for name, values in (("prompts", prompts), ("images", images)):
+        if not isinstance(values, list | tuple):
+            raise ValueError(f"with images, {name} must be a list with one for each group, not {type(values).__name__}")
+    if len(prompts) != len(images):
+        raise ValueError(f"images must be as many as prompts: {len(images)} were given for {len(prompts)}")
+    found = []
+    for prompt, image in zip(map(Prompt.of, prompts), images, strict=True):
+        if prompt.images:
+            raise ValueError(f"{prompt.text!r} has an image of its own: leave images out")
+        found.append(Prompt(prompt.text, prompt.negative, [image], prompt.metadata))
+    return found
 
 
 def _read_mask(mask: Any, num_envs: int) -> NDArray[np.bool_]:

@@ -123,7 +123,7 @@ class DenoiseEnv(gymnasium.Env[Any, Any]):
         return self.vector.row(observation, 0) if isinstance(observation, dict) else observation[0]
 
     def render(self) -> Any:
-        """One uint8 ``[H, W, 3]`` picture, or ``None`` where there is no ``render_mode``."""
+        """As in `DenoiseVectorEnv.render`, of the one row."""
         frames = self.vector.render()
         return None if frames is None else frames[0]
 

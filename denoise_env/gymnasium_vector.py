@@ -17,6 +17,7 @@ from torch import Tensor
 
 from denoise_env.arguments import boolean
 from denoise_env.faces import ResetRequest, RowStreams, resolve_mdp
+from denoise_env.film import contact_sheet
 from denoise_env.kernels import ODE
 from denoise_env.mdp import DenoisingMDP, State
 from denoise_env.models import DenoisingModel
@@ -73,8 +74,9 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
     name, those of weight 0 included, and ``infos["valid"]`` tells whether the reward is a finite number.
 
     Row i of a reset with the integer ``seed`` equals a single environment reset with ``seed + i``. Reset
-    options: ``prompts`` (one per group), ``group_size``, ``shared_noise``, and ``reset_mask`` (bools; other
-    rows stay as they are). Under autoreset "same_step", ``render`` shows the new episode once the old one has
+    options: ``prompts`` (one per group), ``images`` (likewise: the image that goes with each prompt, as an array, a
+    picture of PIL's or a path), ``group_size``, ``shared_noise``, and ``reset_mask`` (bools; other rows stay as they
+    are). Under autoreset "same_step", ``render`` shows the new episode once the old one has
     ended.
 
     An autoreset begins whole groups of the constructor's ``group_size``, whose rows must therefore end together. A
@@ -284,7 +286,9 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
 
     @torch.no_grad()
     def render(self) -> tuple[NDArray[np.uint8], ...] | None:
-        """One uint8 ``[H, W, 3]`` picture per row; ``None`` where there is no ``render_mode``.
+        """One uint8 ``[H, W, 3]`` picture per row, of a clip its frames side by side (`contact_sheet`).
+
+        ``None`` where there is no ``render_mode``.
 
         Raises:
             ResetNeeded: before the first reset.
@@ -295,7 +299,8 @@ class DenoiseVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         if self._rows is None:
             raise ResetNeeded("call reset() before render()")
         latents = self._rows.state.latents if self._ode is None else self._pred_x0(self._ode, self._rows)
-        return tuple(self.mdp.render(latents).numpy())
+        shown = self.mdp.render(latents)
+        return tuple((contact_sheet(shown) if shown.ndim == 5 else shown).numpy())
 
     def _autoreset_request(self, mask: Mask) -> ResetRequest:
         return ResetRequest.parse({"reset_mask": mask}, self.num_envs, **self._defaults)

@@ -25,8 +25,8 @@ class DenoiseTorchRLEnv(EnvBase):
     The observation ``valid [n, 1]`` is true where an episode has just ended and its reward is a finite number.
 
     After ``set_seed(s)`` row i begins like row i of `DenoiseVectorEnv` after ``reset(seed=s)``; streams
-    without a seed are drawn from torch's global generator. ``reset`` takes ``prompts``, ``group_size`` and
-    ``shared_noise`` as keywords.
+    without a seed are drawn from torch's global generator. ``reset`` takes ``prompts``, ``images``,
+    ``group_size`` and ``shared_noise`` as keywords, as `DenoiseVectorEnv` takes them as options.
 
     Args:
         model: a name or a checkpoint, see `denoise_env.models.find_family`; `from_mdp` takes a live one.

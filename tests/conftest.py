@@ -1,7 +1,47 @@
+import importlib.util
+
 import pytest
 import torch
 
 from denoise_env.mdp import DenoisingMDP
+
+EXTRAS = {
+    "rewards": ("open_clip", "torchvision"),
+    "sb3": ("stable_baselines3",),
+    "serve": ("fastapi", "httpx2", "uvicorn"),
+    "tensorboard": ("tensorboard",),
+    "video": ("moviepy",),
+}
+ABSENT = {
+    extra: lacking
+    for extra, modules in EXTRAS.items()
+    if (lacking := [module for module in modules if importlib.util.find_spec(module) is None])
+}
+
+
+def reason(words):
+    """Why a test is skipped whose failure says these words: an extra that is not installed; or ``None``."""
+    for extra, modules in ABSENT.items():
+        said = [text for module in modules for text in (f"No module named '{module}", f"requires the {module.title()}")]
+        if any(text in words for text in (f"[{extra}]", *said)):
+            return f"the extra {extra!r} is not installed"
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    if report.failed and (why := reason(str(report.longrepr))):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 1, f"Skipped: {why}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed and (why := reason(str(report.longrepr))):
+        report.outcome, report.longrepr = "skipped", (str(item.path), 1, f"Skipped: {why}")
+    return report
 
 
 def pytest_addoption(parser):

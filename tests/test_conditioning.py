@@ -245,7 +245,7 @@ def test_a_cache_of_another_checkpoint_is_refused(tmp_path):
     store = ConditioningStore(Texts(), directory=tmp_path / "a")
     assert not (tmp_path / "a").exists()  # until there is a row to write
     store.rows(store.index(["a"]))
-    with pytest.raises(ValueError, match="was made by another checkpoint, precision or length"):
+    with pytest.raises(ValueError, match="was made by another checkpoint, precision, length or size"):
         ConditioningStore(Texts(seed=1), directory=tmp_path / "a")
     assert fingerprint(Texts()) == fingerprint(Texts())
     (tmp_path / "file").write_text("no directory")

@@ -10,7 +10,7 @@ from agents.commands.settings import run_config, with_flags
 from agents.training.config import TrainConfig
 from agents.training.evaluation import evaluate, sample
 from agents.training.experiment import Experiment, build, load_run
-from agents.training.pictures import grid
+from agents.training.pictures import MOVING, check_picture, grid
 from agents.training.report import interval
 from denoise_env.progress import progress
 from denoise_env.worlds import DEFAULT, WORLDS
@@ -53,9 +53,12 @@ def figure(name: str, row: dict[str, float]) -> str:
 def run_sample(options: argparse.Namespace) -> int:
     """Draw a grid of samples; returns the exit status."""
     Image.init()
-    check_output(options.output, {end: name for end, name in Image.EXTENSION.items() if name in Image.SAVE})
+    check_output(options.output, MOVING | {end: name for end, name in Image.EXTENSION.items() if name in Image.SAVE})
     _check_count(options, 1_000)
     found = _experiment(options.targets[0], options)
+    model = found.mdp.model
+    path = Path(options.output)
+    check_picture(path, model.makes)
     with found.agent.evaluation_weights():
         latents, _ = sample(
             found.eval_mdp,
@@ -65,7 +68,7 @@ def run_sample(options: argparse.Namespace) -> int:
             options.seed,
             found.config.microbatch,
         )
-    grid(found.mdp.render(latents), options.images_per_prompt, Path(options.output))
+    grid(found.mdp.render(latents), options.images_per_prompt, path, frame_rate=model.frame_rate)
     for i, prompt in enumerate(found.eval_prompts):
         print(f"row {i + 1}: {prompt}")
     print(options.output)

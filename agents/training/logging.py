@@ -1,13 +1,17 @@
 """Weights & Biases and TensorBoard, beside the CSV that is always written."""
 
+import io
 import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from agents.training.checkpoints import write_atomically
 from agents.training.config import TrainConfig, as_dict
+from agents.training.pictures import gif, read_frames
 
 
 class Logger:
@@ -65,15 +69,24 @@ class Logger:
             for name, value in figures.items():
                 self._writer.add_scalar(name, value, iteration)
 
-    def image(self, iteration: int, path: Path) -> None:
-        """Log a picture."""
+    def picture(self, iteration: int, path: Path) -> None:
+        """Log a picture; one that moves as a GIF."""
+        frames = read_frames(path) if self._wandb or self._writer else []
+        moving = gif(path) if len(frames) > 1 else b""
         if self._wandb:
-            self._wandb.log({"samples": self._wandb.Image(str(path))}, step=iteration)
-        if self._writer:
-            import numpy as np
-            from PIL import Image
+            kind = self._wandb
+            shown = kind.Video(io.BytesIO(moving), format="gif") if moving else kind.Image(str(path))
+            kind.log({"samples": shown}, step=iteration)
+        if self._writer and moving:
+            from tensorboard.compat.proto.summary_pb2 import Summary
 
-            self._writer.add_image("samples", np.asarray(Image.open(path)), iteration, dataformats="HWC")
+            image = Summary.Image(
+                height=frames[0].height, width=frames[0].width, colorspace=3, encoded_image_string=moving
+            )
+            summary = Summary(value=[Summary.Value(tag="samples", image=image)])
+            self._writer.file_writer.add_summary(summary, iteration)
+        elif self._writer:
+            self._writer.add_image("samples", np.asarray(frames[0]), iteration, dataformats="HWC")
 
 
 def _import_wandb() -> Any:

@@ -92,14 +92,14 @@ class Looks:
         )
         if not self._first_rank:
             return
-        path = pictures / f"{iteration:06d}.png"
+        path = pictures / f"{iteration:06d}{'.webp' if model.makes == 'clips' else '.png'}"
         if model.portrait_size:
             pairs = zip(latents.split(count), prompts, strict=True)
             grid(torch.stack([model.portrait(own, prompt) for own, prompt in pairs]), 1, path)
         else:
-            grid(experiment.mdp.render(latents), GRID_COLUMNS, path)
+            grid(experiment.mdp.render(latents), GRID_COLUMNS, path, frame_rate=model.frame_rate)
         write_atomically(pictures / "prompts.txt", "".join(" ".join(prompt.text.split()) + "\n" for prompt in prompts))
-        self._logger.image(iteration, path)
+        self._logger.picture(iteration, path)
 
 
 def _due(iteration: int, every: int) -> bool:

@@ -34,6 +34,10 @@ from denoise_env.seeding import epoch_order, row_seeds
 from denoise_env.weights import is_sharded
 
 
+class UnscoredError(RuntimeError):
+    """Too many images of a rollout could not be scored."""
+
+
 def train(
     experiment: Experiment,
     directory: Path,
@@ -68,7 +72,7 @@ def train(
             prompts, or sharded weights are to be exported. Nothing has changed then.
         FileExistsError: the directory already holds a run or something else, or another process writes there.
         agents.training.checkpoints.CheckpointError: a checkpoint cannot be read or written.
-        RuntimeError: too many images could not be scored.
+        UnscoredError: too many images could not be scored; what was trained before is saved.
         FloatingPointError: the policy or its gradient is not finite any more.
         agents.training.stopping.Stopped: a signal came; what was trained is saved.
     """
@@ -107,6 +111,9 @@ def train(
             stopping.message = f"stopped; continue with: {again}"
         try:
             _train(experiment, directory, meta, logger, stopping, report, after_first)
+        except UnscoredError as error:
+            why = f"{error}; what was trained before is saved. Once the rewards can score, continue with: {again}"
+            raise UnscoredError(why) from error
         except FloatingPointError as error:
             lower = f"{again} --agent.lr {getattr(config.agent_options, 'lr', 0) / 10:g}"
             raise FloatingPointError(
@@ -200,10 +207,10 @@ def _train(
                 if last:
                     break
             stopping.check()
-        except Stopped:
+        except (Stopped, UnscoredError) as error:
             if done > on_disk:
                 save()
-            if done:
+            if done and isinstance(error, Stopped):
                 again = resume_command(directory, config)
                 stopping.message = f"stopped after iteration {done}, which is saved; continue with: {again}"
             raise
@@ -273,7 +280,7 @@ def _iterate(
     config, agent = experiment.config, experiment.agent
     started = time.perf_counter()
     ahead = {} if ahead is None else ahead
-    rollout, calls = ahead.pop(iteration, None) or _collect(experiment, iteration)
+    rollout, calls = ahead.pop(iteration) if iteration in ahead else _collect(experiment, iteration)
     if more and agent.collects_ahead:
         ahead[iteration + 1] = _collect(experiment, iteration + 1)
     rows = config.prompts_per_iteration * agent.group_size
@@ -281,7 +288,7 @@ def _iterate(
     errors = _write_errors(directory, iteration, rollout, agent.ranks.rank)
     figures = {"iteration": iteration, **_reward_figures(agent, rollout)}
     if figures["unscored"] > config.max_unscored * rows:
-        raise RuntimeError(
+        raise UnscoredError(
             f"iteration {iteration}: {figures['unscored']} of {rows} images could not be scored, more than "
             f"max_unscored = {config.max_unscored:g} allows: {errors or 'the reward returned NaN'}"
         )

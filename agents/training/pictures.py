@@ -1,9 +1,11 @@
-"""Pictures of samples."""
+"""Pictures of samples: still ones, and of clips such as move."""
 
 import base64
+import importlib.util
 import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -12,10 +14,113 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _GAP = 1  # white pixels between neighbours
+_FILM = 6
+"""The most frames of a clip that are shown one below the other."""
+MOVING = {".webp": "WebP", ".gif": "GIF", ".png": "PNG", ".mp4": "MP4"}
+"""The endings of files that can hold clips; browsers play such a PNG, and other programs show its first frame."""
 
 
-def grid(images: torch.Tensor, columns: int, path: Path, scale: int | None = None) -> None:
-    """Write uint8 ``[N, H, W, 3]`` as one PNG, ``columns`` pictures a row, small ones enlarged."""
+def grid(samples: torch.Tensor, columns: int, path: Path, scale: int | None = None, frame_rate: float = 8.0) -> None:
+    """Write samples as one picture, ``columns`` of them a row, small ones enlarged.
+
+    Args:
+        samples: uint8 images ``[N, H, W, 3]``; or clips ``[N, F, H, W, 3]``, which make a picture that moves for ever.
+        columns: samples a row.
+        path: the file; of clips its ending must be in `MOVING`, and ".mp4" needs the extra "video".
+        scale: how often each pixel is repeated along both axes; default: small samples are enlarged.
+        frame_rate: frames a second of clips.
+
+    Raises:
+        ValueError: as in `check_picture`.
+    """
+    check_picture(path, "clips" if samples.ndim == 5 else "images")
+    frames = [_sheet(images, columns, scale) for images in (samples.unbind(1) if samples.ndim == 5 else [samples])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() == ".mp4":
+        _write_mp4(frames, path, frame_rate)
+    else:
+        _save(frames, path, 1000 / frame_rate)
+
+
+def check_picture(path: Path, shows: Literal["images", "clips"]) -> None:
+    """Raise a ``ValueError`` for a file that cannot hold what it shows, or whose package is not installed."""
+    ending = path.suffix.lower()
+    if shows == "clips" and ending not in MOVING:
+        raise ValueError(f"{path} cannot hold clips: a file that moves ends in one of {list(MOVING)}")
+    if ending == ".mp4" and shows == "images":
+        raise ValueError(f"{path} is for clips, and these are images: let it end in .png")
+    if ending == ".mp4" and importlib.util.find_spec("moviepy") is None:
+        raise ValueError(f"{path} needs the package moviepy: pip install 'denoise-env[video]'")
+
+
+def rows(path: Path, count: int) -> "list[list[Image]]":
+    """The ``count`` rows of a picture that `grid` wrote, each with its frames: of a still picture one."""
+    frames = read_frames(path)
+    pitch = (frames[0].height + _GAP) // count
+    boxes = [(0, i * pitch, frames[0].width, (i + 1) * pitch - _GAP) for i in range(count)]
+    return [[frame.crop(box) for frame in frames] for box in boxes]
+
+
+def read_frames(path: Path) -> "list[Image]":
+    """The frames of a picture: of a still one, one."""
+    from PIL import Image, ImageSequence
+
+    with Image.open(path) as picture:
+        return [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
+
+
+def film(frames: "Sequence[Image]") -> "Image":
+    """Frames as one still picture, from the first to the last downwards; of many, some that are evenly spaced."""
+    from PIL import Image
+
+    places = np.linspace(0, len(frames) - 1, min(len(frames), _FILM)).round().astype(int)
+    shown = [frames[i] for i in places]
+    pitch = shown[0].height + _GAP
+    sheet = Image.new("RGB", (shown[0].width, pitch * len(shown) - _GAP), "white")
+    for i, frame in enumerate(shown):
+        sheet.paste(frame, (0, i * pitch))
+    return sheet
+
+
+def still(path: Path, count: int) -> "Image":
+    """A picture of ``count`` rows as one that does not move: of clips, the `film` of each row."""
+    from PIL import Image
+
+    films = [film(row) for row in rows(path, count)]
+    pitch = films[0].height + _GAP
+    sheet = Image.new("RGB", (films[0].width, pitch * count - _GAP), "white")
+    for i, row in enumerate(films):
+        sheet.paste(row, (0, i * pitch))
+    return sheet
+
+
+def data_uri(frames: "Sequence[Image]", widest: int = 1040) -> str:
+    """Frames as text for a page: a PNG of one, a WebP that moves of several.
+
+    What is wider than ``widest`` pixels is shrunk, and one frame is then a JPEG.
+    """
+    first, kind = frames[0], "webp" if len(frames) > 1 else "png"
+    if first.width > widest:
+        size = (widest, max(1, first.height * widest // first.width))
+        frames, kind = [frame.resize(size) for frame in frames], "jpeg" if kind == "png" else kind
+    buffer = io.BytesIO()
+    _save(frames, buffer, _milliseconds(first), kind)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def gif(path: Path) -> bytes:
+    """A picture that `grid` wrote as the bytes of a GIF."""
+    buffer, frames = io.BytesIO(), read_frames(path)
+    _save(frames, buffer, _milliseconds(frames[0]), "gif")
+    return buffer.getvalue()
+
+
+def _milliseconds(frame: "Image") -> float:
+    """How long a frame that was read is shown."""
+    return float(frame.info.get("duration", 125))
+
+
+def _sheet(images: torch.Tensor, columns: int, scale: int | None) -> "Image":
     from PIL import Image
 
     scale = scale or max(1, 64 // images.shape[1])
@@ -25,23 +130,21 @@ def grid(images: torch.Tensor, columns: int, path: Path, scale: int | None = Non
     for i, image in enumerate(images.numpy()):
         y, x = (i // columns) * (height + _GAP), (i % columns) * (width + _GAP)
         sheet[y : y + height, x : x + width] = image.repeat(scale, 0).repeat(scale, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path)
+    return Image.fromarray(sheet)
 
 
-def rows(path: Path, count: int) -> "list[Image]":
-    """The ``count`` rows of a picture that `grid` wrote."""
-    from PIL import Image
+def _save(frames: "Sequence[Image]", file: "Path | io.BytesIO", milliseconds: float, kind: str | None = None) -> None:
+    first, *others = frames
+    moving = {"save_all": True, "append_images": others, "duration": round(milliseconds), "loop": 0}
+    if kind == "webp" or (isinstance(file, Path) and file.suffix.lower() == ".webp"):
+        moving["lossless"] = True
+    first.save(file, kind, **(moving if others else {}))
 
-    with Image.open(path) as sheet:
-        pitch = (sheet.height + _GAP) // count
-        return [sheet.crop((0, i * pitch, sheet.width, (i + 1) * pitch - _GAP)) for i in range(count)]
 
+def _write_mp4(frames: "Sequence[Image]", path: Path, frame_rate: float) -> None:
+    from moviepy import ImageSequenceClip
 
-def data_uri(image: "Image", widest: int = 1040) -> str:
-    """A picture as text for a page: PNG, or a JPEG where it was wider than ``widest`` pixels and had to be shrunk."""
-    buffer, kind = io.BytesIO(), "png" if image.width <= widest else "jpeg"
-    if kind == "jpeg":
-        image = image.resize((widest, max(1, image.height * widest // image.width)))
-    image.save(buffer, kind)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    pictures = [np.asarray(frame) for frame in frames]
+    odd = [(0, size % 2) for size in pictures[0].shape[:2]]  # the codec wants even sizes
+    padded = [np.pad(picture, (*odd, (0, 0)), constant_values=255) for picture in pictures]
+    ImageSequenceClip(padded, fps=frame_rate).write_videofile(str(path), logger=None, audio=False)

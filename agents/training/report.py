@@ -10,7 +10,7 @@ from typing import Any
 
 from agents.training.charts import Line, chart
 from agents.training.checkpoints import write_atomically
-from agents.training.pictures import data_uri, rows
+from agents.training.pictures import data_uri, film, rows, still
 from agents.training.tables import read_table
 
 MOST_LOOKS = 12
@@ -45,7 +45,9 @@ figure{margin:0;break-inside:avoid} img{max-width:100%;display:block}
 .charts h3{font-size:14px;margin:0}.charts svg{width:100%;height:auto}
 .charts text{font:11px system-ui,sans-serif;fill:#5b6570}
 @media(max-width:50rem){.pair{grid-template-columns:minmax(0,1fr)}}
-@media print{.slide{display:none} body{max-width:none;margin:0} .charts{grid-template-columns:repeat(2,1fr)}
+.look .film{display:none}
+@media print{.slide,.look .moves{display:none} .look .film{display:block}}
+@media print{body{max-width:none;margin:0} .charts{grid-template-columns:repeat(2,1fr)}
 *{print-color-adjust:exact}}
 """
 _SCRIPT = """
@@ -138,7 +140,8 @@ def _drawn(directory: Path) -> tuple[list[str], list[Path]]:
     """The prompts that a run draws, and its pictures of them in the order of their iterations."""
     samples = directory / "samples"
     lines = (samples / "prompts.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    pictures = sorted((p for p in samples.glob("*.png") if p.stem.isdecimal()), key=lambda p: int(p.stem))
+    drawn = (path for path in samples.iterdir() if path.suffix in (".png", ".webp") and path.stem.isdecimal())
+    pictures = sorted(drawn, key=lambda path: int(path.stem))
     return [line or "(the empty prompt)" for line in lines], pictures
 
 
@@ -161,15 +164,25 @@ def _looks(directory: Path) -> str:
 
 def _look(prompts: list[str], picture: Path) -> str:
     figures = [
-        f'<figure><figcaption dir="auto">{_text(prompt)}</figcaption>'
-        f'<img alt="samples of {_text(prompt)} at iteration {int(picture.stem)}" src="{data_uri(row)}"></figure>'
+        f'<figure><figcaption dir="auto">{_text(prompt)}</figcaption>{_image(prompt, picture, row)}</figure>'
         for prompt, row in zip(prompts, rows(picture, len(prompts)), strict=True)
     ]
     return f'<div class="look"><h3>iteration {int(picture.stem)}</h3><div>{"".join(figures)}</div></div>'
 
 
+def _image(prompt: str, picture: Path, frames: list[Any]) -> str:
+    """A row of samples; of clips also its film, for a page that is printed."""
+    named = f'alt="samples of {_text(prompt)} at iteration {int(picture.stem)}"'
+    image = f'<img {named} src="{data_uri(frames)}">'
+    if len(frames) == 1:
+        return image
+    return f'<div class="moves">{image}</div><div class="film"><img {named} src="{data_uri([film(frames)])}"></div>'
+
+
 def write_comparison(directory: Path) -> Path:
     """Write ``before_after.png``: a run's first and last picture of samples, from the same seeds, with their prompts.
+
+    Of clips it shows the film: each row's frames one below the other.
 
     Args:
         directory: a run's directory.
@@ -179,13 +192,12 @@ def write_comparison(directory: Path) -> Path:
     """
     import matplotlib
     import numpy as np
-    from PIL import Image
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     prompts, pictures = _drawn(directory)
-    before_after = [np.asarray(Image.open(pictures[i])) for i in (0, -1)]
+    before_after = [np.asarray(still(pictures[i], len(prompts))) for i in (0, -1)]
     height, width = before_after[0].shape[:2]
     side = min(5.0, 8 * width / height)  # of one picture, inches
     figure, axes = plt.subplots(1, 2, figsize=(2 * side + 2, side * height / width + 0.4), layout="constrained")

@@ -21,6 +21,8 @@ FAMILIES = (
     "denoise_env.models.flux2:FAMILY",
     "denoise_env.models.qwen_image:FAMILY",
     "denoise_env.models.z_image:FAMILY",
+    "denoise_env.models.hunyuan_video:FAMILY",
+    "denoise_env.models.skyreels:FAMILY",
 )
 """Where the families' records are; a new family is a file and a line here."""
 INDEX = "model_index.json"

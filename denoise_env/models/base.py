@@ -74,6 +74,7 @@ class DenoisingModel(ABC):
         rows_guided: as ``rows_per_sample``, where `predict` is given another guidance scale than the model's.
         images_per_prompt: how many images a prompt must carry.
         makes: what `decode` gives rewards, "images" or "clips".
+        frame_rate: frames a second at which people are shown clips.
         masks: entry of the conditioning → its mask. Such an entry is a sequence ``[P, L, ...]`` with mask ``[P, L]``
             bool, True first: it is kept without its padding, and padded to the longest of every batch. Entries
             without a mask have one fixed shape: their padding is attended to.
@@ -93,6 +94,7 @@ class DenoisingModel(ABC):
     rows_guided: int = 2
     images_per_prompt: ClassVar[int] = 0
     makes: Literal["images", "clips"] = "images"
+    frame_rate: float = 8.0
     masks: ClassVar[Mapping[str, str]] = {}
     longest: int | None = None
     portrait_size: ClassVar[int] = 0
@@ -139,9 +141,14 @@ class DenoisingModel(ABC):
                 f"{prompt.negative!r} out"
             )
         if len(prompt.images) != self.images_per_prompt:
+            how = (
+                "give it in Prompt's images, or in a prompt file's column image"
+                if self.images_per_prompt
+                else "drop it"
+            )
             raise ValueError(
                 f"{type(self).__name__} takes {self.images_per_prompt or 'no'} image(s) with a prompt; "
-                f"{prompt.text!r} has {len(prompt.images) or 'none'}"
+                f"{prompt.text!r} has {len(prompt.images) or 'none'}: {how}"
             )
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
@@ -291,6 +298,12 @@ class DenoisingModel(ABC):
         """Keep a copy of the present weights for `reference`. Only the first call does so; later ones do nothing."""
         if self._kept is None:
             self._kept = copies(self.trainable())
+
+
+def example_prompt(model: DenoisingModel, text: str = "a prompt") -> Prompt:
+    """A prompt with as many images as the model takes; with one of the model's texts where these are all it knows."""
+    images = [torch.zeros(3, 64, 64)] * model.images_per_prompt
+    return Prompt(model.vocabulary[0] if model.vocabulary else text, images=images)
 
 
 def row_lengths(mask: Tensor) -> list[int]:

@@ -5,8 +5,7 @@ from math import prod
 from typing import Any
 
 from denoise_env.models import ModelOptions, find_family, outline
-from denoise_env.models.base import DenoisingModel
-from denoise_env.prompts import Prompt
+from denoise_env.models.base import example_prompt
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def describe(model: str, options: ModelOptions | None = None) -> Description:
     found = outline(model, options)
     parameters = list(found.network.parameters())
     trainable = list(found.trainable().values())
-    conditioning = found.encode([_prompt(found)])
+    conditioning = found.encode([example_prompt(found)])
     frozen = found.frozen()
     return Description(
         family=find_family(model)[0].name,
@@ -75,10 +74,3 @@ def describe(model: str, options: ModelOptions | None = None) -> Description:
         gradient_bytes=sum(p.nbytes for p in trainable),
         optimizer_bytes=2 * sum(p.nbytes for p in trainable),
     )
-
-
-def _prompt(model: DenoisingModel) -> Prompt:
-    import numpy as np
-
-    text = model.vocabulary[0] if model.vocabulary else "a prompt"
-    return Prompt(text, images=[np.zeros((64, 64, 3), np.uint8)] * model.images_per_prompt)

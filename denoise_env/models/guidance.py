@@ -28,10 +28,12 @@ class GuidedModel(PipelineModel):
     Attributes:
         entries: the entries of the conditioning that `call` gets; each has a "negative_" twin where prompts have a
             negative text.
+        shared_entries: further ones that it gets, alike in both halves, such as an image's.
     """
 
     default_negative: ClassVar[str] = ""
     entries: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
+    shared_entries: ClassVar[tuple[str, ...]] = ()
 
     def guide_by(self, scale: float) -> None:
         """Set the scale w of classifier-free guidance, 1 for none; a ``ValueError`` below."""
@@ -93,7 +95,7 @@ class GuidedModel(PipelineModel):
         told: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The output at ``scale``, or without guidance where it is ``None``; both halves are ``told [B]`` the same."""
-        told = told or {}
+        told = {**{name: conditioning[name] for name in self.shared_entries}, **(told or {})}
         timestep = timestep.to(latents.device).expand(len(latents))
         if scale is None:
             positive = {name: conditioning[name] for name in self.entries}

@@ -15,8 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from denoise_env.models.base import DenoisingModel
-from denoise_env.prompts import Prompt
+from denoise_env.models.base import DenoisingModel, example_prompt
 
 
 class LiveBytes(TorchDispatchMode):
@@ -87,7 +86,7 @@ class DryRun:
         self.model, self._cuda = model, cuda
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._converted: dict[int, tuple[Tensor, Tensor]] = {}
-        row = model.split(model.encode([Prompt("a prompt")]))[0]
+        row = model.split(model.encode([example_prompt(model)]))[0]
         kept = getattr(model, "unconditional_row", {})
         modules = [module for root in (model.network, *model.frozen().values()) for module in root.modules()]
         holders: list[Any] = [
@@ -139,35 +138,38 @@ class DryRun:
         words = (self.model.longest or 1) if self.model.masks else 1  # elsewhere the tokenizer pads
         live = LiveBytes()
         ran: list[int] = []
+        encoders = [(encoder, "forward") for encoder in self.model.encoders().values()]
+        if self.model.images_per_prompt:
+            encoders.append((self.model.frozen()["vae"], "encode"))
         with contextlib.ExitStack() as stack:
-            for encoder in self.model.encoders().values():
-                stack.enter_context(self._faked(encoder, live, ran))
+            for encoder, method in encoders:
+                stack.enter_context(self._faked(encoder, method, live, ran))
             stack.enter_context(warnings.catch_warnings(action="ignore"))  # of a prompt that is cut
             with contextlib.suppress(DynamicOutputShapeException):  # raised where padding is cut off, after the encoder
-                self.model.encode([Prompt("a " * words)] * prompts)
-        if len(set(ran)) < len(self.model.encoders()):
-            raise RuntimeError(f"of the encoders {list(self.model.encoders())} only {len(set(ran))} have run")
+                self.model.encode([example_prompt(self.model, "a " * words)] * prompts)
+        if len(set(ran)) < len(encoders):
+            raise RuntimeError(f"of {len(encoders)} encoders only {len(set(ran))} have run")
         return live.peak
 
     @contextlib.contextmanager
-    def _faked(self, encoder: nn.Module, live: LiveBytes, ran: list[int]) -> Iterator[None]:
+    def _faked(self, encoder: nn.Module, method: str, live: LiveBytes, ran: list[int]) -> Iterator[None]:
         """A context in which an encoder alone computes on fake tensors, and the tokenizer before it on real ones."""
-        forward: Any = encoder.forward
+        own: Any = getattr(encoder, method)
         if hasattr(encoder, "set_attn_implementation"):
             encoder.set_attn_implementation("sdpa")  # type: ignore[operator]  # as loaded; an outline has "eager"
 
         def run(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = tree_map_only(Tensor, self._fake.from_tensor, (args, kwargs))
             with self._fake, live, torch.no_grad():
-                found = forward(*args, **kwargs)
+                found = own(*args, **kwargs)
             ran.append(id(encoder))
             return found
 
-        encoder.forward = run  # type: ignore[method-assign]
+        setattr(encoder, method, run)
         try:
             yield
         finally:
-            encoder.forward = forward  # type: ignore[method-assign]
+            setattr(encoder, method, own)
 
     def _peak(self, run: Callable[[], object]) -> int:
         with contextlib.ExitStack() as stack:

@@ -8,6 +8,7 @@ from torch import Tensor
 from denoise_env.arguments import integer
 from denoise_env.models.flow_match import FlowOptions
 from denoise_env.models.guidance import GuidedModel
+from denoise_env.prompts import PromptImage
 
 
 @dataclass
@@ -43,6 +44,18 @@ class VideoModel(GuidedModel):
         kind: Literal["images", "clips"] = "images" if frames == 1 else "clips"
         self.makes = kind
         return 1 + (frames - 1) // stride
+
+    def image_pixels(self, image: PromptImage) -> Tensor:
+        """A prompt's image ``[1, 3, H, W]`` in [−1, 1] as the VAE reads it, in the clip's size.
+
+        An image of another size is stretched to it by Lanczos' filter, as the plain pipelines do.
+        """
+        from PIL import Image
+
+        factor = self.pipeline.vae_scale_factor_spatial
+        height, width = (side * factor for side in self.latent_shape[-2:])
+        pixels = self.pipeline.video_processor.preprocess(Image.fromarray(image.pixels()), height, width)
+        return pixels.to(self.device, self.dtype)
 
     def clip(self, decoded: Tensor) -> Tensor:
         """What a VAE decodes, ``[B, 3, F, H, W]`` in about [−1, 1], as `decode` returns it, in [0, 1]."""

@@ -18,6 +18,8 @@ BACKOFF = 0.5
 """Seconds before the first retry; they double with each, and are drawn from the upper half."""
 LONGEST_WAIT = 30.0
 """Seconds that a server's Retry-After is followed up to."""
+SIGN_OF_LIFE = 5.0
+"""Seconds that a server that was silent has for an answer to ``/health``."""
 _jitter = random.Random()  # the global generators belong to the training run
 
 
@@ -26,11 +28,12 @@ class RemoteError(RuntimeError):
 
 
 class _Failure(Exception):
-    """One try has failed: why, whether another may do better, and the seconds that the server asks to wait."""
+    """One try has failed: why, whether another may do better, the seconds that the server asks to wait, and whether it
+    gave no answer at all."""
 
-    def __init__(self, why: str, again: bool = True, wait: float = 0.0) -> None:
+    def __init__(self, why: str, again: bool = True, wait: float = 0.0, silent: bool = False) -> None:
         super().__init__(why)
-        self.again, self.wait = again, wait
+        self.again, self.wait, self.silent = again, wait, silent
 
 
 class Connection:
@@ -38,6 +41,10 @@ class Connection:
 
     A request is sent again after refused and broken connections, timeouts, the statuses 408, 425, 429 and 5xx, and
     answers that cannot be used. Redirections are not followed.
+
+    A server that gave no answer at all to the last try of a request is silent until one is answered: it is first asked
+    for ``/health``, where any answer will do, and then sent the request, both once. So an outage costs the retries
+    once, and not for every request of a rollout.
 
     Args:
         url: ``http://`` or ``https://``, with no user, password, query or fragment.
@@ -66,6 +73,7 @@ class Connection:
             raise ValueError(f"an environment variable's name must be a string, not {token_env!r}")
         read_token(token_env)
         self.token_env, self.max_answer = token_env, max_answer
+        self.silent = False
 
     @cached_property
     def _client(self) -> "Client":
@@ -92,10 +100,14 @@ class Connection:
             RemoteError: there is no such answer after the retries.
         """
         body = None if payload is None else json.dumps(payload).encode()
-        tries = 1 + (self.retries if retries is None else retries)
+        tries = 1 + (0 if self.silent else self.retries if retries is None else retries)
         for attempt in range(tries):
             try:
-                return parse(self._once(path, body))
+                if self.silent:
+                    self._seek_sign_of_life()
+                answer = self._once(path, body, self.timeout)
+                self.silent = False
+                return parse(answer)
             except ValueError as error:
                 failure = _Failure(f"its answer cannot be used: {error}")
             except _Failure as error:
@@ -103,30 +115,42 @@ class Connection:
             if not failure.again or attempt == tries - 1:
                 break
             time.sleep(max(failure.wait, BACKOFF * 2**attempt * _jitter.uniform(0.5, 1.0)))
+        self.silent = failure.silent
         times = f" (tried {attempt + 1} times)" if attempt else ""
         raise RemoteError(f"{self.url}{path}: {failure}{times}")
 
-    def _once(self, path: str, body: bytes | None) -> Any:
+    def _seek_sign_of_life(self) -> None:
+        """Raise a `_Failure` where the server gives no answer at all."""
+        try:
+            self._once("/health", None, min(self.timeout, SIGN_OF_LIFE))
+        except _Failure as error:
+            if error.silent:
+                raise _Failure(f"still silent: {error}", silent=True) from error
+        except ValueError:  # an answer all the same
+            pass
+
+    def _once(self, path: str, body: bytes | None, timeout: float) -> Any:
         from httpx2 import HTTPError, TimeoutException
 
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if token := read_token(self.token_env):
             headers["Authorization"] = f"Bearer {token}"
-        end = time.monotonic() + self.timeout
+        end = time.monotonic() + timeout
         data = bytearray()
         try:
             method = "GET" if body is None else "POST"
-            with self._client.stream(method, f"{self.url}{path}", content=body, headers=headers) as response:
+            url = f"{self.url}{path}"
+            with self._client.stream(method, url, content=body, headers=headers, timeout=timeout) as response:
                 for chunk in response.iter_raw():
                     data += chunk
                     if len(data) > self.max_answer:
                         raise _Failure(f"its answer is longer than {self.max_answer:,} bytes", again=False)
                     if time.monotonic() > end:
-                        raise _Failure(f"no whole answer in {self.timeout:g} s")
+                        raise _Failure(f"no whole answer in {timeout:g} s", silent=True)
         except TimeoutException:
-            raise _Failure(f"no answer in {self.timeout:g} s") from None
+            raise _Failure(f"no answer in {timeout:g} s", silent=True) from None
         except HTTPError as error:
-            raise _Failure(f"{type(error).__name__}: {error}") from error
+            raise _Failure(f"{type(error).__name__}: {error}", silent=True) from error
         status = response.status_code
         if status != 200:
             again = status in (408, 425, 429) or status >= 500

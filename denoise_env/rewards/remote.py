@@ -26,7 +26,7 @@ class Remote:
 
     ``format="png"`` rounds to 8 bits: scores are those that the reward gives the rounded images. ``format="float"``,
     which only our server reads, sends the float32 values themselves, and scores equal those of the reward in this
-    process as far as it does not depend on the batch.
+    process on contiguous samples, as far as it does not depend on the batch.
 
     A row that the server could not score is NaN. Where it gives no usable answer after the retries, the call raises.
 

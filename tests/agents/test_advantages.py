@@ -23,7 +23,7 @@ def scored(agent, total, prompts=("ring", "line"), **more):
     group = len(total) // len(prompts)
     rollout = collect(mdp, agent.policy, row_generators(range(len(total))), prompts, group_size=group)
     scores = Scores({"points": total}, total, total.isfinite(), {})
-    return dataclasses.replace(rollout, scores=scores, **more)
+    return dataclasses.replace(rollout, scored=lambda: scores, **more)
 
 
 def make(points, name, **config):
@@ -233,7 +233,7 @@ def test_ppos_kl_reward_pulls_towards_the_base_model():
     rows = 4000
     rollout = collect(mdp, policy, row_generators(range(rows)), ["ring"] * rows, **agent.rollout_options(1))
     total = torch.zeros(rows)
-    rollout = dataclasses.replace(rollout, scores=Scores({"points": total}, total, total == 0, {}))
+    rollout = dataclasses.replace(rollout, scored=lambda: Scores({"points": total}, total, total == 0, {}))
     raw, _ = agent.gae(rollout)
     kl = (
         0.5
@@ -266,7 +266,9 @@ def test_rwrs_weights_average_to_one(points):
     assert weight[5] == 0
     plain = make(points, "rwr", temperature=0.5, normalise=False).targets(rollout)["weight"]
     assert plain[[0, 5]].tolist() == pytest.approx([math.exp(0.6), 0])
-    huge = dataclasses.replace(rollout, scores=Scores({}, torch.tensor([900.0, 901.0] * 4), torch.ones(8) > 0, {}))
+    huge = dataclasses.replace(
+        rollout, scored=lambda: Scores({}, torch.tensor([900.0, 901.0] * 4), torch.ones(8) > 0, {})
+    )
     assert agent.targets(huge)["weight"].isfinite().all()
     none = scored(agent, [torch.nan] * 8)
     assert agent.targets(none)["weight"].tolist() == [0] * 8

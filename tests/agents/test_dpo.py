@@ -18,7 +18,7 @@ def scored(agent, total):
     mdp, total = agent.policy.mdp, torch.tensor(total)
     prompts = [p.text for p in mdp.prompts][: len(total) // agent.group_size]
     rollout = collect(mdp, agent.policy, row_generators(range(len(total))), prompts, group_size=agent.group_size)
-    return dataclasses.replace(rollout, scores=Scores({"points": total}, total, total.isfinite(), {}))
+    return dataclasses.replace(rollout, scored=lambda: Scores({"points": total}, total, total.isfinite(), {}))
 
 
 def pairs(agent, total):

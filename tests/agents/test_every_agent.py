@@ -245,6 +245,22 @@ def test_a_resumed_run_equals_the_run_that_never_stopped(name, tmp_path, monkeyp
     assert bool(changed) == (name not in ("base", "best-of-n", "zero-lr"))
 
 
+@pytest.mark.parametrize("name", LEARNING)
+def test_a_rollout_without_scores_changes_no_weights(name):
+    """Nor does the momentum of the updates before it."""
+    experiment = build(tiny(name, max_unscored=1.0))
+    loop._iterate(experiment, 1)
+    weights = [p for group in experiment.agent.optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in weights]
+    mdp = experiment.mdp
+    mdp.rewards = dict.fromkeys(mdp.rewards, lambda images, prompts: torch.full((len(images),), torch.nan))
+    figures = loop._iterate(experiment, 2)
+    assert figures["unscored"] == 8
+    assert figures["skipped_updates"] >= 1
+    assert all(torch.equal(one, other) for one, other in zip(weights, before, strict=True))
+    assert experiment.agent.skipped == 0
+
+
 @pytest.mark.parametrize("name", ["grpo", "nft", "mix-grpo", "ppo", "base"])
 @pytest.mark.parametrize("stop", [2, 3])
 def test_a_budgeted_run_resumes_exactly(name, stop, tmp_path, monkeypatch):

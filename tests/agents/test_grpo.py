@@ -55,11 +55,13 @@ def test_rewards_are_normalised_one_by_one_and_then_weighted(points):
     a, b = torch.rand(8), 1000 * torch.rand(8)
     scores = Scores({"a": a, "b": b}, 0.7 * a + 1.4 * b, torch.ones(8, dtype=torch.bool), {})
     rollout = collect(points, agent.policy, row_generators(range(8)), group_size=4)
-    advantages = agent.advantages(dataclasses.replace(rollout, scores=scores))["advantage"]
+    advantages = agent.advantages(dataclasses.replace(rollout, scored=lambda: scores))["advantage"]
     valid = scores.valid
     expected = 0.7 * group_advantages(a, valid, 4) + 1.4 * group_advantages(b, valid, 4)
     torch.testing.assert_close(advantages, expected)
-    tight = make(points, advantage_clip=0.5).advantages(dataclasses.replace(rollout, scores=scores))["advantage"]
+    tight = make(points, advantage_clip=0.5).advantages(dataclasses.replace(rollout, scored=lambda: scores))[
+        "advantage"
+    ]
     torch.testing.assert_close(tight, expected.clamp(-0.5, 0.5))
 
 

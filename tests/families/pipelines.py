@@ -6,6 +6,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLHunyuanVideo,
     AutoencoderKLQwenImage,
     DDIMScheduler,
     EulerDiscreteScheduler,
@@ -15,6 +16,9 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanSkyreelsImageToVideoPipeline,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -30,6 +34,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    LlamaConfig,
+    LlamaModel,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PixtralImageProcessor,
@@ -44,7 +50,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from benchmarks.tokenizers import WORDS, clip_tokenizer, t5_tokenizer
+from benchmarks.tokenizers import WORDS, clip_tokenizer, llama_tokenizer, t5_tokenizer
 
 
 def clip_config(tokenizer, width=32, **changes):
@@ -426,3 +432,53 @@ def z_image(dynamic=True):
         tokenizer=tokenizer,
         transformer=transformer,
     )
+
+
+def hunyuan_parts(in_channels, guidance_embeds):
+    clip, llama = clip_tokenizer(77), llama_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(llama),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+        pad_token_id=llama.pad_token_id,
+        bos_token_id=llama.bos_token_id,
+        eos_token_id=llama.eos_token_id,
+    )
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
+        "vae": AutoencoderKLHunyuanVideo(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2
+        ),
+        "text_encoder": LlamaModel(config),
+        "tokenizer": llama,
+        "text_encoder_2": CLIPTextModel(clip_config(clip)),
+        "tokenizer_2": clip,
+        "transformer": HunyuanVideoTransformer3DModel(
+            in_channels=in_channels,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=16,
+            pooled_projection_dim=32,
+            rope_axes_dim=(4, 6, 6),
+            guidance_embeds=guidance_embeds,
+        ),
+    }
+
+
+def hunyuan_video(in_channels=4, guidance_embeds=True):
+    torch.manual_seed(0)
+    return HunyuanVideoPipeline(**hunyuan_parts(in_channels, guidance_embeds))
+
+
+def skyreels(guidance_embeds=True):
+    torch.manual_seed(0)
+    return HunyuanSkyreelsImageToVideoPipeline(**hunyuan_parts(8, guidance_embeds))

@@ -7,7 +7,7 @@ import shutil
 import diffusers
 import pytest
 import torch
-from cases import CASES, brightness
+from cases import CASES, brightness, prompt_file, prompts_of
 from safetensors.torch import load_file
 
 from agents.grpo import GRPO, GRPOConfig
@@ -21,9 +21,7 @@ from denoise_env.kernels import ODE
 from denoise_env.mdp import DenoisingMDP, row_generators
 from denoise_env.models import find_family, load_model, model_options
 from denoise_env.models.description import describe
-from denoise_env.prompts import Prompt
 
-PROMPTS = ["a red circle on gray", "a prompt with more words than the others have", "blue"]
 STEPS = 4
 VARIANTS = [(name, variant) for name, case in CASES.items() for variant in case.variants]
 GUIDED = [(name, variant) for name, variant in VARIANTS if CASES[name].variants[variant].rows == 2]
@@ -36,13 +34,8 @@ def sized(case):
     return {**next(iter(case.variants.values())).options, "height": height, "width": width}
 
 
-def make_mdp(model, prompts=PROMPTS):
+def make_mdp(model, prompts):
     return DenoisingMDP(model, {"brightness": brightness}, prompts, STEPS)
-
-
-def prompts_of(name, variant):
-    negative = CASES[name].variants[variant].negative
-    return [Prompt(text, negative=negative) for text in PROMPTS]
 
 
 def noise_of(model, rows=3, seed=0):
@@ -67,20 +60,26 @@ def plain_pipeline(directory):
 
 
 def their_samples(pipeline, name, variant, latents, output_type):
-    """The plain pipeline's latents in our form, or its images ``[B, 3, H, W]``."""
-    case = CASES[name]
+    """The plain pipeline's latents in our form, or its images ``[B, 3, H, W]`` or clips ``[B, F, 3, H, W]``."""
+    case, prompts, samples = CASES[name], prompts_of(name, variant), []
     found = case.variants[variant]
-    negative = {} if found.negative is None else case.negative(pipeline, [found.negative] * len(PROMPTS))
-    images = pipeline(
-        prompt=list(PROMPTS),  # Z-Image's writes into it
-        latents=case.given(latents),
-        num_inference_steps=STEPS,
-        height=case.size[0],
-        width=case.size[1],
-        output_type=output_type,
-        **{**negative, **found.call},
-    ).images
-    return images if output_type == "pt" else case.returned(images, *latents.shape[2:])
+    size = 1 if case.alone else len(prompts)
+    for start in range(0, len(prompts), size):
+        own = prompts[start : start + size]
+        negative = {} if found.negative is None else case.negative(pipeline, [found.negative] * size)
+        output = pipeline(
+            prompt=[prompt.text for prompt in own],  # Z-Image's writes into it
+            latents=case.given(latents[start : start + size]),
+            num_inference_steps=STEPS,
+            height=case.size[0],
+            width=case.size[1],
+            output_type=output_type,
+            **case.given_images(own),
+            **{**negative, **found.call},
+        )
+        samples.append(output.images if hasattr(output, "images") else output.frames)
+    together = torch.cat(samples)
+    return together if output_type == "pt" else case.returned(together, *latents.shape[-2:])
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
@@ -91,8 +90,9 @@ def test_our_sampler_is_the_pipelines_own(load, checkpoints, name, variant):
     pipeline = plain_pipeline(checkpoints(name, variant))
     theirs = their_samples(pipeline, name, variant, latents, "latent")
     torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=CASES[name].tolerance)
-    images = their_samples(pipeline, name, variant, latents, "pt")
-    torch.testing.assert_close(model.decode(ours), images.float(), rtol=0, atol=2e-4)
+    samples, decoded = their_samples(pipeline, name, variant, latents, "pt").float(), model.decode(ours)
+    assert samples.numel() == decoded.numel()
+    torch.testing.assert_close(decoded, samples.view_as(decoded), rtol=0, atol=2e-4)  # a video of one frame is an image
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
@@ -108,7 +108,7 @@ def test_one_network_call_a_step(load, name, variant):
 
 def roll(mdp, policy, agent, microbatch=None):
     generators = row_generators(range(2 * agent.group_size))
-    prompts = PROMPTS[:2] if mdp.model.vocabulary is None else list(mdp.model.vocabulary[:2])
+    prompts = mdp.drawn_prompts[:2]
     sizes = {"group_size": agent.group_size, "microbatch": microbatch}
     return collect(mdp, policy, generators, prompts, shared_noise=True, **sizes)
 
@@ -122,7 +122,7 @@ def test_an_unchanged_policy_has_ratio_one(load, name):
     for way in [(variant, *rest) for variant in variants for rest in settings] if name in CASES else [()]:
         if way:
             variant, dtype, rank, microbatch = way
-            mdp = make_mdp(load(name, variant, dtype=dtype, lora_rank=rank))
+            mdp = make_mdp(load(name, variant, dtype=dtype, lora_rank=rank), prompts_of(name))
         else:
             mdp, microbatch = DenoisingMDP.make(name, num_steps=STEPS), None
         policy = DenoisingPolicy(mdp)
@@ -137,8 +137,8 @@ def test_an_unchanged_policy_has_ratio_one(load, name):
 def test_rows_are_independent(load, name, variant):
     """A row in a batch, at a timestep of its own and beside a longer prompt, is the row alone."""
     model = load(name, variant)
-    mdp, latents = make_mdp(model), noise_of(model)
-    index = mdp.conditioning.index(PROMPTS)
+    mdp, latents = make_mdp(model, prompts_of(name)), noise_of(model)
+    index = mdp.conditioning.index(prompts_of(name))
     timesteps = mdp.schedule.timesteps[:3]
     together = model.predict(latents, timesteps, mdp.conditioning.rows(index))
     for i in range(3):
@@ -151,7 +151,8 @@ def test_rows_are_independent(load, name, variant):
 def test_a_negative_text_is_used_and_its_default_too(load, name, variant):
     model = load(name, variant)
     latents, t = noise_of(model, 2), model.schedule(STEPS).timesteps[1]
-    plain, negative = Prompt(PROMPTS[0]), Prompt(PROMPTS[0], negative="blurry")
+    plain = prompts_of(name)[0]
+    negative = dataclasses.replace(plain, negative="blurry")
     mdp = make_mdp(model, [plain, negative])
     outputs = {}
     for prompts in ([plain, plain], [negative, negative], [plain, negative]):
@@ -165,7 +166,7 @@ def test_a_negative_text_is_used_and_its_default_too(load, name, variant):
 
 @pytest.mark.parametrize("name", [*CASES, "points", "points-flow"])
 def test_faces_and_checkers(load, name):
-    mdp = make_mdp(load(name)) if name in CASES else DenoisingMDP.make(name, num_steps=STEPS)
+    mdp = make_mdp(load(name), prompts_of(name)) if name in CASES else DenoisingMDP.make(name, num_steps=STEPS)
     check_denoising_env(DenoiseVectorEnv.from_mdp(mdp, 3))
     assert check_vector_env(DenoiseVectorEnv.from_mdp(mdp, 2, autoreset_mode="same_step")) == []
     gym = DenoiseVectorEnv.from_mdp(mdp, 2, output="torch")
@@ -190,7 +191,7 @@ def test_a_run_resumes_exactly(checkpoints, tmp_path, name):
         model=checkpoint,
         model_options=model_options(checkpoint, **sized(case), lora_rank=2),
         agent_options=GRPOConfig(group_size=2, lr=1e-3, ema_decay=0.5),
-        prompts=tuple(PROMPTS),
+        prompts=prompt_file(tmp_path, prompts_of(name)),
         rewards={"cases:brightness": 1.0},
         iterations=2,
         prompts_per_iteration=2,
@@ -214,7 +215,7 @@ def test_a_run_resumes_exactly(checkpoints, tmp_path, name):
 def test_trained_adapters_give_our_samples_in_the_plain_pipeline(load, checkpoints, tmp_path, name):
     variant = FIRST[name]
     model = load(name, variant, lora_rank=2, lora_alpha=8.0)
-    mdp = make_mdp(model)
+    mdp = make_mdp(model, prompts_of(name))
     policy = DenoisingPolicy(mdp)
     agent = GRPO(policy, GRPOConfig(group_size=4, lr=1e-2))
     for iteration in range(2):
@@ -233,7 +234,7 @@ def test_trained_adapters_give_our_samples_in_the_plain_pipeline(load, checkpoin
 def test_gradient_checkpointing_gives_the_same_gradient(load, name):
     norms = []
     for checkpointing in (False, True):
-        mdp = make_mdp(load(name, gradient_checkpointing=checkpointing))
+        mdp = make_mdp(load(name, gradient_checkpointing=checkpointing), prompts_of(name))
         policy = DenoisingPolicy(mdp)
         agent = GRPO(policy, GRPOConfig(group_size=4))
         norms.append(agent.update(roll(mdp, policy, agent), 0)["grad_norm"])
@@ -248,7 +249,7 @@ def test_the_description_is_the_loaded_model(load, checkpoints, name):
     assert found.latents == tuple(model.latent_shape)
     assert found.parameters == sum(p.numel() for p in model.network.parameters())
     assert found.trainable == sum(p.numel() for p in model.trainable().values())
-    rows = model.split(model.encode([Prompt(PROMPTS[1])]))[0]
+    rows = model.split(model.encode(prompts_of(name)[1:2]))[0]
     assert {name: shape[1:] for name, shape in found.conditioning.items() if name in rows} == {
         name: tuple(tensor.shape[1:]) for name, tensor in rows.items()
     }
@@ -274,8 +275,8 @@ def test_a_missing_text_encoder_is_named(checkpoints, tmp_path, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_long_prompt_is_named_and_cut(load, name):
-    long = "a red circle on gray " * 200
+    long = dataclasses.replace(prompts_of(name)[0], text="a red circle on gray " * 200)
     model = load(name)
     with pytest.warns(UserWarning, match="cut off: 'a red circle on gray a red"):
-        model.check_prompts([Prompt(long)])
-    assert model.encode([Prompt(long)]).batch_size == (1,)
+        model.check_prompts([long])
+    assert model.encode([long]).batch_size == (1,)

@@ -7,8 +7,8 @@ import diffusers
 import pipelines
 import pytest
 import torch
-from cases import CASES
-from test_contract import PROMPTS, STEPS, noise_of, our_latents
+from cases import CASES, TEXTS
+from test_contract import STEPS, noise_of, our_latents
 
 from denoise_env.models import load_model, model_options
 from denoise_env.models.description import describe
@@ -46,13 +46,13 @@ def test_t5_may_be_absent(without_t5, tmp_path):
     model = load_model(str(without_t5), **options)
     assert list(model.encoders()) == ["text_encoder", "text_encoder_2"]
     latents = noise_of(model)
-    ours = our_latents(model, [Prompt(text) for text in PROMPTS], latents)
+    ours = our_latents(model, [Prompt(text) for text in TEXTS], latents)
     model.export(tmp_path / "exported")
     for directory in (without_t5, tmp_path / "exported"):
         plain = diffusers.StableDiffusion3Pipeline.from_pretrained(directory, text_encoder_3=None, tokenizer_3=None)
         size = {"height": HEIGHT, "width": WIDTH}
         theirs = plain(
-            PROMPTS, latents=latents, num_inference_steps=STEPS, max_sequence_length=16, output_type="latent", **size
+            TEXTS, latents=latents, num_inference_steps=STEPS, max_sequence_length=16, output_type="latent", **size
         ).images
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     found = describe(str(without_t5), model_options(str(without_t5), **options))

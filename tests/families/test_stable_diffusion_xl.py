@@ -6,9 +6,9 @@ import diffusers
 import pipelines
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, TEXTS
 from safetensors import safe_open
-from test_contract import PROMPTS, STEPS, noise_of, our_latents
+from test_contract import STEPS, noise_of, our_latents
 
 from denoise_env.models.pipeline import save_pipeline
 from denoise_env.models.stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLOptions
@@ -26,7 +26,7 @@ def made(pipeline=None, **options):
 
 def plain_samples(pipeline, latents, **call):
     settings = {"num_inference_steps": STEPS, "height": HEIGHT, "width": WIDTH, "output_type": "latent"}
-    return pipeline(PROMPTS, latents=latents, **{**settings, **call}).images
+    return pipeline(TEXTS, latents=latents, **{**settings, **call}).images
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_the_checkpoints_configuration_is_followed(settings):
     pipeline.set_progress_bar_config(disable=True)
     model = made(pipeline)
     latents = noise_of(model)
-    ours = our_latents(model, [Prompt(text) for text in PROMPTS], latents)
+    ours = our_latents(model, [Prompt(text) for text in TEXTS], latents)
     own = pipeline.scheduler
     own.set_timesteps(STEPS)
     if hasattr(own, "sigmas"):  # with other than leading steps Euler starts from a little less than standard noise
@@ -59,7 +59,7 @@ def test_an_empty_negative_text_is_encoded_where_none_is_zeros():
     latents = noise_of(model)
     plain = {text: plain_samples(model.pipeline, latents, negative_prompt=text) for text in (None, "")}
     for text, theirs in plain.items():
-        ours = our_latents(model, [Prompt(prompt, negative=text) for prompt in PROMPTS], latents)
+        ours = our_latents(model, [Prompt(prompt, negative=text) for prompt in TEXTS], latents)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert (plain[None] - plain[""]).abs().max() > 1e-2
 

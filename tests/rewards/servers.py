@@ -33,7 +33,7 @@ def serving(reward, port=0, **options):
 
 
 @contextlib.contextmanager
-def scripted(answer):
+def scripted(answer, port=0):
     """A server that answers a request (path, headers, JSON value) with what ``answer`` returns.
 
     That is a JSON value; or status, headers and a JSON value or bytes; or a callable that gets the handler.
@@ -70,7 +70,7 @@ def scripted(answer):
         def handle_error(self, *_):  # a client that gives up
             pass
 
-    server = Quiet(("127.0.0.1", 0), Handler)
+    server = Quiet(("127.0.0.1", port), Handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     try:
         yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}", requests=requests)

@@ -251,6 +251,53 @@ def test_a_server_that_is_gone_and_comes_back():
         same(remote(IMAGES, PROMPTS), [1.0, 1.0, 1.0])
 
 
+def test_an_outage_costs_the_retries_once():
+    port = free_port()
+    remote = Remote(f"http://127.0.0.1:{port}", retries=2)
+    for _ in range(2):
+        with pytest.raises(RemoteError, match=r"/compute: ConnectError: .*\(tried 3 times\)"):
+            remote(IMAGES, PROMPTS)
+        for _ in range(2):
+            with pytest.raises(RemoteError, match=r"/compute: still silent: ConnectError: [^(]*$"):
+                remote(IMAGES, PROMPTS)
+        with serving(lambda images, prompts: torch.ones(len(images)), port=port):
+            same(remote(IMAGES, PROMPTS), [1.0, 1.0, 1.0])
+
+
+def test_a_server_that_was_silent_is_asked_for_a_sign_of_life(monkeypatch):
+    monkeypatch.setattr(connection, "SIGN_OF_LIFE", 0.2)
+    paths, health = [], [None]
+
+    def answer(request):
+        paths.append(request.path)
+        if request.path != "/health":
+            return (200, {}, {"rewards": [1, 2, 3]}) if health == [404] else time.sleep(2)
+        return (health[0], {}, {}) if health[0] else time.sleep(2)
+
+    with scripted(answer) as server:
+        remote = Remote(server.url, timeout=1.0, retries=1)
+        for message in (r"no answer in 1 s \(tried 2 times\)", r"still silent: no answer in 0\.2 s$"):
+            with pytest.raises(RemoteError, match=message):
+                remote(IMAGES, PROMPTS)
+        health[0] = 500  # it lives, and does not score
+        with pytest.raises(RemoteError, match=r"/compute: no answer in 1 s$"):
+            remote(IMAGES, PROMPTS)
+        health[0] = 404  # a server of others
+        same(remote(IMAGES, PROMPTS), [1.0, 2.0, 3.0])
+        same(remote(IMAGES, PROMPTS), [1.0, 2.0, 3.0])
+    assert paths == ["/compute", "/compute", "/health", *["/health", "/compute"] * 2, "/compute"]
+
+
+@pytest.mark.parametrize("answer", [(503, {}, {}), (200, {}, b"")])
+def test_a_server_that_answers_anything_is_not_silent(answer):
+    with answers(answer) as server:
+        remote = Remote(server.url, retries=1)
+        for count in (2, 4):
+            with pytest.raises(RemoteError, match=r"\(tried 2 times\)"):
+                remote(IMAGES, PROMPTS)
+            assert len(server.requests) == count
+
+
 def test_a_full_queue_is_waited_for():
     door = threading.Event()
 

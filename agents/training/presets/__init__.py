@@ -16,7 +16,7 @@ from denoise_env.worlds import WORLDS
 
 PRESETS: dict[str, Preset] = {**DEMO, **PUBLISHED}
 """Name → preset."""
-OF_THE_CHECKPOINT = ("height", "width")
+OF_THE_CHECKPOINT = ("height", "width", "num_frames")
 """Settings of a model that another model does not take over: its checkpoint was trained for a size of its own."""
 OF_LARGE_MODELS = ("dtype", "gradient_checkpointing")
 """Settings that save memory. The embedded worlds, which are small, do not take them over."""
@@ -35,7 +35,7 @@ def make_config(
     except for settings that belong to the algorithm (`Agent.own_settings`). The group is the largest up to the agent's
     own that divides the episodes.
 
-    Another model takes the preset's settings that its family has, except for the image's size, which is the
+    Another model takes the preset's settings that its family has, except for the size of images and clips, which is the
     checkpoint's own; an embedded world, which is small, keeps its precision too. A kernel that the model's path lacks
     (such as "flow_sde" on a diffusion) is left out, and with it its ``eta``, ``last_step`` and ``reduction``: the run
     has the default kernel of that path. A reference is not guided (``reference_guidance``) where the model has no

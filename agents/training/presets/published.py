@@ -12,11 +12,14 @@ SD14 = "CompVis/stable-diffusion-v1-4"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
 FLUX = "black-forest-labs/FLUX.1-dev"
+HUNYUAN = "hunyuanvideo-community/HunyuanVideo"
+SKYREELS = "Skywork/SkyReels-V1-Hunyuan-I2V"
 
 _MEMORY: dict[str, Any] = {"dtype": "bf16", "gradient_checkpointing": True}
 _AT_512: dict[str, Any] = {"height": 512, "width": 512, **_MEMORY}
 _AT_720: dict[str, Any] = {"height": 720, "width": 720, **_MEMORY}
 _DANCE_GRID: dict[str, Any] = {"guidance_scale": 3.5, "schedule": "linspace", "shift": 3.0}
+_DANCE_CLIPS: dict[str, Any] = {"num_frames": 53, "schedule": "linspace", "vae_tiling": True, **_MEMORY}
 _LORA: dict[str, Any] = {"lora_rank": 32, "lora_alpha": 64.0}
 _RUN: dict[str, Any] = {"microbatch": 8, "eval_images_per_prompt": 4}
 _DDIM: dict[str, Any] = {"num_steps": 50, "kernel": "ddim", "eta": 1.0, **_RUN}
@@ -80,6 +83,13 @@ _DANCE_FLUX: dict[str, Any] = {
     "timestep_fraction": 0.6,
     "timestep_rounding": "int",
 }
+_DANCE_CLIPS_RUN: dict[str, Any] = {
+    "num_steps": 16,
+    "kernel": "dance_sde",
+    "prompts_per_iteration": 32,
+    **_RUN,
+    "microbatch": 1,
+}
 _MIX: dict[str, Any] = {
     **_DANCE,
     "group_size": 12,
@@ -120,6 +130,24 @@ PUBLISHED: dict[str, Preset] = {
         {"num_steps": 12, "kernel": "dance_sde", "eta": 0.3, "iterations": 301, "prompts_per_iteration": 16},
         lora_rank=128,
         lora_alpha=256.0,
+    ),
+    "dancegrpo-hunyuan": Preset(
+        "DanceGRPO on HunyuanVideo: 16 steps of its SDE, the 4 best and the 4 worst of 24 clips, every weight.",
+        HUNYUAN,
+        "grpo",
+        {**_DANCE_FLUX, "group_size": 24, "best_and_worst": 8, "reward_aggregation": "losses"},
+        {"eta": 0.25, "iterations": 202, **_DANCE_CLIPS_RUN},
+        {"guidance_scale": 6.018, "height": 480, "width": 480, "shift": 5.0, **_DANCE_CLIPS},
+        "hunyuan-video",
+    ),
+    "dancegrpo-skyreels": Preset(
+        "DanceGRPO on SkyReels-V1, image to video: 16 steps of its SDE, groups of 8 clips, every weight.",
+        SKYREELS,
+        "grpo",
+        {**_DANCE_FLUX, "group_size": 8, "updates_per_rollout": 1, "shared_noise": "group"},
+        {"eta": 0.3, "iterations": 121, **_DANCE_CLIPS_RUN},
+        {"true_cfg_scale": 5.0, "guidance_scale": 1.0, "height": 400, "width": 640, "shift": 7.0, **_DANCE_CLIPS},
+        "skyreels",
     ),
     "flow-grpo": _sd35(
         "Flow-GRPO on Stable Diffusion 3.5 medium (GenEval): 10 noisy steps, a KL to the base model, LoRA.",

@@ -34,10 +34,10 @@ denoise-env train --agent flow-grpo                          # the algorithm, at
 prompts and updates a rollout, optimizer, normalisation, windows, averaging, adapters, guidance, size and precision.
 Flags change it as they change any configuration.
 
-`--model` keeps what the other model's family has of these settings. It does not keep the size of the images, which is
-the checkpoint's own unless `--model.height` and `--model.width` say otherwise, nor the microbatch; `shapes`, which is
-small, keeps its precision too. Where the kernel belongs to the other kind of path (`flow_sde` on a diffusion), the run
-has the default kernel of the model's path.
+`--model` keeps what the other model's family has of these settings. It does not keep the size of images and clips,
+which is the checkpoint's own unless `--model.height`, `--model.width` and `--model.num-frames` say otherwise, nor the
+microbatch; `shapes`, which is small, keeps its precision too. Where the kernel belongs to the other kind of path
+(`flow_sde` on a diffusion), the run has the default kernel of the model's path.
 
 `--agent` alone puts an algorithm into a preset that was made for another one, usually the demo's. Learning rate, step
 weighting and averaging stay the preset's, and everything else is the algorithm's own default. The last but one section

@@ -4,7 +4,12 @@ import sys
 import types
 
 import pytest
+import torch
+from PIL import Image
 from small_runs import run, small
+
+from agents.training.logging import Logger
+from agents.training.pictures import grid
 
 
 @pytest.fixture
@@ -44,3 +49,15 @@ def test_a_refused_login_is_a_sentence(tmp_path, wandb):
     with pytest.raises(RuntimeError, match="Weights & Biases cannot begin"):
         run(small(iterations=1, wandb=True), tmp_path / "a", report=False)
     assert not (tmp_path / "a").exists()
+
+
+def test_clips_are_logged_as_gifs_and_images_by_their_file(tmp_path, wandb):
+    logged = []
+    wandb.log = lambda figures, step: logged.append(figures["samples"])
+    wandb.Video = lambda data, format: (Image.open(data).n_frames, format)
+    grid(torch.arange(3, dtype=torch.uint8).view(1, 3, 1, 1, 1).expand(1, 3, 64, 64, 3) * 99, 1, tmp_path / "a.webp")
+    grid(torch.zeros(1, 64, 64, 3, dtype=torch.uint8), 1, tmp_path / "a.png")
+    with Logger(tmp_path, small(wandb=True)) as logger:
+        logger.picture(1, tmp_path / "a.webp")
+        logger.picture(2, tmp_path / "a.png")
+    assert logged == [(3, "gif"), str(tmp_path / "a.png")]

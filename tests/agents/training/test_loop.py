@@ -13,7 +13,9 @@ from agents.grpo import GRPOConfig
 from agents.training import checkpoints, loop
 from agents.training.config import TrainConfig
 from agents.training.experiment import build, restore
+from agents.training.loop import UnscoredError
 from denoise_env.models import model_options
+from denoise_env.rewards.points import PointsReward
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +228,29 @@ def test_rows_that_cannot_be_scored_are_counted_and_left_out(tmp_path):
     assert [row["unscored"] for row in deterministic(directory / "metrics.csv")] == ["4", "4"]
     with pytest.raises(RuntimeError, match="max_unscored"):
         run(dataclasses.replace(config, max_unscored=0.4), tmp_path / "strict")
+
+
+class Fails(PointsReward):
+    """A reward that is down from its fourth rollout of 8 images on, until it is mended."""
+
+    rollouts, mended = 0, False
+
+    def __call__(self, images, prompts):
+        Fails.rollouts += len(images) == 8
+        if Fails.rollouts > 3 and not Fails.mended:
+            raise RuntimeError("the scorer is down")
+        return super().__call__(images, prompts)
+
+
+@pytest.mark.filterwarnings("ignore:the reward")
+def test_a_run_that_its_reward_ends_is_saved_and_continues_as_if_nothing_had_been(tmp_path):
+    config = small(rewards={f"{__name__}:Fails": 1.0}, checkpoint_every=100, eval_every=0)
+    told = r"what was trained before is saved\. Once the rewards can score, continue with: denoise-env train --resume "
+    with pytest.raises(UnscoredError, match=told):
+        run(config, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["000003"]
+    Fails.mended = True
+    assert_same_run(run(config, tmp_path / "run", resume=True), run(config, tmp_path / "whole"))
 
 
 @pytest.mark.parametrize(

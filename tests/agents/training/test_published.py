@@ -71,7 +71,8 @@ def small(config):
     branched = getattr(agent, "branches", 0) * getattr(agent, "window_size", 1)
     group = min(agent.group_size, branched or 4)
     updates = getattr(agent, "updates_per_rollout", 1)
-    agent = dataclasses.replace(agent, group_size=group, updates_per_rollout=min(updates, 2))
+    changes = {"best_and_worst": 2} if getattr(agent, "best_and_worst", 0) else {}
+    agent = dataclasses.replace(agent, group_size=group, updates_per_rollout=min(updates, 2), **changes)
     changes = {"prompts_per_iteration": 2 * agent.updates_per_rollout, "microbatch": None}
     return dataclasses.replace(config, agent_options=agent, **changes)
 
