@@ -7,17 +7,14 @@ autoencoder; the flow; and guidance. Like FLUX.1-dev the network is distilled to
 (Meng et al. 2023): a frozen copy is guided, un + w (cond − un), and the network learns its answers.
 """
 
-import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import tyro
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
@@ -29,7 +26,7 @@ from denoise_env.progress import progress
 from denoise_env.shapes.compositions import ALL, HELD_OUT, TRAIN, Verifier, render
 from denoise_env.shapes.compositions.grammar import PRETRAIN, parse
 from denoise_env.shapes.compositions.renderer import encode
-from denoise_env.shapes.pretraining import Source, encode_pictures, step, train_vae
+from denoise_env.shapes.pretraining import FlowConfig, Source, Texts, encode_pictures, step, train_flow, train_vae
 from denoise_env.shapes.renderer import BASE_SIZE
 from denoise_env.shapes.tokenizer import build_t5_tokenizer, build_tokenizer
 
@@ -51,38 +48,18 @@ anywhere, one of this size would have to learn for far longer."""
 
 
 @dataclass
-class Config:
+class Config(FlowConfig):
     """Pretraining on rendered compositions. The defaults make the weights that ship with the package, in 22 minutes on
     one core."""
 
-    out: Path
-    """Directory to write the pipeline to, in the diffusers layout."""
-    seed: int = 0
-    """Seed of weights, pictures and noise."""
     text_steps: int = 400
     """Optimiser steps of the text encoders, 128 captions each."""
     vae_steps: int = 1600
     """Optimiser steps of the autoencoder, 16 pictures each."""
-    steps: int = 2600
-    """Optimiser steps of the flow."""
-    distill_steps: int = 250
-    """Optimiser steps in which the network learns to be guided."""
-    batch_size: int = 64
-    """Latents per step."""
-    lr: float = 2e-3
-    """Peak of the one-cycle learning rate."""
     pictures: int = 20000
     """Rendered pictures the flow is trained on."""
-    drop: float = 0.1
-    """Share of captions replaced by the empty prompt, for guidance."""
-    scales: tuple[float, float] = (1.0, 5.0)
-    """Guidance scales that the network learns, evenly drawn."""
-    ema: float = 0.998
-    """Decay of the averaged weights, which are the ones saved."""
     eval_images: int = 1056
     """Samples per set of captions that the verifier reads at the end; 0 for none."""
-    threads: int = 1
-    """CPU threads; another number adds in another order, and gives slightly different weights."""
 
 
 def build_pipeline() -> FluxPipeline:
@@ -227,9 +204,8 @@ class Flow:
         self.transformer = transformer
         places = torch.cartesian_prod(torch.arange(4), torch.arange(4))
         self.image_ids = F.pad(places, (1, 0)).float()
-        self.parameters = list(transformer.parameters())
 
-    def __call__(self, noisy: Tensor, sigma: Tensor, texts: tuple[Tensor, Tensor], guidance: Tensor) -> Tensor:
+    def __call__(self, noisy: Tensor, sigma: Tensor, texts: Texts, guidance: Tensor) -> Tensor:
         """The packed velocity of packed latents ``[n, 16, 32]`` at σ ``[n]``, told the guidance ``[n]``."""
         return self.transformer(
             hidden_states=noisy,
@@ -242,72 +218,12 @@ class Flow:
         ).sample
 
 
-def train_flow(pipe: FluxPipeline, config: Config, generator: torch.Generator) -> float:
-    """Fit the network to the velocity ε − x0, then to guidance; leave the average of its weights in the pipeline.
-
-    Noise levels are logit-normal (Esser et al. 2024), and even in the second stage. Returns the mean loss of the last
-    hundred steps of the first.
-    """
+def train_network(pipe: FluxPipeline, config: Config, generator: torch.Generator) -> float:
+    """Fit the network, as `train_flow` does, to the latents of rendered pictures; returns its mean loss."""
     latents, places = encode_pictures(pipe.vae, SOURCE, config.pictures, generator)
-    latents, flow, n = pack(latents), Flow(pipe.transformer), config.batch_size
     with torch.no_grad():
-        pooled, tokens = read_captions(pipe, [*SOURCE.captions, ""])
-    empty = len(pooled) - 1
-
-    def batch(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows = torch.randint(len(latents), (n,), generator=generator)
-        noise = torch.randn(n, *latents.shape[1:], generator=generator)
-        s = sigma[:, None, None]
-        return (1 - s) * latents[rows] + s * noise, noise - latents[rows], places[rows]
-
-    ema, losses = EMAModel(flow.parameters, decay=config.ema), [0.0]
-    optimizer = torch.optim.AdamW(flow.parameters, lr=config.lr, weight_decay=1e-3)
-    schedule = OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.1)
-    for _ in (bar := progress(range(config.steps), desc="flow")):
-        sigma = torch.randn(n, generator=generator).sigmoid()
-        noisy, velocity, shown = batch(sigma)
-        shown = shown.masked_fill(torch.rand(n, generator=generator) < config.drop, empty)
-        loss = F.mse_loss(flow(noisy, sigma, (pooled[shown], tokens[shown]), torch.ones(n)), velocity)
-        step(loss, optimizer, schedule, flow.parameters)
-        ema.step(flow.parameters)
-        losses = [*losses[-99:], loss.item()]
-        bar.set_postfix_str(f"loss {sum(losses) / len(losses):.4f}", refresh=False)
-    ema.copy_to(flow.parameters)
-    if config.distill_steps:
-        distill(flow, config, batch, (pooled, tokens), generator)
-    return sum(losses) / len(losses)
-
-
-def distill(
-    flow: Flow,
-    config: Config,
-    batch: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
-    texts: tuple[Tensor, Tensor],
-    generator: torch.Generator,
-) -> None:
-    """Teach the network to answer a scale w that it is told with un + w (cond − un) of what it was before."""
-    teacher, n, empty = Flow(copy.deepcopy(flow.transformer)), config.batch_size, len(texts[0]) - 1
-    ema = EMAModel(flow.parameters, decay=config.ema)
-    optimizer = torch.optim.AdamW(flow.parameters, lr=config.lr / 4, weight_decay=1e-3)
-    schedule = OneCycleLR(optimizer, config.lr / 4, total_steps=config.distill_steps, pct_start=0.1)
-    low, high = config.scales
-    for _ in progress(range(config.distill_steps), desc="guidance"):
-        sigma, draws = torch.rand(2, n, generator=generator)
-        noisy, _, shown = batch(sigma)
-        scale = low + (high - low) * draws
-        both = torch.cat([shown, torch.full_like(shown, empty)])
-        with torch.no_grad():
-            answers = teacher(noisy.repeat(2, 1, 1), sigma.repeat(2), _rows(texts, both), torch.ones(2 * n))
-        conditional, unconditional = answers.chunk(2)
-        target = unconditional + scale[:, None, None] * (conditional - unconditional)
-        loss = F.mse_loss(flow(noisy, sigma, _rows(texts, shown), scale), target)
-        step(loss, optimizer, schedule, flow.parameters)
-        ema.step(flow.parameters)
-    ema.copy_to(flow.parameters)
-
-
-def _rows(texts: tuple[Tensor, Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
-    return texts[0][places], texts[1][places]
+        texts = read_captions(pipe, [*SOURCE.captions, ""])
+    return train_flow(Flow, pipe.transformer, pack(latents), places, texts, config, generator)
 
 
 @torch.no_grad()
@@ -361,7 +277,7 @@ def pretrain(config: Config) -> FluxPipeline:
     error = train_vae(pipe.vae, ANYWHERE, config.vae_steps, generator, lr=4e-3, edges=1.0)
     pipe.vae.requires_grad_(False)
     generator.manual_seed(config.seed + 1)
-    loss = train_flow(pipe, config, generator)
+    loss = train_network(pipe, config, generator)
     save_pipeline(pipe, config.out)
     size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
     print(f"captions read {right:.4f}, autoencoder error {error:.5f}, flow loss {loss:.4f}, {size / 1e6:.2f} MB")

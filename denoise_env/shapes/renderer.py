@@ -1,6 +1,6 @@
 """Anti-aliased pictures of scenes, and the coverage masks they are made of."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,11 +14,25 @@ MARGIN = 1.0
 BASE_SIZE = 32
 
 
-def coverage(shape: Tensor, centre: Tensor, radius: Tensor, size: int = BASE_SIZE) -> Tensor:
+def _cross(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
+    bar = 0.34 * r
+    return torch.minimum(torch.maximum(x - r, y.abs() - bar), torch.maximum(x - bar, y.abs() - r))
+
+
+_OUTLINES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "circle": lambda x, y, r: (x**2 + y**2).sqrt() - r,
+    "square": lambda x, y, r: torch.maximum(x, y.abs()) - 0.86 * r,
+    "triangle": lambda x, y, r: torch.maximum(y - r, (2 * x - y - r) / 5**0.5),  # the slope of its sides is 2
+    "cross": _cross,
+}
+"""Signed distances in pixels, negative inside, of points at y and at x to either side of the centre."""
+
+
+def coverage(shape: Tensor | str, centre: Tensor, radius: Tensor, size: int = BASE_SIZE) -> Tensor:
     """Share of every pixel that an object covers.
 
     Args:
-        shape: ``[N]`` indices into `SHAPES`.
+        shape: ``[N]`` indices into `SHAPES`, or one of them for all.
         centre: ``[N, 2]`` x and y in pixels.
         radius: ``[N]`` in pixels.
         size: side of the picture in pixels.
@@ -30,15 +44,11 @@ def coverage(shape: Tensor, centre: Tensor, radius: Tensor, size: int = BASE_SIZ
     x = (grid[None, None, :] - centre[:, 0, None, None]).abs()
     y = grid[None, :, None] - centre[:, 1, None, None]
     r = radius[:, None, None]
-    # Signed distances in pixels, negative inside; the slope of the triangle's sides is 2.
-    circle = (x**2 + y**2).sqrt() - r
-    square = torch.maximum(x, y.abs()) - 0.86 * r
-    triangle = torch.maximum(y - r, (2 * x - y - r) / 5**0.5)
-    bar = 0.34 * r
-    cross = torch.minimum(torch.maximum(x - r, y.abs() - bar), torch.maximum(x - bar, y.abs() - r))
-    distance = torch.empty_like(circle)
-    for i, candidate in enumerate((circle, square, triangle, cross)):
-        distance = torch.where(shape[:, None, None] == i, candidate, distance)
+    if isinstance(shape, str):
+        return (0.5 - _OUTLINES[shape](x, y, r)).clamp(0, 1)
+    distance = torch.empty(len(radius), size, size, device=centre.device)
+    for i, word in enumerate(SHAPES):
+        distance = torch.where(shape[:, None, None] == i, _OUTLINES[word](x, y, r), distance)
     return (0.5 - distance).clamp(0, 1)
 
 
@@ -50,8 +60,7 @@ def mask_grid(shape: str, spacing: float = 1.0, radius_step: float = 1.0) -> Ten
         room = BASE_SIZE - 2 * (r + MARGIN)
         axis = torch.linspace(r + MARGIN, BASE_SIZE - r - MARGIN, round(room / spacing) + 1)
         centre = torch.cartesian_prod(axis, axis)
-        n = len(centre)
-        masks.append(coverage(torch.full((n,), SHAPES.index(shape)), centre, torch.full((n,), r)))
+        masks.append(coverage(shape, centre, torch.full((len(centre),), r)))
     return torch.cat(masks)
 
 

@@ -1,13 +1,19 @@
-"""Small tokenizers of the embedded world: CLIP's byte pairs and T5's words."""
+"""Small tokenizers of the embedded worlds: CLIP's byte pairs, T5's words and Llama 3's byte pairs."""
 
 import json
+import re
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTokenizer, T5Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 MAX_LENGTH = 16
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+LLAMA_BOS, LLAMA_EOS, LLAMA_PAD = "<|begin_of_text|>", "<|eot_id|>", "<pad>"
+LLAMA_SPECIAL = (LLAMA_BOS, LLAMA_EOS, LLAMA_PAD, "<|start_header_id|>", "<|end_header_id|>")
+LLAMA_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""What Llama 3 takes for a word, but for English contractions: letters with the space before them, up to three digits,
+marks, line ends, blanks."""
 
 
 def build_tokenizer(corpus: Iterable[str], max_length: int = MAX_LENGTH) -> CLIPTokenizer:
@@ -42,3 +48,31 @@ def build_t5_tokenizer(corpus: Iterable[str], max_length: int = MAX_LENGTH) -> T
     scored = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0), ("▁", -10.0)]
     scored += [(f"▁{word}", -1.0) for word in words] + [(letter, -10.0) for letter in letters]
     return T5Tokenizer(vocab=scored, extra_ids=0, model_max_length=max_length)
+
+
+def build_llama_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer in Llama 3's layout, of a begin token and byte pairs, to which every word of the corpus is one token.
+
+    Args:
+        corpus: the texts to learn from; special tokens are left out of them.
+    """
+    special = [AddedToken(token, special=True, normalized=False) for token in LLAMA_SPECIAL]
+    tokenizer = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(LLAMA_WORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=special,
+        show_progress=False,
+    )
+    specials = re.compile("|".join(re.escape(token) for token in LLAMA_SPECIAL))
+    tokenizer.train_from_iterator((part for text in corpus for part in specials.split(text)), trainer)
+    tokenizer.decoder = decoders.ByteLevel()
+    begin = (LLAMA_BOS, tokenizer.token_to_id(LLAMA_BOS))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{LLAMA_BOS} $A", special_tokens=[begin])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=LLAMA_BOS, eos_token=LLAMA_EOS, pad_token=LLAMA_PAD, padding_side="right"
+    )

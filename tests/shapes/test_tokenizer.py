@@ -1,7 +1,7 @@
 import pytest
 
 from denoise_env.shapes import ALL
-from denoise_env.shapes.tokenizer import MAX_LENGTH, build_tokenizer
+from denoise_env.shapes.tokenizer import MAX_LENGTH, build_llama_tokenizer, build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +44,15 @@ def test_long_prompts_are_cut(either):
     ids = either("zebra " * 30, truncation=True).input_ids
     assert len(ids) == MAX_LENGTH
     assert ids[-1] == either.eos_token_id
+
+
+def test_llamas_tokenizer_keeps_words_whole_and_any_text():
+    corpus = [f"<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>" for text in ALL]
+    tokenizer = build_llama_tokenizer(corpus)
+    for text in corpus[::7]:
+        ids = tokenizer(text).input_ids
+        assert len(ids) == 1 + 4 + 5 + 1
+        assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        assert tokenizer.decode(ids[1:]) == text
+    for text in ("a zebra!", "über 日本", "🙂 x, 12345"):
+        assert tokenizer.decode(tokenizer(text).input_ids[1:]) == text

@@ -1,0 +1,322 @@
+"""Make the embedded world's HunyuanVideo from nothing.
+
+``python -m denoise_env.shapes.pretrain_video --out DIR``
+
+Four stages, each with a seed of its own: the text encoders, which learn to tell what a caption says and then stay as
+they are; the autoencoder, first on close-ups of a quarter of a clip's area, then on whole clips; the flow; and
+guidance, to which the network is distilled as HunyuanVideo's own. The tokenizer splits the pipeline's own prompt
+template into the 95 tokens that the pipeline crops, so the plain pipeline samples it without further arguments.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import tyro
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+)
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import OneCycleLR
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+from denoise_env.models.pipeline import save_pipeline
+from denoise_env.progress import progress
+from denoise_env.shapes.motion import ALL, FRAMES, HELD_OUT, TRAIN, Verifier, render
+from denoise_env.shapes.motion.renderer import encode
+from denoise_env.shapes.motion.verifier import total
+from denoise_env.shapes.pretraining import FlowConfig, Source, Texts, encode_pictures, step, train_flow, train_vae
+from denoise_env.shapes.renderer import BASE_SIZE
+from denoise_env.shapes.tokenizer import build_llama_tokenizer, build_tokenizer
+
+TOKENS = 12
+"""Tokens of a prompt that the network reads; the longest caption has 8 words, and an end token."""
+CLIP_TOKENS = 77
+"""Tokens of a prompt that CLIP reads, as the pipeline pads them."""
+WIDTH = 64
+"""Of the text encoders."""
+LATENTS = 16
+"""Channels of the latents."""
+CLOSE = 16
+"""Side of a close-up in pixels."""
+
+
+def whole(captions: Sequence[str], generator: torch.Generator) -> Tensor:
+    """Clips of captions ``[n, 3, FRAMES, 32, 32]``."""
+    return render(captions, generator).transpose(1, 2)
+
+
+def close_up(captions: Sequence[str], generator: torch.Generator) -> Tensor:
+    """Parts of such clips, ``[n, 3, FRAMES, 16, 16]``, about a random pixel that the object passes."""
+    clips = whole(captions, generator)
+    passed = (clips - clips[..., :1, :1]).abs().amax((1, 2)).flatten(1)
+    centre = passed.multinomial(1, generator=generator)[:, 0]
+    centre = torch.stack([centre // BASE_SIZE, centre % BASE_SIZE])
+    row, column = (centre - CLOSE // 2).clamp(0, BASE_SIZE - CLOSE)
+    parts = clips.unfold(3, CLOSE, 1).unfold(4, CLOSE, 1)
+    return parts[torch.arange(len(clips)), :, :, row, column]
+
+
+SOURCE, CLOSE_UPS = Source(TRAIN, whole), Source(TRAIN, close_up)
+
+
+@dataclass
+class Config(FlowConfig):
+    """Pretraining on rendered clips. The defaults make the weights that ship with the package."""
+
+    steps: int = 2400
+    """Optimiser steps of the flow."""
+    distill_steps: int = 200
+    """Optimiser steps in which the network learns to be guided."""
+    batch_size: int = 32
+    """Latents per step."""
+    text_steps: int = 500
+    """Optimiser steps of the text encoders, 32 captions each."""
+    vae_steps: int = 2500
+    """Optimiser steps of the autoencoder, 8 close-ups each, and ..."""
+    vae_steps_whole: int = 400
+    """... 8 whole clips each."""
+    clips: int = 4000
+    """Rendered clips the flow is trained on."""
+    eval_clips: int = 240
+    """Samples per set of captions that the verifier reads at the end; 0 for none."""
+    resume: bool = False
+    """Go on from the checkpoints that an earlier run with the same settings left in `out` when it was stopped."""
+
+
+def build_pipeline() -> HunyuanVideoPipeline:
+    """A HunyuanVideo with 16 × 3 × 8 × 8 latents of clips of 9 frames, 32 × 32, random weights."""
+    clip = build_tokenizer(ALL, CLIP_TOKENS)
+    llama = build_llama_tokenizer(DEFAULT_PROMPT_TEMPLATE["template"].format(text) for text in ALL)
+    return HunyuanVideoPipeline(
+        vae=build_vae(),
+        text_encoder=build_llama(llama),
+        tokenizer=llama,
+        text_encoder_2=build_clip(clip),
+        tokenizer_2=clip,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=HunyuanVideoTransformer3DModel(
+            in_channels=LATENTS,
+            out_channels=LATENTS,
+            num_layers=1,
+            num_single_layers=4,
+            num_refiner_layers=1,
+            attention_head_dim=32,
+            num_attention_heads=3,
+            text_embed_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            rope_axes_dim=(8, 12, 12),
+        ),
+    )
+
+
+def build_vae() -> AutoencoderKLHunyuanVideo:
+    """An autoencoder from clips of 9 frames, 32 × 32, to 16 × 3 × 8 × 8 latents."""
+    vae = AutoencoderKLHunyuanVideo(
+        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+        block_out_channels=(8, 16, 32),
+        layers_per_block=1,
+        latent_channels=LATENTS,
+        norm_num_groups=2,  # of one channel each, groups would hide the colours from the last layers
+        spatial_compression_ratio=4,
+        mid_block_add_attention=False,
+    )
+    # The second half of the moments is a log-variance: at 0 its noise would drown the young latents.
+    nn.init.constant_(vae.quant_conv.bias[LATENTS:], -6.0)
+    return vae
+
+
+def build_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaModel:
+    """A Llama of three layers, the last two of which the pipeline does not read."""
+    return LlamaModel(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A CLIP text encoder of two layers, whose pooled output the network is modulated with."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            projection_dim=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def read_captions(pipe: HunyuanVideoPipeline, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """What the network reads of n captions: Llama's features of every token ``[n, 12, 64]``, CLIP's pooled ones
+    ``[n, 64]``, and a mask ``[n, 12]`` of the tokens that there are."""
+    tokens, pooled, mask = pipe.encode_prompt(list(captions), max_sequence_length=TOKENS)
+    return tokens, pooled, mask
+
+
+def train_texts(pipe: HunyuanVideoPipeline, steps: int, generator: torch.Generator) -> float:
+    """Fit the text encoders: CLIP's pooled features and Llama's of the last token each tell the whole scene.
+
+    Returns the share of captions of which both tell everything, in the last steps.
+    """
+    scenes = encode(TRAIN)
+    classes = (scenes.amax(0) + 1).tolist()
+    readers = nn.ModuleList([nn.Linear(WIDTH, sum(classes)) for _ in range(2)])
+    parameters = [*pipe.text_encoder.parameters(), *pipe.text_encoder_2.parameters(), *readers.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-3)
+    schedule, right = OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1), [0.0]
+    for _ in (bar := progress(range(steps), desc="texts")):
+        rows = torch.randint(len(scenes), (32,), generator=generator)
+        tokens, pooled, mask = read_captions(pipe, [TRAIN[i] for i in rows.tolist()])
+        last = tokens[torch.arange(len(rows)), mask.sum(-1) - 1]
+        loss, hits = torch.zeros(()), []
+        for reader, features in zip(readers, (last, pooled), strict=True):
+            answers = reader(features).split(classes, -1)
+            for answer, value in zip(answers, scenes[rows].unbind(-1), strict=True):
+                loss = loss + F.cross_entropy(answer, value)
+                hits.append(answer.argmax(-1) == value)
+        step(loss, optimizer, schedule, parameters)
+        right = [*right[-19:], torch.stack(hits).all(0).float().mean().item()]
+        bar.set_postfix_str(f"right {sum(right) / len(right):.4f}", refresh=False)
+    return sum(right) / len(right)
+
+
+class Flow:
+    """The denoiser as a function to train.
+
+    Args:
+        transformer: the pipeline's network.
+    """
+
+    def __init__(self, transformer: HunyuanVideoTransformer3DModel) -> None:
+        self.transformer = transformer
+
+    def __call__(self, noisy: Tensor, sigma: Tensor, texts: Texts, guidance: Tensor) -> Tensor:
+        """The velocity of latents ``[n, 16, 3, 8, 8]`` at σ ``[n]``, told the guidance ``[n]``."""
+        tokens, pooled, mask = texts
+        return self.transformer(
+            hidden_states=noisy,
+            timestep=1000 * sigma,
+            encoder_hidden_states=tokens,
+            encoder_attention_mask=mask,
+            pooled_projections=pooled,
+            guidance=1000 * guidance,
+        ).sample
+
+
+@torch.no_grad()
+def sample(
+    pipe: HunyuanVideoPipeline,
+    prompts: Sequence[str],
+    generator: torch.Generator,
+    guidance: float = 1.0,
+    num_steps: int = 10,
+    batch_size: int = 60,
+) -> Tensor:
+    """Sample with the plain pipeline: ``[B, FRAMES, 3, 32, 32]`` in [0, 1]."""
+    pipe.set_progress_bar_config(disable=True)
+    batches = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
+    return torch.cat(
+        [
+            pipe(
+                batch,
+                height=BASE_SIZE,
+                width=BASE_SIZE,
+                num_frames=FRAMES,
+                num_inference_steps=num_steps,
+                guidance_scale=guidance,
+                max_sequence_length=TOKENS,
+                generator=generator,
+                output_type="pt",
+            ).frames
+            for batch in batches
+        ]
+    )
+
+
+@torch.no_grad()
+def share_right(
+    pipe: HunyuanVideoPipeline, captions: Sequence[str], n: int, generator: torch.Generator, guidance: float = 1.0
+) -> dict[str, float]:
+    """Of n samples, spread evenly over the captions, the mean parts, the mean score, and the share with all right."""
+    prompts = [captions[i * len(captions) // n % len(captions)] for i in range(n)]
+    clips, verifier = sample(pipe, prompts, generator, guidance), Verifier()
+    parts = verifier.parts(clips, prompts)
+    measured = parts | {"score": total(parts), "all": verifier.correct(clips, prompts)["all"].float()}
+    return {name: values.mean().item() for name, values in measured.items()}
+
+
+def pretrain(config: Config) -> HunyuanVideoPipeline:
+    """Build, train and save a pipeline, and print what was measured."""
+    started = time.perf_counter()
+    torch.manual_seed(config.seed)
+    pipe = build_pipeline()
+    generator = torch.Generator()
+    config.out.mkdir(parents=True, exist_ok=True)
+    kept = [config.out / f"{stage}.pt" for stage in ("close_ups", "whole", "flow")]
+    if not config.resume:
+        _remove(kept)
+    right = train_texts(pipe, config.text_steps, generator.manual_seed(config.seed))
+    print(f"captions read {right:.4f}", flush=True)
+    fit = partial(train_vae, pipe.vae, generator=generator, edges=1.0, batch_size=8)
+    generator.manual_seed(config.seed + 1)
+    fit(CLOSE_UPS, config.vae_steps, lr=2e-3, path=kept[0])
+    error = fit(SOURCE, config.vae_steps_whole, lr=1e-3, path=kept[1])
+    print(f"autoencoder error {error:.5f}", flush=True)
+    for part in (pipe.text_encoder, pipe.text_encoder_2, pipe.vae):
+        part.requires_grad_(False)
+    generator.manual_seed(config.seed + 2)
+    latents, places = encode_pictures(pipe.vae, SOURCE, config.clips, generator)
+    texts = read_captions(pipe, [*TRAIN, ""])
+    loss = train_flow(Flow, pipe.transformer, latents, places, texts, config, generator, kept[2])
+    save_pipeline(pipe, config.out)
+    _remove(kept)
+    size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
+    print(f"flow loss {loss:.4f}, {size / 1e6:.2f} MB, trained in {time.perf_counter() - started:.0f} s", flush=True)
+    if config.eval_clips:
+        for name, captions in (("train", TRAIN), ("held out", HELD_OUT)):
+            for guidance in (1.0, 2.0, 3.5):
+                shares = share_right(pipe, captions, config.eval_clips, generator, guidance)
+                report = ", ".join(f"{key} {share:.3f}" for key, share in shares.items())
+                print(f"{name}, guidance {guidance:g}, {config.eval_clips} samples: {report}", flush=True)
+    return pipe
+
+
+def _remove(files: Sequence[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Command line of `pretrain`."""
+    config = tyro.cli(Config, args=args, description=Config.__doc__)
+    torch.set_num_threads(config.threads)
+    pretrain(config)
+
+
+if __name__ == "__main__":
+    main()
