@@ -1,4 +1,4 @@
-"""Make the embedded world's HunyuanVideo from nothing.
+"""Make a tiny HunyuanVideo of moving shapes from nothing.
 
 ``python -m denoise_env.shapes.pretrain_video --out DIR``
 
@@ -70,7 +70,7 @@ SOURCE, CLOSE_UPS = Source(TRAIN, whole), Source(TRAIN, close_up)
 
 @dataclass
 class Config(FlowConfig):
-    """Pretraining on rendered clips. The defaults make the weights that ship with the package."""
+    """Pretraining on rendered clips."""
 
     steps: int = 2400
     """Optimiser steps of the flow."""

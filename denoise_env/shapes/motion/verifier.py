@@ -83,7 +83,7 @@ class Verifier(nn.Module):
         self.temperature, self.least, self.noise, self.ghost = temperature, least, noise, ghost
         self.wobble, self.lost = wobble, lost
         backgrounds = torch.tensor(list(BACKGROUNDS.values()))
-        axis, radii = torch.arange(3.0, BASE_SIZE - 2, 2), torch.tensor([4.5, 6.5, 9.0, 12.0])
+        axis, radii = torch.arange(3.0, BASE_SIZE - 2, 2), torch.arange(4.5, 13, 2)
         places = torch.cartesian_prod(axis, axis, radii)
         masks = torch.stack([coverage(shape, places[:, :2], places[:, 2]).flatten(1) for shape in SHAPES])
         time = torch.arange(FRAMES)
