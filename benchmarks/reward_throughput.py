@@ -177,7 +177,7 @@ def table(report: dict[str, Any]) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
     head = "| reward | parameters | precision | samples/s | ms/sample | peak memory, GiB |\n|---|---|---|---|---|---|"
     figures = [
-        f"| {name} | {value} |" if name == "error" else f"| {name} | {value:,.3g} |"
+        f"| {name} | {value} |" if name == "error" else f"| {name} | {_digits(value)} |"
         for found in report["servers"].values()
         for name, value in found.items()
     ]
@@ -193,4 +193,10 @@ def _line(row: dict[str, Any]) -> str:
     start = f"| `{row['reward']}` | {size} | {row['precision']} |"
     if "needed" in row:
         return f"{start} not run: its weights alone take {row['needed'] / 2**30:.1f} GiB | | |"
-    return f"{start} {row['samples_per_second']:,.3g} | {row['ms_per_sample']:,.3g} | {row['peak_bytes'] / 2**30:.2f} |"
+    times = " | ".join(_digits(row[name]) for name in ("samples_per_second", "ms_per_sample"))
+    return f"{start} {times} | {row['peak_bytes'] / 2**30:.2f} |"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, or all those before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
