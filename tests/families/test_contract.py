@@ -183,6 +183,7 @@ def test_faces_and_checkers(load, name):
     assert torch.equal(after["next", "reward"].flatten(), rewards)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_resumes_exactly(checkpoints, tmp_path, name):
     """Two iterations are one and another after resuming, to the bit."""
