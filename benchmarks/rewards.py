@@ -116,24 +116,24 @@ def _change(curves: list[dict[str, list[float]]], column: str) -> str:
 
 
 def figure(records: list[dict[str, Any]], path: Path) -> None:
-    """Proxies and verifier over training, a panel a setting; thin lines are seeds."""
+    """Proxies and verifier over training, a panel a setting; thin lines are seeds, and HPS is ten times as high."""
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(record["setting"] for record in records))
     columns = 5
-    drawing, axes = plt.subplots(
-        -(-len(names) // columns), columns, figsize=(3.0 * columns, 2.6 * -(-len(names) // columns)), squeeze=False
-    )
+    lines = -(-len(names) // columns)
+    size = (3.0 * columns, 2.6 * lines)
+    drawing, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey=True)
     colours = {CLIP: "tab:blue", HPS: "tab:orange", GOLD: "black"}
     for axis, name in zip(axes.flat, names, strict=False):
         same = [record["curve"] for record in records if record["setting"] == name]
         for reward, colour in colours.items():
-            gains = [np.subtract(curve[reward], curve[reward][0]) for curve in same]
-            spread = max(1e-9, *(float(np.abs(g).max()) for g in gains)) if reward == HPS else 1.0
-            for gain, curve in zip(gains, same, strict=True):
-                axis.plot(curve["iteration"], gain / spread, color=colour, alpha=0.3, linewidth=0.8)
-            mean = np.mean(gains, axis=0) / spread
-            axis.plot(same[0]["iteration"], mean, color=colour, label=reward + " (scaled)" * (reward == HPS))
+            factor = 10 if reward == HPS else 1
+            gains = [factor * np.subtract(curve[reward], curve[reward][0]) for curve in same]
+            for change, curve in zip(gains, same, strict=True):
+                axis.plot(curve["iteration"], change, color=colour, alpha=0.3, linewidth=0.8)
+            label = f"{factor} × {reward}" if factor > 1 else reward
+            axis.plot(same[0]["iteration"], np.mean(gains, axis=0), color=colour, label=label)
         axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
         axis.set_title(name, fontsize=8)
         axis.tick_params(labelsize=7)
