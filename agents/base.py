@@ -445,12 +445,12 @@ class Agent(ABC):
         if others := [p for p in self.modules.parameters() if p.grad is not None]:
             finite = finite & clip(others, self.config.max_grad_norm).isfinite()
         scored = rollout.scores.valid[examples["episode"]].any().to(finite.device)
-        finite, scored = self.ranks.each(torch.stack([finite, scored])).unbind(1)
-        made = bool(finite.all() and scored.any())  # without a score only the optimizer's momentum would move weights
+        finites, scores = self.ranks.each(torch.stack([finite, scored])).T.tolist()  # one sync
+        made = all(finites) and any(scores)  # without a score only the optimizer's momentum would move weights
         if made:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.skipped = 0 if finite.all() else self.skipped + 1
+        self.skipped = 0 if all(finites) else self.skipped + 1
         if self.skipped > self.config.max_skipped_updates:
             raise FloatingPointError(
                 f"the gradient is not finite, {self.skipped} optimizer steps in a row: lower the learning rate, use "

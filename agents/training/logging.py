@@ -72,7 +72,7 @@ class Logger:
     def picture(self, iteration: int, path: Path) -> None:
         """Log a picture; one that moves as a GIF."""
         frames = read_frames(path) if self._wandb or self._writer else []
-        moving = gif(path) if len(frames) > 1 else b""
+        moving = gif(frames) if len(frames) > 1 else b""
         if self._wandb:
             kind = self._wandb
             shown = kind.Video(io.BytesIO(moving), format="gif") if moving else kind.Image(str(path))

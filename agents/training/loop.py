@@ -191,7 +191,7 @@ def _train(
                 more = iteration < config.iterations and iteration % config.checkpoint_every and spent + cost < budget
                 figures = _iterate(experiment, iteration, directory, ahead, bool(more))
                 cost = int(figures["network_calls"])
-                before, spent = spent, spent + int(figures["network_calls"])
+                before, spent = spent, spent + cost
                 metrics.append({**figures, "network_calls": spent})
                 done, pending = iteration, before
                 if iteration == rest[0] and writes:

@@ -71,26 +71,23 @@ def read_frames(path: Path) -> "list[Image]":
 
 def film(frames: "Sequence[Image]") -> "Image":
     """Frames as one still picture, from the first to the last downwards; of many, some that are evenly spaced."""
-    from PIL import Image
-
     places = np.linspace(0, len(frames) - 1, min(len(frames), _FILM)).round().astype(int)
-    shown = [frames[i] for i in places]
-    pitch = shown[0].height + _GAP
-    sheet = Image.new("RGB", (shown[0].width, pitch * len(shown) - _GAP), "white")
-    for i, frame in enumerate(shown):
-        sheet.paste(frame, (0, i * pitch))
-    return sheet
+    return _column([frames[i] for i in places])
 
 
 def still(path: Path, count: int) -> "Image":
     """A picture of ``count`` rows as one that does not move: of clips, the `film` of each row."""
+    return _column([film(row) for row in rows(path, count)])
+
+
+def _column(pictures: "Sequence[Image]") -> "Image":
+    """Pictures of one size, one below the other."""
     from PIL import Image
 
-    films = [film(row) for row in rows(path, count)]
-    pitch = films[0].height + _GAP
-    sheet = Image.new("RGB", (films[0].width, pitch * count - _GAP), "white")
-    for i, row in enumerate(films):
-        sheet.paste(row, (0, i * pitch))
+    pitch = pictures[0].height + _GAP
+    sheet = Image.new("RGB", (pictures[0].width, pitch * len(pictures) - _GAP), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (0, i * pitch))
     return sheet
 
 
@@ -108,9 +105,9 @@ def data_uri(frames: "Sequence[Image]", widest: int = 1040) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def gif(path: Path) -> bytes:
-    """A picture that `grid` wrote as the bytes of a GIF."""
-    buffer, frames = io.BytesIO(), read_frames(path)
+def gif(frames: "Sequence[Image]") -> bytes:
+    """Frames that `read_frames` read as the bytes of a GIF."""
+    buffer = io.BytesIO()
     _save(frames, buffer, _milliseconds(frames[0]), "gif")
     return buffer.getvalue()
 

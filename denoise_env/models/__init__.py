@@ -131,15 +131,18 @@ def load_model(
         model: as in `find_family`.
         options: the options of the model's family; default: the model's own.
         device: where the model lives.
-        check: called with the model's outline, where its family has one, to refuse it before weights are read.
+        check: called with the model's outline, where its family has one, to refuse it.
         changes: options by name, instead of ``options``.
 
     Raises:
-        ValueError: no such model, an option that its family lacks, or a checkpoint that cannot be loaded.
+        ValueError: no such model, an option that its family lacks, or a checkpoint that cannot be loaded. Whatever an
+            outline can tell is told before any weights are read.
     """
     family, checkpoint, options = _chosen(model, options, changes)
-    if check and family.outline:
-        check(family.outline(checkpoint, options))
+    if family.outline:
+        outlined = family.outline(checkpoint, options)
+        if check:
+            check(outlined)
     return family.load(checkpoint, options, device)
 
 

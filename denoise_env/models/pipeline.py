@@ -116,11 +116,9 @@ class PipelineModel(DenoisingModel):
         It is read as data: weights from safetensors alone, and parts of diffusers' and transformers' own classes.
 
         Raises:
-            ValueError: nothing that can be loaded is there, it would run code, or an option does not fit it. Whatever
-                the configuration files can tell is told before any weights are read.
+            ValueError: nothing that can be loaded is there, it would run code, or an option does not fit it.
         """
         assert checkpoint is not None
-        cls.outline(checkpoint, options)
         local = Path(checkpoint).is_dir()
         dtype = DTYPES[options.dtype]
         try:

@@ -15,12 +15,11 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from denoise_env.models.pipeline import save_pipeline
 from denoise_env.progress import progress
 from denoise_env.shapes.grammar import ALL, HELD_OUT, TRAIN, parse
-from denoise_env.shapes.pretraining import Source, encode_pictures, step, train_vae
+from denoise_env.shapes.pretraining import Source, build_clip, encode_pictures, sample_batches, step, train_vae
 from denoise_env.shapes.renderer import BASE_SIZE, render
 from denoise_env.shapes.tokenizer import build_tokenizer
 from denoise_env.shapes.verifier import Verifier
@@ -88,24 +87,6 @@ def build_unet(text_width: int) -> UNet2DConditionModel:
     )
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A CLIP text encoder of two layers, 64 wide."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            projection_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
 def build_scheduler() -> DDIMScheduler:
     """DDIM with Stable Diffusion's configuration."""
     return DDIMScheduler(
@@ -159,7 +140,6 @@ def train_denoiser(pipe: StableDiffusionPipeline, config: Config, generator: tor
     return sum(losses) / len(losses)
 
 
-@torch.no_grad()
 def sample(
     pipe: StableDiffusionPipeline,
     prompts: Sequence[str],
@@ -169,21 +149,8 @@ def sample(
     batch_size: int = 126,
 ) -> Tensor:
     """Sample with DDIM at eta 1: ``[B, 3, 32, 32]`` in [0, 1]; guidance 1 means none."""
-    pipe.set_progress_bar_config(disable=True)
-    batches = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
-    return torch.cat(
-        [
-            pipe(
-                batch,
-                num_inference_steps=num_steps,
-                guidance_scale=guidance,
-                eta=1.0,
-                generator=generator,
-                output_type="pt",
-            ).images
-            for batch in batches
-        ]
-    )
+    told = {"num_inference_steps": num_steps, "guidance_scale": guidance, "eta": 1.0}
+    return sample_batches(pipe, prompts, batch_size, generator=generator, **told)
 
 
 def share_right(
@@ -210,7 +177,7 @@ def pretrain(config: Config) -> StableDiffusionPipeline:
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     tokenizer = build_tokenizer(ALL)
-    text_encoder = build_text_encoder(tokenizer)
+    text_encoder = build_clip(tokenizer)
     pipe = StableDiffusionPipeline(
         vae=build_vae(),
         text_encoder=text_encoder,

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from denoise_env.models.flow_match import pack
 from denoise_env.models.pipeline import save_pipeline
@@ -26,7 +26,17 @@ from denoise_env.progress import progress
 from denoise_env.shapes.compositions import ALL, HELD_OUT, TRAIN, Verifier, render
 from denoise_env.shapes.compositions.grammar import PRETRAIN, parse
 from denoise_env.shapes.compositions.renderer import encode
-from denoise_env.shapes.pretraining import FlowConfig, Source, Texts, encode_pictures, step, train_flow, train_vae
+from denoise_env.shapes.pretraining import (
+    FlowConfig,
+    Source,
+    Texts,
+    build_clip,
+    encode_pictures,
+    sample_batches,
+    step,
+    train_flow,
+    train_vae,
+)
 from denoise_env.shapes.renderer import BASE_SIZE
 from denoise_env.shapes.tokenizer import build_t5_tokenizer, build_tokenizer
 
@@ -102,24 +112,6 @@ def build_vae() -> AutoencoderKL:
     # The second half of the moments is a log-variance: at 0 its noise would drown the young latents.
     torch.nn.init.constant_(vae.encoder.conv_out.bias[LATENTS:], -6.0)
     return vae
-
-
-def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A CLIP text encoder of two layers, whose pooled output the network is modulated with."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
-            projection_dim=WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
 
 
 def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
@@ -226,7 +218,6 @@ def train_network(pipe: FluxPipeline, config: Config, generator: torch.Generator
     return train_flow(Flow, pipe.transformer, pack(latents), places, texts, config, generator)
 
 
-@torch.no_grad()
 def sample(
     pipe: FluxPipeline,
     prompts: Sequence[str],
@@ -236,23 +227,9 @@ def sample(
     batch_size: int = 132,
 ) -> Tensor:
     """Sample with the plain pipeline: ``[B, 3, 32, 32]`` in [0, 1]."""
-    pipe.set_progress_bar_config(disable=True)
-    batches = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
-    return torch.cat(
-        [
-            pipe(
-                batch,
-                height=BASE_SIZE,
-                width=BASE_SIZE,
-                num_inference_steps=num_steps,
-                guidance_scale=guidance,
-                max_sequence_length=TOKENS,
-                generator=generator,
-                output_type="pt",
-            ).images
-            for batch in batches
-        ]
-    )
+    size = {"height": BASE_SIZE, "width": BASE_SIZE, "max_sequence_length": TOKENS}
+    told = {"num_inference_steps": num_steps, "guidance_scale": guidance}
+    return sample_batches(pipe, prompts, batch_size, generator=generator, **size, **told)
 
 
 def share_right(

@@ -26,14 +26,24 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from denoise_env.models.pipeline import save_pipeline
 from denoise_env.progress import progress
 from denoise_env.shapes.motion import ALL, FRAMES, HELD_OUT, TRAIN, Verifier, render
 from denoise_env.shapes.motion.renderer import encode
 from denoise_env.shapes.motion.verifier import total
-from denoise_env.shapes.pretraining import FlowConfig, Source, Texts, encode_pictures, step, train_flow, train_vae
+from denoise_env.shapes.pretraining import (
+    FlowConfig,
+    Source,
+    Texts,
+    build_clip,
+    encode_pictures,
+    sample_batches,
+    step,
+    train_flow,
+    train_vae,
+)
 from denoise_env.shapes.renderer import BASE_SIZE
 from denoise_env.shapes.tokenizer import build_llama_tokenizer, build_tokenizer
 
@@ -153,24 +163,6 @@ def build_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaModel:
     )
 
 
-def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A CLIP text encoder of two layers, whose pooled output the network is modulated with."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
-            projection_dim=WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
 def read_captions(pipe: HunyuanVideoPipeline, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
     """What the network reads of n captions: Llama's features of every token ``[n, 12, 64]``, CLIP's pooled ones
     ``[n, 64]``, and a mask ``[n, 12]`` of the tokens that there are."""
@@ -228,7 +220,6 @@ class Flow:
         ).sample
 
 
-@torch.no_grad()
 def sample(
     pipe: HunyuanVideoPipeline,
     prompts: Sequence[str],
@@ -238,24 +229,9 @@ def sample(
     batch_size: int = 60,
 ) -> Tensor:
     """Sample with the plain pipeline: ``[B, FRAMES, 3, 32, 32]`` in [0, 1]."""
-    pipe.set_progress_bar_config(disable=True)
-    batches = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
-    return torch.cat(
-        [
-            pipe(
-                batch,
-                height=BASE_SIZE,
-                width=BASE_SIZE,
-                num_frames=FRAMES,
-                num_inference_steps=num_steps,
-                guidance_scale=guidance,
-                max_sequence_length=TOKENS,
-                generator=generator,
-                output_type="pt",
-            ).frames
-            for batch in batches
-        ]
-    )
+    size = {"height": BASE_SIZE, "width": BASE_SIZE, "num_frames": FRAMES, "max_sequence_length": TOKENS}
+    told = {"num_inference_steps": num_steps, "guidance_scale": guidance}
+    return sample_batches(pipe, prompts, batch_size, generator=generator, **size, **told)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the embedded worlds' pretraining scripts share: what is learnt from, the autoencoder, the flow."""
+"""What the pretraining scripts share: what is learnt from, CLIP, the autoencoder, the flow, samples."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +12,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from denoise_env.progress import progress
 
@@ -31,6 +32,32 @@ class Source:
         """
         index = torch.randint(len(self.captions), (n,), generator=generator)
         return self.render([self.captions[i] for i in index.tolist()], generator) * 2 - 1, index
+
+
+def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A CLIP text encoder of two layers, 64 wide."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            projection_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+@torch.no_grad()
+def sample_batches(pipe: Any, prompts: Sequence[str], batch_size: int, **options: Any) -> Tensor:
+    """What a plain pipeline makes of prompts, in batches: ``[B, 3, H, W]``, or clips ``[B, F, 3, H, W]``, in [0, 1]."""
+    pipe.set_progress_bar_config(disable=True)
+    batches = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
+    return torch.cat([pipe(batch, output_type="pt", **options)[0] for batch in batches])
 
 
 class Checkpoint:

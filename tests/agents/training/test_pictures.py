@@ -62,7 +62,7 @@ def test_a_gif_has_all_frames(tmp_path):
     grid(clips(), 2, tmp_path / "grid.gif", scale=1)
     assert len(read_frames(tmp_path / "grid.gif")) == 5
     grid(clips(), 2, tmp_path / "grid.webp", scale=1, frame_rate=4)
-    found = Image.open(io.BytesIO(gif(tmp_path / "grid.webp")))
+    found = Image.open(io.BytesIO(gif(read_frames(tmp_path / "grid.webp"))))
     assert (found.n_frames, found.info["duration"], found.info["loop"]) == (5, 250, 0)
 
 
