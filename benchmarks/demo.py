@@ -2,6 +2,7 @@
 
     python -m benchmarks.demo                  # five seeds, six to seven minutes each; resumes where it stopped
     python -m benchmarks.demo --seeds 3 --reward compositions -- --preset shapes-flux
+    python -m benchmarks.demo --seeds 3 --reward motion motion-appearance motion-direction -- --preset shapes-video
 
 Each run is ``denoise-env train --seed N`` with whatever follows ``--``, in ``build/demo/<code>/<flags>``, and is not
 repeated while neither the code nor the flags change.
@@ -37,40 +38,46 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
     return float(np.mean(values)), spread / n**0.5, spread * (1 + 1 / n) ** 0.5
 
 
-def table(runs: Sequence[Path], reward: str | None = None) -> str:
-    """A reward before and after training in Markdown, a row a run, and the mean.
+def table(runs: Sequence[Path], rewards: Sequence[str] = ()) -> str:
+    """Rewards before and after training in Markdown, a row a run, and the mean.
 
     Args:
         runs: directories of finished runs, 2 to 10.
-        reward: an evaluated reward's name; the last one by default.
+        rewards: evaluated rewards' names; the last one by default.
 
     Raises:
         ValueError: a reward that was not evaluated.
     """
-    lines, after = [], []
+    lines: list[str] = []
+    after: dict[str, list[float]] = {}
     for run in runs:
         evals = read_table(run / "eval.csv")
-        found = {name: rest for name, *rest in headline(evals)}
-        if (name := reward or list(found)[-1]) not in found:
-            raise ValueError(f"the runs evaluate no reward {name!r}, but {', '.join(found)}")
-        first, last = found[name]
+        found = [name for name, *_ in headline(evals)]
+        names = rewards or found[-1:]
+        if missing := [name for name in names if name not in found]:
+            raise ValueError(f"the runs evaluate no reward {missing[0]!r}, but {', '.join(found)}")
+        first, last = evals[0], evals[-1]
         if not lines:
-            lines = [f"| seed | {name}: before | after | diversity: before | after | training, s |", "|---" * 6 + "|"]
+            heads = [*(f"{name}: before | after" for name in names), "diversity: before | after"]
+            lines = [f"| seed | {' | '.join(heads)} | training, s |", "|---" * (2 * len(heads) + 2) + "|"]
         seed = json.loads((run / "config.json").read_text(encoding="utf-8"))["seed"]
         seconds = sum(row["seconds"] for row in read_table(run / "metrics.csv"))
-        cells = [f"{row[name]:.3f} {interval(row, name)}" for row in (first, last)]
-        spread = [f"{row['diversity']:.3f}" for row in (first, last)]
-        lines.append(f"| {seed} | {' | '.join([*cells, *spread])} | {seconds:.0f} |")
-        after.append(last[name])
-    mean, of_mean, of_next = over_seeds(after)
-    lines.append(f"| mean of {len(runs)} | | {mean:.3f} [{mean - of_mean:.3f}, {mean + of_mean:.3f}] | | | |")
+        cells = [f"{row[name]:.3f} {interval(row, name)}" for name in names for row in (first, last)]
+        cells += [f"{row['diversity']:.3f}" for row in (first, last)]
+        lines.append(f"| {seed} | {' | '.join(cells)} | {seconds:.0f} |")
+        for name in names:
+            after.setdefault(name, []).append(last[name])
+    means = {name: over_seeds(values) for name, values in after.items()}
+    cells = [f"| {mean:.3f} [{mean - half:.3f}, {mean + half:.3f}] |" for mean, half, _ in means.values()]
+    lines.append(f"| mean of {len(runs)} | {' '.join(cells)} | | |")
+    further = [f"{name} in [{mean - half:.3f}, {mean + half:.3f}]" for name, (mean, _, half) in means.items()]
     return "\n".join(
         [
             *lines,
             "",
-            f"Brackets of a seed: 95 % bootstrap interval over {last['images']:.0f} images, over evaluation noise.",
-            "Brackets of the mean: Student's 95 % interval over training seeds; a further training seed is expected in "
-            f"[{mean - of_next:.3f}, {mean + of_next:.3f}].",
+            f"Brackets of a seed: 95 % bootstrap interval over {last['images']:.0f} samples, over evaluation noise.",
+            "Brackets of the mean: Student's 95 % interval over training seeds; a further training seed is expected to "
+            f"have {', '.join(further)}.",
             "Diversity is the std of the final latents among a prompt's samples.",
         ]
     )
@@ -99,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="of them, from 0 (default %(default)s)")
-    parser.add_argument("--reward", metavar="NAME", help="of those evaluated, the table's (default: the last)")
+    help = "of those evaluated, the table's (default: the last)"
+    parser.add_argument("--reward", nargs="+", default=(), metavar="NAME", help=help)
     parser.add_argument("--build", type=Path, default=REPOSITORY / "build" / "demo", metavar="DIR", help="of the runs")
     options = parser.parse_args(own)
     if not 2 <= options.seeds <= len(STUDENT) + 1:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -149,7 +150,7 @@ def sample(
     batch_size: int = 126,
 ) -> Tensor:
     """Sample with DDIM at eta 1: ``[B, 3, 32, 32]`` in [0, 1]; guidance 1 means none."""
-    told = {"num_inference_steps": num_steps, "guidance_scale": guidance, "eta": 1.0}
+    told: dict[str, Any] = {"num_inference_steps": num_steps, "guidance_scale": guidance, "eta": 1.0}
     return sample_batches(pipe, prompts, batch_size, generator=generator, **told)
 
 

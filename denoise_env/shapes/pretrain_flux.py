@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import tyro
@@ -227,8 +228,8 @@ def sample(
     batch_size: int = 132,
 ) -> Tensor:
     """Sample with the plain pipeline: ``[B, 3, 32, 32]`` in [0, 1]."""
-    size = {"height": BASE_SIZE, "width": BASE_SIZE, "max_sequence_length": TOKENS}
-    told = {"num_inference_steps": num_steps, "guidance_scale": guidance}
+    size: dict[str, Any] = {"height": BASE_SIZE, "width": BASE_SIZE, "max_sequence_length": TOKENS}
+    told: dict[str, Any] = {"num_inference_steps": num_steps, "guidance_scale": guidance}
     return sample_batches(pipe, prompts, batch_size, generator=generator, **size, **told)
 
 

@@ -3,16 +3,17 @@
 ``python -m denoise_env.shapes.pretrain_video --out DIR``
 
 Four stages, each with a seed of its own: the text encoders, which learn to tell what a caption says and then stay as
-they are; the autoencoder, first on close-ups of a quarter of a clip's area, then on whole clips; the flow; and
-guidance, to which the network is distilled as HunyuanVideo's own. The tokenizer splits the pipeline's own prompt
-template into the 95 tokens that the pipeline crops, so the plain pipeline samples it without further arguments.
+they are; the autoencoder, first on single frames of close-ups of a quarter of a clip's area, then on the close-ups,
+then on whole clips; the flow; and guidance, to which the network is distilled as HunyuanVideo's own. The tokenizer
+splits the pipeline's own prompt template into the 95 tokens that the pipeline crops, so the plain pipeline samples it
+without further arguments.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -75,26 +76,37 @@ def close_up(captions: Sequence[str], generator: torch.Generator) -> Tensor:
     return parts[torch.arange(len(clips)), :, :, row, column]
 
 
-SOURCE, CLOSE_UPS = Source(TRAIN, whole), Source(TRAIN, close_up)
+def still(captions: Sequence[str], generator: torch.Generator) -> Tensor:
+    """A random frame of each of such parts, ``[n, 3, 1, 16, 16]``."""
+    parts = close_up(captions, generator)
+    frame = torch.randint(FRAMES, (len(parts),), generator=generator)
+    return parts[torch.arange(len(parts)), :, frame][:, :, None]
+
+
+SOURCE, CLOSE_UPS, STILLS = Source(TRAIN, whole), Source(TRAIN, close_up), Source(TRAIN, still)
 
 
 @dataclass
 class Config(FlowConfig):
     """Pretraining on rendered clips."""
 
-    steps: int = 2400
+    steps: int = 5000
     """Optimiser steps of the flow."""
+    lr: float = 4e-3
+    """Peak of the one-cycle learning rate."""
     distill_steps: int = 200
     """Optimiser steps in which the network learns to be guided."""
     batch_size: int = 32
     """Latents per step."""
     text_steps: int = 500
     """Optimiser steps of the text encoders, 32 captions each."""
-    vae_steps: int = 2500
-    """Optimiser steps of the autoencoder, 8 close-ups each, and ..."""
-    vae_steps_whole: int = 400
+    vae_steps_stills: int = 1000
+    """Optimiser steps of the autoencoder, 32 frames of close-ups each, ..."""
+    vae_steps: int = 4500
+    """... 8 close-ups each, and ..."""
+    vae_steps_whole: int = 500
     """... 8 whole clips each."""
-    clips: int = 4000
+    clips: int = 10000
     """Rendered clips the flow is trained on."""
     eval_clips: int = 240
     """Samples per set of captions that the verifier reads at the end; 0 for none."""
@@ -104,18 +116,24 @@ class Config(FlowConfig):
 
 def build_pipeline() -> HunyuanVideoPipeline:
     """A HunyuanVideo with 16 × 3 × 8 × 8 latents of clips of 9 frames, 32 × 32, random weights."""
+    return HunyuanVideoPipeline(**build_parts(LATENTS, guidance_embeds=True))
+
+
+def build_parts(channels: int, guidance_embeds: bool) -> dict[str, Any]:
+    """The components of a pipeline whose network takes so many channels, and is told a guidance scale or not."""
     clip = build_tokenizer(ALL, CLIP_TOKENS)
     llama = build_llama_tokenizer(DEFAULT_PROMPT_TEMPLATE["template"].format(text) for text in ALL)
-    return HunyuanVideoPipeline(
-        vae=build_vae(),
-        text_encoder=build_llama(llama),
-        tokenizer=llama,
-        text_encoder_2=build_clip(clip),
-        tokenizer_2=clip,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        transformer=HunyuanVideoTransformer3DModel(
-            in_channels=LATENTS,
+    return {
+        "vae": build_vae(),
+        "text_encoder": build_llama(llama),
+        "tokenizer": llama,
+        "text_encoder_2": build_clip(clip),
+        "tokenizer_2": clip,
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "transformer": HunyuanVideoTransformer3DModel(
+            in_channels=channels,
             out_channels=LATENTS,
+            guidance_embeds=guidance_embeds,
             num_layers=1,
             num_single_layers=4,
             num_refiner_layers=1,
@@ -125,7 +143,7 @@ def build_pipeline() -> HunyuanVideoPipeline:
             pooled_projection_dim=WIDTH,
             rope_axes_dim=(8, 12, 12),
         ),
-    )
+    }
 
 
 def build_vae() -> AutoencoderKLHunyuanVideo:
@@ -143,6 +161,24 @@ def build_vae() -> AutoencoderKLHunyuanVideo:
     # The second half of the moments is a log-variance: at 0 its noise would drown the young latents.
     nn.init.constant_(vae.quant_conv.bias[LATENTS:], -6.0)
     return vae
+
+
+@torch.no_grad()
+def standardise(vae: AutoencoderKLHunyuanVideo, source: Source, n: int, generator: torch.Generator) -> None:
+    """Give every channel of the latents mean 0 and standard deviation 1, over n clips, and leave what is decoded.
+
+    The convolutions of size 1 next to the latents take the change up. A pipeline knows one scaling factor for all
+    channels, under which those that vary little, and say what a shape looks like, drown in noise.
+    """
+    latents = vae.encode(source.draw(n, generator)[0]).latent_dist.mean.transpose(0, 1).flatten(1)
+    mean, std = latents.mean(1), latents.std(1)
+    into, out = vae.quant_conv, vae.post_quant_conv
+    out.bias += (out.weight[..., 0, 0, 0] * mean).sum(1)
+    out.weight *= std[:, None, None, None]
+    into.bias[:LATENTS] -= mean
+    into.bias[:LATENTS] /= std
+    into.weight[:LATENTS] /= std[:, None, None, None, None]
+    into.bias[LATENTS:] -= 2 * std.log()
 
 
 def build_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaModel:
@@ -208,8 +244,13 @@ class Flow:
         self.transformer = transformer
 
     def __call__(self, noisy: Tensor, sigma: Tensor, texts: Texts, guidance: Tensor) -> Tensor:
-        """The velocity of latents ``[n, 16, 3, 8, 8]`` at σ ``[n]``, told the guidance ``[n]``."""
-        tokens, pooled, mask = texts
+        """The velocity of latents ``[n, 16, 3, 8, 8]`` at σ ``[n]``, told the guidance ``[n]``.
+
+        The texts may have the latents of first frames ``[n, 16, 1, 8, 8]`` behind them.
+        """
+        tokens, pooled, mask, *first = texts
+        if first:
+            noisy = torch.cat([noisy, F.pad(first[0], (0, 0, 0, 0, 0, noisy.shape[2] - 1))], 1)
         return self.transformer(
             hidden_states=noisy,
             timestep=1000 * sigma,
@@ -229,62 +270,100 @@ def sample(
     batch_size: int = 60,
 ) -> Tensor:
     """Sample with the plain pipeline: ``[B, FRAMES, 3, 32, 32]`` in [0, 1]."""
-    size = {"height": BASE_SIZE, "width": BASE_SIZE, "num_frames": FRAMES, "max_sequence_length": TOKENS}
-    told = {"num_inference_steps": num_steps, "guidance_scale": guidance}
+    size: dict[str, Any] = {
+        "height": BASE_SIZE,
+        "width": BASE_SIZE,
+        "num_frames": FRAMES,
+        "max_sequence_length": TOKENS,
+    }
+    told: dict[str, Any] = {"num_inference_steps": num_steps, "guidance_scale": guidance}
     return sample_batches(pipe, prompts, batch_size, generator=generator, **size, **told)
 
 
 @torch.no_grad()
-def share_right(
-    pipe: HunyuanVideoPipeline, captions: Sequence[str], n: int, generator: torch.Generator, guidance: float = 1.0
-) -> dict[str, float]:
-    """Of n samples, spread evenly over the captions, the mean parts, the mean score, and the share with all right."""
-    prompts = [captions[i * len(captions) // n % len(captions)] for i in range(n)]
-    clips, verifier = sample(pipe, prompts, generator, guidance), Verifier()
+def share_right(clips: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+    """Of samples, the mean parts, the mean score, and the share with all right."""
+    verifier = Verifier()
     parts = verifier.parts(clips, prompts)
     measured = parts | {"score": total(parts), "all": verifier.correct(clips, prompts)["all"].float()}
     return {name: values.mean().item() for name, values in measured.items()}
 
 
+def spread(captions: Sequence[str], n: int) -> list[str]:
+    """n captions, evenly of all."""
+    return [captions[i * len(captions) // n % len(captions)] for i in range(n)]
+
+
+class Run:
+    """The stages of a pipeline's training.
+
+    Args:
+        pipe: the pipeline, as it was built after ``torch.manual_seed(config.seed)``.
+        config: its settings; without ``resume`` an earlier run's checkpoints are deleted.
+    """
+
+    def __init__(self, pipe: Any, config: Config) -> None:
+        self.pipe, self.config = pipe, config
+        self.started, self.generator = time.perf_counter(), torch.Generator()
+        config.out.mkdir(parents=True, exist_ok=True)
+        self.kept = [config.out / f"{stage}.pt" for stage in ("stills", "close_ups", "whole", "flow")]
+        if not config.resume:
+            self._remove()
+
+    def prepare(self) -> None:
+        """Fit the text encoders and the autoencoder, and freeze them."""
+        pipe, config = self.pipe, self.config
+        right = train_texts(pipe, config.text_steps, self.generator.manual_seed(config.seed))
+        print(f"captions read {right:.4f}", flush=True)
+        fit = partial(train_vae, pipe.vae, generator=self.generator, edges=1.0, chroma=4.0)
+        self.generator.manual_seed(config.seed + 1)
+        fit(STILLS, config.vae_steps_stills, lr=4e-3, batch_size=32, path=self.kept[0])
+        fit(CLOSE_UPS, config.vae_steps, lr=2e-3, batch_size=8, path=self.kept[1])
+        error = fit(SOURCE, config.vae_steps_whole, lr=1e-3, batch_size=8, path=self.kept[2])
+        print(f"autoencoder error {error:.5f}", flush=True)
+        standardise(pipe.vae, SOURCE, 250, self.generator)
+        for part in (pipe.text_encoder, pipe.text_encoder_2, pipe.vae):
+            part.requires_grad_(False)
+        self.generator.manual_seed(config.seed + 2)
+
+    def train(self, latents: Tensor, places: Tensor, given: Texts = ()) -> None:
+        """Fit the flow, save the pipeline and say what it took; arguments as of `train_flow`."""
+        pipe, config = self.pipe, self.config
+        texts = read_captions(pipe, [*TRAIN, ""])
+        loss = train_flow(Flow, pipe.transformer, latents, places, texts, config, self.generator, self.kept[3], given)
+        for part in (pipe.transformer, pipe.vae):
+            part.half()  # what ships is half as large; diffusers reads it as float32
+        save_pipeline(pipe, config.out)
+        for part in (pipe.transformer, pipe.vae):
+            part.float()
+        self._remove()
+        size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
+        spent = time.perf_counter() - self.started
+        print(f"flow loss {loss:.4f}, {size / 1e6:.2f} MB, trained in {spent:.0f} s", flush=True)
+
+    def _remove(self) -> None:
+        for file in self.kept:
+            file.unlink(missing_ok=True)
+
+
 def pretrain(config: Config) -> HunyuanVideoPipeline:
     """Build, train and save a pipeline, and print what was measured."""
-    started = time.perf_counter()
     torch.manual_seed(config.seed)
-    pipe = build_pipeline()
-    generator = torch.Generator()
-    config.out.mkdir(parents=True, exist_ok=True)
-    kept = [config.out / f"{stage}.pt" for stage in ("close_ups", "whole", "flow")]
-    if not config.resume:
-        _remove(kept)
-    right = train_texts(pipe, config.text_steps, generator.manual_seed(config.seed))
-    print(f"captions read {right:.4f}", flush=True)
-    fit = partial(train_vae, pipe.vae, generator=generator, edges=1.0, batch_size=8)
-    generator.manual_seed(config.seed + 1)
-    fit(CLOSE_UPS, config.vae_steps, lr=2e-3, path=kept[0])
-    error = fit(SOURCE, config.vae_steps_whole, lr=1e-3, path=kept[1])
-    print(f"autoencoder error {error:.5f}", flush=True)
-    for part in (pipe.text_encoder, pipe.text_encoder_2, pipe.vae):
-        part.requires_grad_(False)
-    generator.manual_seed(config.seed + 2)
-    latents, places = encode_pictures(pipe.vae, SOURCE, config.clips, generator)
-    texts = read_captions(pipe, [*TRAIN, ""])
-    loss = train_flow(Flow, pipe.transformer, latents, places, texts, config, generator, kept[2])
-    save_pipeline(pipe, config.out)
-    _remove(kept)
-    size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
-    print(f"flow loss {loss:.4f}, {size / 1e6:.2f} MB, trained in {time.perf_counter() - started:.0f} s", flush=True)
-    if config.eval_clips:
-        for name, captions in (("train", TRAIN), ("held out", HELD_OUT)):
-            for guidance in (1.0, 2.0, 3.5):
-                shares = share_right(pipe, captions, config.eval_clips, generator, guidance)
-                report = ", ".join(f"{key} {share:.3f}" for key, share in shares.items())
-                print(f"{name}, guidance {guidance:g}, {config.eval_clips} samples: {report}", flush=True)
+    run = Run(pipe := build_pipeline(), config)
+    run.prepare()
+    run.train(*encode_pictures(pipe.vae, SOURCE, config.clips, run.generator))
+    for name, captions in (("train", TRAIN), ("held out", HELD_OUT)) if config.eval_clips else ():
+        prompts = spread(captions, config.eval_clips)
+        for guidance in (1.0, 2.0, 3.5):
+            report(
+                share_right(sample(pipe, prompts, run.generator, guidance), prompts), f"{name}, guidance {guidance:g}"
+            )
     return pipe
 
 
-def _remove(files: Sequence[Path]) -> None:
-    for file in files:
-        file.unlink(missing_ok=True)
+def report(shares: Mapping[str, float], of: str) -> None:
+    """Print what was measured of samples."""
+    print(f"{of}: " + ", ".join(f"{key} {share:.3f}" for key, share in shares.items()), flush=True)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -53,11 +53,17 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 @torch.no_grad()
-def sample_batches(pipe: Any, prompts: Sequence[str], batch_size: int, **options: Any) -> Tensor:
-    """What a plain pipeline makes of prompts, in batches: ``[B, 3, H, W]``, or clips ``[B, F, 3, H, W]``, in [0, 1]."""
+def sample_batches(
+    pipe: Any, prompts: Sequence[str], batch_size: int, frames: Tensor | None = None, **options: Any
+) -> Tensor:
+    """What a plain pipeline makes of prompts, and of first frames ``[B, 3, H, W]`` where it takes them, in batches:
+    ``[B, 3, H, W]``, or clips ``[B, F, 3, H, W]``, in [0, 1]."""
     pipe.set_progress_bar_config(disable=True)
-    batches = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
-    return torch.cat([pipe(batch, output_type="pt", **options)[0] for batch in batches])
+    batches = []
+    for i in range(0, len(prompts), batch_size):
+        images = {} if frames is None else {"image": frames[i : i + batch_size]}
+        batches.append(pipe(prompt=list(prompts[i : i + batch_size]), output_type="pt", **images, **options)[0])
+    return torch.cat(batches)
 
 
 class Checkpoint:
@@ -96,6 +102,7 @@ def train_vae(
     generator: torch.Generator,
     lr: float = 2e-3,
     edges: float = 0.0,
+    chroma: float = 0.0,
     batch_size: int = 16,
     path: Path | None = None,
 ) -> float:
@@ -109,6 +116,7 @@ def train_vae(
         lr: peak of the one-cycle learning rate.
         edges: weight of the squared error of the differences between neighbouring pixels, and of a twentieth of the
             absolute error. Without them small objects long stay blobs.
+        chroma: weight of the squared error of the colours less their grey. Without it everything long stays grey.
         batch_size: pictures or clips a step.
         path: of its `Checkpoint`.
     """
@@ -126,6 +134,8 @@ def train_vae(
             rest = decoded - pictures
             steep = rest.diff(dim=-1).square().mean() + rest.diff(dim=-2).square().mean()
             loss = loss + edges * (steep + 0.05 * rest.abs().mean())
+        if chroma:
+            loss = loss + chroma * (decoded - pictures).sub((decoded - pictures).mean(1, keepdim=True)).square().mean()
         step(loss, optimizer, schedule, vae.parameters())
         checkpoint.keep(done + 1)
         bar.set_postfix_str(f"error {error.item():.4f}", refresh=False)
@@ -189,7 +199,8 @@ class FlowConfig:
 
 Texts = tuple[Tensor, ...]
 Flow = Callable[[Tensor, Tensor, Texts, Tensor], Tensor]
-"""The velocity of noisy latents at σ ``[n]``, given what was encoded of n prompts, told the guidance ``[n]``."""
+"""The velocity of noisy latents at σ ``[n]``, given what was encoded of n prompts and what is given beside them, told
+the guidance ``[n]``."""
 
 
 def train_flow(
@@ -201,6 +212,7 @@ def train_flow(
     config: FlowConfig,
     generator: torch.Generator,
     path: Path | None = None,
+    given: Texts = (),
 ) -> float:
     """Fit a network to the velocity ε − x0, then to guidance; leave the average of its weights in it.
 
@@ -216,15 +228,16 @@ def train_flow(
         config: steps, rates and shares.
         generator: the source of randomness.
         path: of the `Checkpoint` of its first stage.
+        given: ``[N, …]`` each, what else the network gets of the latents; it stands behind the texts.
     """
     flow, weights, n = make(network), list(network.parameters()), config.batch_size
     empty = len(texts[0]) - 1
 
-    def batch(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Texts]:
         rows = torch.randint(len(latents), (n,), generator=generator)
         noise = torch.randn(n, *latents.shape[1:], generator=generator)
         s = _like(sigma, noise)
-        return (1 - s) * latents[rows] + s * noise, noise - latents[rows], places[rows]
+        return (1 - s) * latents[rows] + s * noise, noise - latents[rows], places[rows], _rows(given, rows)
 
     ema, losses = EMAModel(weights, decay=config.ema), [0.0]
     optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=1e-3)
@@ -232,9 +245,9 @@ def train_flow(
     checkpoint = Checkpoint(path, generator, network=network, ema=ema, optimizer=optimizer, schedule=schedule)
     for done in (bar := progress(range(checkpoint.restore(), config.steps), desc="flow")):
         sigma = torch.randn(n, generator=generator).sigmoid()
-        noisy, velocity, shown = batch(sigma)
+        noisy, velocity, shown, beside = batch(sigma)
         shown = shown.masked_fill(torch.rand(n, generator=generator) < config.drop, empty)
-        loss = F.mse_loss(flow(noisy, sigma, _rows(texts, shown), torch.ones(n)), velocity)
+        loss = F.mse_loss(flow(noisy, sigma, _rows(texts, shown) + beside, torch.ones(n)), velocity)
         step(loss, optimizer, schedule, weights)
         ema.step(weights)
         checkpoint.keep(done + 1)
@@ -250,7 +263,7 @@ def _distill(
     make: Callable[[nn.Module], Flow],
     network: nn.Module,
     config: FlowConfig,
-    batch: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
+    batch: Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Texts]],
     texts: Texts,
     generator: torch.Generator,
 ) -> None:
@@ -263,14 +276,16 @@ def _distill(
     low, high = config.scales
     for _ in progress(range(config.distill_steps), desc="guidance"):
         sigma, draws = torch.rand(2, n, generator=generator)
-        noisy, _, shown = batch(sigma)
+        noisy, _, shown, beside = batch(sigma)
         scale = low + (high - low) * draws
         both = torch.cat([shown, torch.full_like(shown, empty)])
+        twice = tuple(torch.cat([part, part]) for part in beside)
         with torch.no_grad():
-            answers = teacher(torch.cat([noisy, noisy]), sigma.repeat(2), _rows(texts, both), torch.ones(2 * n))
+            told = _rows(texts, both) + twice
+            answers = teacher(torch.cat([noisy, noisy]), sigma.repeat(2), told, torch.ones(2 * n))
         conditional, unconditional = answers.chunk(2)
         target = unconditional + _like(scale, noisy) * (conditional - unconditional)
-        loss = F.mse_loss(flow(noisy, sigma, _rows(texts, shown), scale), target)
+        loss = F.mse_loss(flow(noisy, sigma, _rows(texts, shown) + beside, scale), target)
         step(loss, optimizer, schedule, weights)
         ema.step(weights)
     ema.copy_to(weights)

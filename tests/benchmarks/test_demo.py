@@ -26,9 +26,12 @@ def test_a_row_a_seed_and_an_interval_over_seeds(tmp_path):
     mean, error = np.mean(ends), 2.776 * np.std(ends, ddof=1) / np.sqrt(5)
     assert f"{mean:.3f} [{mean - error:.3f}, {mean + error:.3f}]" in lines[7]
     assert "over training seeds" in text
-    assert "| 0 | 0.600 [0.590, 0.610] | 0.700 [0.690, 0.710] |" in table(runs, "a")
+    assert "| 0 | 0.600 [0.590, 0.610] | 0.700 [0.690, 0.710] |" in table(runs, ["a"])
+    both = table(runs, ["a", "b"]).splitlines()
+    assert both[0] == "| seed | a: before | after | b: before | after | diversity: before | after | training, s |"
+    assert {line.count("|") for line in both[:8]} == {9}
     with pytest.raises(ValueError, match="the runs evaluate no reward 'c', but a, b"):
-        table(runs, "c")
+        table(runs, ["c"])
 
 
 def test_the_interval_over_seeds_covers_as_often_as_it_says():

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, HunyuanVideoPipeline
@@ -7,16 +9,31 @@ from denoise_env.shapes.motion import ALL, FRAMES, HELD_OUT, TRAIN
 from denoise_env.shapes.pretrain_video import (
     CLOSE_UPS,
     SOURCE,
+    STILLS,
     TOKENS,
     Flow,
     build_pipeline,
     main,
     read_captions,
     sample,
+    standardise,
 )
 from denoise_env.shapes.pretraining import FlowConfig, Source, train_flow, train_vae
 
-TINY = ["--text-steps", "2", "--vae-steps", "2", "--vae-steps-whole", "1", "--steps", "2", "--distill-steps", "1"]
+TINY = [
+    "--text-steps",
+    "2",
+    "--vae-steps-stills",
+    "1",
+    "--vae-steps",
+    "2",
+    "--vae-steps-whole",
+    "1",
+    "--steps",
+    "2",
+    "--distill-steps",
+    "1",
+]
 TINY += ["--batch-size", "4", "--clips", "8"]
 
 
@@ -49,9 +66,10 @@ def test_no_held_out_caption_is_drawn():
     assert not set(SOURCE.captions) & set(HELD_OUT)
 
 
-def test_close_ups_show_the_object():
-    clips, _ = CLOSE_UPS.draw(64, torch.Generator().manual_seed(0))
-    assert clips.shape == (64, 3, FRAMES, 16, 16)
+@pytest.mark.parametrize(("source", "frames"), [(CLOSE_UPS, FRAMES), (STILLS, 1)])
+def test_close_ups_show_the_object(source, frames):
+    clips, _ = source.draw(64, torch.Generator().manual_seed(0))
+    assert clips.shape == (64, 3, frames, 16, 16)
     assert (clips.amax((2, 3, 4)) - clips.amin((2, 3, 4))).amax(1).min() > 0.3
 
 
@@ -66,6 +84,19 @@ def test_the_network_is_trained_as_the_plain_pipeline_calls_it(pipe):
     found = pipe(captions, guidance_scale=2.5, max_sequence_length=TOKENS, latents=noise, **settings).frames
     torch.testing.assert_close(found, noise - velocity, rtol=0, atol=1e-5)
     assert (velocity - flow(noise, torch.ones(2), texts, torch.ones(2))).abs().max() > 1e-6
+
+
+@torch.no_grad()
+def test_standardised_latents_decode_to_the_same(pipe):
+    vae, clips = copy.deepcopy(pipe.vae), SOURCE.draw(8, torch.Generator().manual_seed(0))[0]
+    before = vae.encode(clips).latent_dist
+    standardise(vae, SOURCE, 8, torch.Generator().manual_seed(0))
+    after = vae.encode(clips).latent_dist
+    torch.testing.assert_close(after.mean.mean((0, 2, 3, 4)), torch.zeros(16), rtol=0, atol=1e-4)
+    torch.testing.assert_close(after.mean.transpose(0, 1).flatten(1).std(1), torch.ones(16))
+    spread = before.mean.transpose(0, 1).flatten(1).std(1).view(16, 1, 1, 1)
+    torch.testing.assert_close(before.std, after.std * spread)
+    torch.testing.assert_close(vae.decode(after.mean).sample, pipe.vae.decode(before.mean).sample)
 
 
 def test_a_stopped_autoencoder_goes_on_as_if_it_had_not(tmp_path):
@@ -102,7 +133,7 @@ def test_a_stopped_flow_goes_on_as_if_it_had_not(tmp_path):
 @pytest.mark.slow
 def test_a_tiny_run_writes_a_loadable_pipeline(tmp_path, capsys):
     main(["--out", str(tmp_path), *TINY, "--eval-clips", "4", "--seed", "3"])
-    assert "held out, guidance 3.5, 4 samples" in capsys.readouterr().out
+    assert "held out, guidance 3.5: appearance" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.pt"))
     pipe = HunyuanVideoPipeline.from_pretrained(tmp_path, local_files_only=True)
     generator = torch.Generator().manual_seed(0)

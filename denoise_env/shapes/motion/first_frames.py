@@ -19,7 +19,7 @@ def first_frames(
     Raises:
         ValueError: as `render`.
     """
-    frames = render(captions, generator, size)[:, 0]
+    frames = render(captions, generator, size, frames=1)[:, 0]
     return [Prompt(text, images=frame) for text, frame in zip(captions, frames, strict=True)]
 
 

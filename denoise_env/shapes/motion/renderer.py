@@ -83,16 +83,19 @@ def draw(path: Tensor, colour: Tensor, shape: Tensor, background: Tensor, size: 
     return alpha * paint + (1 - alpha) * empty
 
 
-def render(captions: Sequence[str], generator: torch.Generator | None = None, size: int = BASE_SIZE) -> Tensor:
+def render(
+    captions: Sequence[str], generator: torch.Generator | None = None, size: int = BASE_SIZE, frames: int = FRAMES
+) -> Tensor:
     """Draw each caption with a random place and radius, the object wholly inside every frame.
 
     Args:
         captions: B captions of the grammar.
         generator: the CPU source of randomness.
         size: side of the frames in pixels, at least 16.
+        frames: how many of the clip's frames are drawn, from the first; what they show is the same for any number.
 
     Returns:
-        ``[B, FRAMES, 3, size, size]`` float32 in [0, 1].
+        ``[B, frames, 3, size, size]`` float32 in [0, 1].
 
     Raises:
         ValueError: if a caption is not of the grammar or the size is below 16.
@@ -100,4 +103,4 @@ def render(captions: Sequence[str], generator: torch.Generator | None = None, si
     if size < 16:
         raise ValueError(f"size must be at least 16 pixels, not {size}: smaller ones cannot show motion.")
     colour, shape, background, motion, speed = encode(captions).unbind(-1)
-    return draw(paths(motion, speed, generator), colour, shape, background, size)
+    return draw(paths(motion, speed, generator)[:, :frames], colour, shape, background, size)

@@ -57,7 +57,8 @@ class Verifier(nn.Module):
         noise: mean squared error of pixels ...
         ghost: ... and squared distance of a colour, averaged over 5 × 5 pixels, that a frame may leave.
         wobble: mean squared distance in pixels from a path by which two motions must differ for odds of e.
-        lost: mean squared distance from every motion's path that none of them is taken to have.
+        lost: mean squared distance from every motion's path that none of them is taken to have, and by which a path
+            that is neither straight nor turns back once is smooth by 1/e.
     """
 
     backgrounds: Tensor
@@ -199,7 +200,7 @@ class Verifier(nn.Module):
         best = motion.argmax(-1, keepdim=True)
         speed = rate.gather(1, curve[:, None]).squeeze(1).gather(1, best)[:, 0]
         rest = (total[:, None] - spread * slopes.square().sum(-1)).amin(-1)
-        return motion, speed, (-rest.clamp(min=0) / (2 * self.wobble)).exp()
+        return motion, speed, (-rest.clamp(min=0) / self.lost).exp()
 
     def parts(self, clips: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
         """How far each part of the captions is right: ``[B]`` float32 in [0, 1] under each name.
@@ -207,7 +208,8 @@ class Verifier(nn.Module):
         - "appearance": of background, colour and shape, in the frames as far as they are clear.
         - "direction": the probability of the caption's motion.
         - "speed": how near it is, exp(−(4 difference² / slowest speed²)), as far as there is a motion of any kind.
-        - "consistency": how far neighbouring frames show one colour and shape, on a smooth path.
+        - "consistency": how far neighbouring frames show one colour and shape (the Bhattacharyya coefficient of their
+          probabilities), on a smooth path.
 
         The last three too count as far as the frames are clear.
 
@@ -222,7 +224,7 @@ class Verifier(nn.Module):
         error = (reading.speed - self.speeds[speed]) / self.speeds[0]
         same = torch.ones_like(reading.clarity[:, 1:])
         for part in (reading.colour, reading.shape):
-            same = same * (part[:, 1:] * part[:, :-1]).sum(-1)
+            same = same * (part[:, 1:] * part[:, :-1]).sqrt().sum(-1)
         together = (reading.clarity[:, 1:] * reading.clarity[:, :-1]).sqrt()
         return {
             "appearance": (reading.clarity * looks / 3).mean(-1),
@@ -248,7 +250,7 @@ class Verifier(nn.Module):
         Returns:
             ``[B]`` booleans under "colour", "shape", "background" (the likeliest word over all frames is the
             caption's), "motion" (the likeliest of the ten), "speed" (the nearest) and "all" (all of them, in a clip
-            that is clear, consistent, and likelier to show this motion than none: each above 1/e).
+            that is clear, likelier to show this motion than none, each above 1/e, and smooth: its square above 1/e).
 
         Raises:
             ValueError: if a caption is not of the grammar, or the numbers of clips and captions differ.
@@ -265,7 +267,9 @@ class Verifier(nn.Module):
         )
         names = ("colour", "shape", "background", "motion", "speed")
         right = {name: word == place for name, word, place in zip(names, found, wanted.unbind(-1), strict=True)}
-        sure = torch.stack([reading.clarity.mean(-1), reading.smoothness, reading.motion.amax(-1)]) > torch.e**-1
+        sure = (
+            torch.stack([reading.clarity.mean(-1), reading.smoothness.square(), reading.motion.amax(-1)]) > torch.e**-1
+        )
         return right | {"all": torch.stack([*right.values(), *sure]).all(0)}
 
     def _wanted(self, clips: Tensor, captions: Sequence[str]) -> Tensor:
