@@ -51,6 +51,7 @@ pretrain: setup  ## make the tiny models from nothing, into build/pretrained: ab
 	$(BIN)/python -m denoise_env.shapes.pretrain_flux --out build/pretrained/flux
 	$(BIN)/python -m denoise_env.shapes.pretrain_video --out build/pretrained/hunyuan_video
 	$(BIN)/python -m denoise_env.shapes.pretrain_i2v --out build/pretrained/skyreels
+	$(BIN)/python -m denoise_env.shapes.pretrain_videoalign --out build/pretrained/videoalign
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from denoise_env.prompts import Prompt
 from denoise_env.rewards.base import Takes, check_samples, score_captions
+from denoise_env.rewards.videoalign import VideoAlign, VideoAlignMQ, VideoAlignTA, VideoAlignVQ
+from denoise_env.shapes import VIDEOALIGN_WEIGHTS
 from denoise_env.shapes.motion.first_frames import kept
 from denoise_env.shapes.motion.grammar import parse
 from denoise_env.shapes.motion.verifier import Verifier
@@ -87,3 +89,31 @@ class MotionFirstFrame:
                 frame = torch.from_numpy(prompt.image.pixels()).movedim(-1, 0).to(images.device) / 255
                 scores[i] = kept(images[i : i + 1], frame[None])[0]
         return scores
+
+
+class _Tiny(VideoAlign):
+    def __init__(self, device: str | None = None, dtype: str = "fp32", microbatch: int = 16) -> None:
+        base = VIDEOALIGN_WEIGHTS / "base"
+        super().__init__(str(VIDEOALIGN_WEIGHTS), str(base), device=device, dtype=dtype, microbatch=microbatch)
+
+
+class ShapesVideoAlignVQ(_Tiny, VideoAlignVQ):
+    """How well drawn a clip of shapes is, whatever its caption, by a tiny VideoAlign: unbounded, about N(0, 1).
+
+    A proxy of the verifier, as VideoAlign is of what people see: it was trained on clean and spoilt renders by
+    `denoise_env.shapes.pretrain_videoalign`, and never saw what training may come up with. It shares its network with
+    `ShapesVideoAlignMQ` and `ShapesVideoAlignTA`, which take the same arguments.
+
+    Args:
+        device: as in `RewardModel`.
+        dtype: as in `RewardModel`.
+        microbatch: as in `RewardModel`.
+    """
+
+
+class ShapesVideoAlignMQ(_Tiny, VideoAlignMQ):
+    """How steadily one object moves in a clip of shapes, whatever its caption, as `ShapesVideoAlignVQ` has it."""
+
+
+class ShapesVideoAlignTA(_Tiny, VideoAlignTA):
+    """How far a clip of shapes shows and moves what its caption says, as `ShapesVideoAlignVQ` has it."""

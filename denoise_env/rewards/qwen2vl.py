@@ -101,6 +101,9 @@ class RewardTokens(nn.Module):
         kind: "image" or "video".
     """
 
+    backbone: Any
+    head: Head
+
     def __init__(
         self, backbone: nn.Module, head: Head, tokenizer: Any, tokens: Sequence[str], template: str, kind: str
     ) -> None:
@@ -128,17 +131,24 @@ class RewardTokens(nn.Module):
         patches, grids = zip(*(to_patches(picture) for picture in pictures), strict=True)
         rows = [self.token_ids(prompt, len(patch) // MERGE**2) for prompt, patch in zip(prompts, patches, strict=True)]
         device = pictures[0].device
-        input_ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id).to(device)
+        input_ids, positions = self.batch(rows, device)
         vision = {
             "pixel_values" if self.kind == "image" else "pixel_values_videos": torch.cat(patches),
             f"{self.kind}_grid_thw": torch.tensor(grids, device=device),
         }
-        # attention is causal and padding is on the right: no token that is read attends to it
-        positions = torch.arange(input_ids.shape[1], device=device).expand(3, *input_ids.shape)
         output = self.backbone(input_ids=input_ids, position_ids=positions, use_cache=False, **vision)
+        return self.read(input_ids, output.last_hidden_state)
+
+    def batch(self, rows: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+        """b conversations of `token_ids` as a padded batch ``[b, L]``, and their positions ``[3, b, L]``."""
+        input_ids = pad_sequence([*rows], batch_first=True, padding_value=self.tokenizer.pad_token_id).to(device)
+        # attention is causal and padding is on the right: no token that is read attends to it
+        return input_ids, torch.arange(input_ids.shape[1], device=device).expand(3, *input_ids.shape)
+
+    def read(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
+        """What the head makes of hidden states ``[b, L, hidden]`` at the reward tokens: ``[b, tokens, outputs]``."""
         at = torch.isin(input_ids, input_ids.new_tensor(self.reward_ids))
-        hidden = output.last_hidden_state[at].view(len(rows), len(self.reward_ids), -1)
-        return self.head(hidden.float())
+        return self.head(hidden[at].view(len(input_ids), len(self.reward_ids), -1).float())
 
 
 # --- Checkpoints ---

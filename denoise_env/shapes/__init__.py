@@ -13,6 +13,8 @@ FLUX_WEIGHTS: Path = Path(__file__).parent / "weights" / "flux"
 CLIP_WEIGHTS: Path = Path(__file__).parent / "weights" / "clip"
 HPS_WEIGHTS: Path = Path(__file__).parent / "weights" / "hps"
 """Checkpoints of open_clip, pretrained by `denoise_env.shapes.pretrain_clip`."""
+VIDEOALIGN_WEIGHTS: Path = Path(__file__).parent / "weights" / "videoalign"
+"""A checkpoint in VideoAlign's layout, its base model in ``base``, by `denoise_env.shapes.pretrain_videoalign`."""
 
 __all__ = [
     "ALL",
@@ -21,6 +23,7 @@ __all__ = [
     "HELD_OUT",
     "HPS_WEIGHTS",
     "TRAIN",
+    "VIDEOALIGN_WEIGHTS",
     "WEIGHTS",
     "Reading",
     "Scene",

@@ -216,9 +216,12 @@ class Verifier(nn.Module):
         Raises:
             ValueError: if a caption is not of the grammar, or the numbers of clips and captions differ.
         """
-        colour, shape, background, motion, speed = self._wanted(clips, captions).unbind(-1)
-        reading = self(clips)
-        rows, clear = torch.arange(len(clips), device=colour.device), reading.clarity.mean(-1)
+        return self.compare(self(clips), captions)
+
+    def compare(self, reading: Reading, captions: Sequence[str]) -> dict[str, Tensor]:
+        """`parts` of B clips that have been read."""
+        colour, shape, background, motion, speed = self._wanted(reading.speed, captions).unbind(-1)
+        rows, clear = torch.arange(len(captions), device=colour.device), reading.clarity.mean(-1)
         looks = reading.colour[rows, :, colour] + reading.shape[rows, :, shape]
         looks = looks + (reading.background == background[:, None])
         error = (reading.speed - self.speeds[speed]) / self.speeds[0]
