@@ -1,16 +1,16 @@
-"""GRPO on one reward after another, and on two at once: does each lift its own, and what does the verifier say?
+"""GRPO on one reward after another, and on several at once: does each lift its own, and what does the verifier say?
 
     python -m benchmarks.rewards run --jobs 2      # resumes where it stopped
-    python -m benchmarks.rewards report            # the table and the figure from the data file alone
+    python -m benchmarks.rewards report            # the tables and the figures from the data file alone
 
-Every run trains the tiny Stable Diffusion on proxies (`shapes-clip`, `shapes-hps`) and measures, on held-out
-captions, these and the verifier, which is exact. The gap between a proxy that rises and a verifier that does not is
-reward hacking.
+The runs train the tiny Stable Diffusion and the tiny HunyuanVideo on proxies and measure, on held-out captions, these
+and the verifier, which is exact. The gap between a proxy that rises and a verifier that does not is reward hacking.
 """
 
 import argparse
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +21,86 @@ from agents.training.tables import read_table
 from benchmarks.runs import REPOSITORY, Run, code, execute
 
 RESULTS, BUILD = REPOSITORY / "benchmarks" / "results", REPOSITORY / "build" / "benchmarks"
-CLIP, HPS, GOLD, CORRECT = "shapes-clip", "shapes-hps", "shapes", "shapes-correct"
-BINARY = "threshold(shapes-clip, 0.85)"
-MEASURED = (CLIP, HPS, GOLD, CORRECT)
-BOTH = {CLIP: 1.0, HPS: 1.0}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "alignment: CLIP": {"rewards": {CLIP: 1.0}},
-    "preference: HPS": {"rewards": {HPS: 1.0}},
-    "binary: CLIP above 0.85": {"rewards": {BINARY: 1.0}},
-    "win rate by HPS": {"rewards": {"win_rate(shapes-hps)": 1.0}},
-    "CLIP and HPS, rewards added": {"rewards": BOTH, "agent.reward_aggregation": "rewards"},
-    "CLIP and HPS, advantages added": {"rewards": BOTH, "agent.reward_aggregation": "advantages"},
-    "CLIP and HPS, losses added": {"rewards": BOTH, "agent.reward_aggregation": "losses"},
-    "CLIP, 4 best and 4 worst of 16": {"rewards": {CLIP: 1.0}, "agent.best_and_worst": 8, "iterations": 120},
-    "HPS, held by a KL": {"rewards": {HPS: 1.0}, "agent.kl_coef": 0.1},
-    "the verifier itself": {"rewards": {GOLD: 1.0}},
-}
-"""What is compared: a name → settings on top of the preset "shapes". An iteration that trains half of its samples makes
-two thirds of the network calls, so that there are more of them."""
-FIXED = {
-    "device": "cpu",
-    "rows": 64,
-    "microbatch": 64,
-    "iterations": 80,
-    "eval_every": 20,
-    "eval_images_per_prompt": 16,
-    "sample_every": 0,
-    "eval_kl": True,
-}
+CLIP, HPS, GOLD = "shapes-clip", "shapes-hps", "shapes"
+VQ, MQ, TA, MOTION = "shapes-videoalign-vq", "shapes-videoalign-mq", "shapes-videoalign-ta", "motion"
+BOTH, QUALITY = {CLIP: 1.0, HPS: 1.0}, {VQ: 1.0, MQ: 1.0}
+_FIXED = {"device": "cpu", "sample_every": 0, "eval_kl": True}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs that are compared.
+
+    Attributes:
+        preset: what they start from.
+        fixed: settings of all of them on top of it.
+        settings: what is compared: a name, no other study's → settings on top of these.
+        measured: every run's rewards → what a column of the table is called.
+        drawn: those of the figure → by how much they are stretched.
+        picture: the figure's file.
+    """
+
+    preset: str
+    fixed: dict[str, Any]
+    settings: dict[str, dict[str, Any]]
+    measured: dict[str, str]
+    drawn: dict[str, int]
+    picture: str
+
+
+STUDIES = (
+    Study(
+        "shapes",
+        _FIXED | {"rows": 64, "microbatch": 64, "iterations": 80, "eval_every": 20, "eval_images_per_prompt": 16},
+        {
+            "alignment: CLIP": {"rewards": {CLIP: 1.0}},
+            "preference: HPS": {"rewards": {HPS: 1.0}},
+            "binary: CLIP above 0.85": {"rewards": {"threshold(shapes-clip, 0.85)": 1.0}},
+            "win rate by HPS": {"rewards": {"win_rate(shapes-hps)": 1.0}},
+            "CLIP and HPS, rewards added": {"rewards": BOTH, "agent.reward_aggregation": "rewards"},
+            "CLIP and HPS, advantages added": {"rewards": BOTH, "agent.reward_aggregation": "advantages"},
+            "CLIP and HPS, losses added": {"rewards": BOTH, "agent.reward_aggregation": "losses"},
+            # an iteration that trains half of its samples makes two thirds of the network calls, so there are more
+            "CLIP, 4 best and 4 worst of 16": {"rewards": {CLIP: 1.0}, "agent.best_and_worst": 8, "iterations": 120},
+            "HPS, held by a KL": {"rewards": {HPS: 1.0}, "agent.kl_coef": 0.1},
+            "the verifier itself": {"rewards": {GOLD: 1.0}},
+        },
+        {CLIP: "CLIP", HPS: "HPS", GOLD: "verifier", "shapes-correct": "all parts right"},
+        {CLIP: 1, HPS: 10, GOLD: 1},
+        "rewards.svg",
+    ),
+    Study(
+        "shapes-video",
+        _FIXED | {"rows": 64, "microbatch": 64, "iterations": 80, "eval_every": 20, "eval_images_per_prompt": 1},
+        {
+            "video aesthetics: VQ": {"rewards": {VQ: 1.0}},
+            "motion quality: MQ": {"rewards": {MQ: 1.0}},
+            "VQ and MQ, advantages added": {"rewards": QUALITY, "agent.reward_aggregation": "advantages"},
+        },
+        {
+            VQ: "VQ",
+            MQ: "MQ",
+            TA: "TA",
+            MOTION: "verifier",
+            "motion-appearance": "looks",
+            "motion-direction": "direction",
+            "motion-consistency": "consistency",
+        },
+        {VQ: 1, MQ: 1, MOTION: 1},
+        "rewards-clips.svg",
+    ),
+)
 
 
 def runs(seeds: int) -> dict[tuple[str, int], Run]:
     """Every run, by its setting and seed; a seed has evaluation noise of its own."""
     found = {}
-    for name, setting in SETTINGS.items():
-        for seed in range(seeds):
-            further = tuple(reward for reward in MEASURED if reward not in setting["rewards"])
-            overrides = {**FIXED, **setting, "eval_rewards": further, "seed": seed, "eval_seed": 1234 + seed}
-            found[name, seed] = Run("shapes", "grpo", overrides)
+    for study in STUDIES:
+        for name, setting in study.settings.items():
+            for seed in range(seeds):
+                further = tuple(reward for reward in study.measured if reward not in setting["rewards"])
+                own = {"eval_rewards": further, "seed": seed, "eval_seed": 1234 + seed}
+                found[name, seed] = Run(study.preset, "grpo", {**study.fixed, **setting, **own})
     return found
 
 
@@ -79,23 +121,31 @@ def own(record: dict[str, Any]) -> str:
     return next(iter(record["overrides"]["rewards"]))
 
 
+def of_study(records: list[dict[str, Any]], study: Study) -> dict[str, list[dict[str, Any]]]:
+    """The curves of a study's finished runs, by setting, in its order."""
+    found = {name: [record["curve"] for record in records if record["setting"] == name] for name in study.settings}
+    return {name: curves for name, curves in found.items() if curves}
+
+
 def table(records: list[dict[str, Any]]) -> str:
-    """In Markdown, a line a setting: the trained reward, the proxies and the verifier, before and after.
+    """In Markdown, a table a study, a line a setting: its reward, the proxies and the verifier, before and after.
 
     Means over training seeds. The brackets are 95 % intervals of the gain over evaluation noise, for these runs: those
     of both evaluations, taken as independent, although they are of the same prompts and seeds and so narrower.
     """
-    head = ("trained on", "gain of its own reward", "CLIP", "HPS", "verifier", "all parts right", "diversity")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name in dict.fromkeys(record["setting"] for record in records):
-        same = [record["curve"] for record in records if record["setting"] == name]
-        trained = own(next(record for record in records if record["setting"] == name))
-        if trained.startswith("win_rate"):  # half of a group always wins
-            trained = HPS
-        cells = [_gain(same, trained), *(_change(same, column) for column in MEASURED)]
-        diversity = " → ".join(f"{np.mean([curve['diversity'][i] for curve in same]):.3f}" for i in (0, -1))
-        lines.append(f"| {name} | {' | '.join(cells)} | {diversity} |")
-    return "\n".join(lines) + "\n"
+    tables = []
+    for study in STUDIES:
+        head = ("trained on", "gain of its own reward", *study.measured.values(), "diversity")
+        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for name, same in of_study(records, study).items():
+            trained = next(iter(study.settings[name]["rewards"]))  # the first, where there are several
+            if trained.startswith("win_rate"):  # half of a group always wins
+                trained = HPS
+            cells = [_gain(same, trained), *(_change(same, column) for column in study.measured)]
+            lines.append(f"| {name} | {' | '.join(cells)} | {_change(same, 'diversity')} |")
+        if len(lines) > 2:
+            tables.append("\n".join(lines) + "\n")
+    return "\n".join(tables)
 
 
 def gain(curves: list[dict[str, list[float]]], column: str) -> tuple[float, float]:
@@ -115,20 +165,20 @@ def _change(curves: list[dict[str, list[float]]], column: str) -> str:
     return f"{before:.3f} → {after:.3f}"
 
 
-def figure(records: list[dict[str, Any]], path: Path) -> None:
-    """Proxies and verifier over training, a panel a setting; thin lines are seeds, and HPS is ten times as high."""
+def figure(records: list[dict[str, Any]], study: Study, path: Path) -> None:
+    """Proxies and verifier over training, a panel a setting; thin lines are seeds."""
     import matplotlib.pyplot as plt
 
-    names = list(dict.fromkeys(record["setting"] for record in records))
-    columns = 5
-    lines = -(-len(names) // columns)
+    settings = of_study(records, study)
+    if not settings:
+        return
+    columns = min(5, len(settings))
+    lines = -(-len(settings) // columns)
     size = (3.0 * columns, 2.6 * lines)
     drawing, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey=True)
-    colours = {CLIP: "tab:blue", HPS: "tab:orange", GOLD: "black"}
-    for axis, name in zip(axes.flat, names, strict=False):
-        same = [record["curve"] for record in records if record["setting"] == name]
-        for reward, colour in colours.items():
-            factor = 10 if reward == HPS else 1
+    colours = ("tab:blue", "tab:orange", "black")
+    for axis, (name, same) in zip(axes.flat, settings.items(), strict=False):
+        for (reward, factor), colour in zip(study.drawn.items(), colours, strict=True):
             gains = [factor * np.subtract(curve[reward], curve[reward][0]) for curve in same]
             for change, curve in zip(gains, same, strict=True):
                 axis.plot(curve["iteration"], change, color=colour, alpha=0.3, linewidth=0.8)
@@ -137,7 +187,7 @@ def figure(records: list[dict[str, Any]], path: Path) -> None:
         axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
         axis.set_title(name, fontsize=8)
         axis.tick_params(labelsize=7)
-    for axis in axes.flat[len(names) :]:
+    for axis in axes.flat[len(settings) :]:
         axis.axis("off")
     axes[0, 0].legend(fontsize=6)
     drawing.supxlabel("iteration", fontsize=8)
@@ -166,7 +216,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
     records = json.loads(path.read_text(encoding="utf-8"))["runs"]
     write_atomically(options.results / "rewards.md", table(records))
-    figure(records, options.results / "rewards.svg")
+    for study in STUDIES:
+        figure(records, study, options.results / study.picture)
     print(table(records))
     return 0
 

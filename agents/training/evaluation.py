@@ -194,15 +194,17 @@ def bootstrap(
         seed: seed of the resampling.
         draws: how many means are resampled.
         over: "images" resamples each prompt's images: the prompts are fixed strata, and their differences are no
-            uncertainty. "prompts" resamples the prompts, and the images of each: the prompts stand for others of their
-            kind. It needs two prompts and is (NaN, NaN) for one.
+            uncertainty. It draws one image fewer than a prompt has, without which the interval of a few would be too
+            narrow (Rao and Wu 1988), and is (NaN, NaN) for one. "prompts" resamples the prompts, and the images of
+            each: the prompts stand for others of their kind. It needs two prompts and is (NaN, NaN) for one.
     """
     prompts, images = table.shape
-    if np.isnan(table).all() or (over == "prompts" and prompts == 1):
+    if np.isnan(table).all() or (prompts if over == "prompts" else images) == 1:
         return math.nan, math.nan
+    drawn = images if over == "prompts" else images - 1
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, prompts, (draws, prompts, 1)) if over == "prompts" else np.arange(prompts)[:, None]
-    resampled = table[rows, rng.integers(0, images, (draws, prompts, images))].reshape(draws, -1)
+    resampled = table[rows, rng.integers(0, images, (draws, prompts, drawn))].reshape(draws, -1)
     resampled = resampled[~np.isnan(resampled).all(1)]
     low, high = np.percentile(np.nanmean(resampled, 1), [2.5, 97.5])
     return float(low), float(high)

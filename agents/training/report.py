@@ -121,8 +121,10 @@ def _images(config: dict[str, Any]) -> int:
 
 
 def interval(row: dict[str, float], name: str) -> str:
-    """An evaluation's interval in brackets: over images for a reward's name, over prompts for "<name>_prompts"."""
-    return f"[{row[name + '_low']:.3f}, {row[name + '_high']:.3f}]"
+    """An evaluation's interval in brackets, dashes where there is none: over images for a reward's name, over prompts
+    for "<name>_prompts"."""
+    low, high = (row[f"{name}_{end}"] for end in ("low", "high"))
+    return "[–, –]" if math.isnan(low) else f"[{low:.3f}, {high:.3f}]"
 
 
 def _card(name: str, before: dict[str, float], after: dict[str, float]) -> str:
@@ -224,7 +226,9 @@ def _curves(metrics: list[dict[str, float]], evals: list[dict[str, float]]) -> s
         return [row[name] for row in table]
 
     def line(table: list[dict[str, float]], name: str, kind: str, color: str) -> Line:
-        band = [column(table, f"{name}_{end}") for end in ("low", "high") if f"{name}_{end}" in table[0]]
+        ends = [f"{name}_{end}" for end in ("low", "high")]
+        known = ends[0] in table[0] and not any(math.isnan(value) for value in column(table, ends[0]))
+        band = [column(table, end) for end in ends] if known else []
         return Line(kind, color, column(table, "iteration"), column(table, name), *band)
 
     trained = [name for name in (metrics[0] if metrics else ()) if name.startswith("reward/")]

@@ -37,7 +37,6 @@ from denoise_env.shapes.renderer import BASE_SIZE
 class I2VConfig(Config):
     """Pretraining on rendered clips and their first frames."""
 
-    steps: int = 4000
     distill_steps: int = 0
     """No network of this kind is told a guidance scale."""
 
@@ -89,6 +88,7 @@ def pretrain(config: I2VConfig) -> HunyuanSkyreelsImageToVideoPipeline:
     run.prepare()
     latents, places, firsts = encode_clips(pipe, config.clips, run.generator)
     run.train(latents, places, (firsts,))
+    pipe = type(pipe).from_pretrained(config.out, local_files_only=True)  # it keeps the scaling factor it began with
     for name, captions in (("train", TRAIN), ("held out", HELD_OUT)) if config.eval_clips else ():
         prompts = spread(captions, config.eval_clips)
         frames = render(prompts, run.generator, frames=1)[:, 0]

@@ -90,7 +90,7 @@ SOURCE, CLOSE_UPS, STILLS = Source(TRAIN, whole), Source(TRAIN, close_up), Sourc
 class Config(FlowConfig):
     """Pretraining on rendered clips."""
 
-    steps: int = 5000
+    steps: int = 8000
     """Optimiser steps of the flow."""
     lr: float = 4e-3
     """Peak of the one-cycle learning rate."""
@@ -102,9 +102,9 @@ class Config(FlowConfig):
     """Optimiser steps of the text encoders, 32 captions each."""
     vae_steps_stills: int = 1000
     """Optimiser steps of the autoencoder, 32 frames of close-ups each, ..."""
-    vae_steps: int = 4500
+    vae_steps: int = 3000
     """... 8 close-ups each, and ..."""
-    vae_steps_whole: int = 500
+    vae_steps_whole: int = 1000
     """... 8 whole clips each."""
     clips: int = 10000
     """Rendered clips the flow is trained on."""

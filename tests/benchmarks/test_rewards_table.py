@@ -22,14 +22,17 @@ def test_a_gain_has_the_intervals_of_both_evaluations_of_every_seed():
 
 
 def test_every_run_has_a_seed_of_its_own_and_measures_what_it_does_not_train_on():
-    planned = rewards.runs(2)
-    assert len({run.key for run in planned.values()}) == 2 * len(rewards.SETTINGS)
-    for run in planned.values():
-        assert {*run.overrides["rewards"], *run.overrides["eval_rewards"]} >= set(rewards.MEASURED)
-        run.config()
+    planned, names = rewards.runs(2), [name for study in rewards.STUDIES for name in study.settings]
+    assert len({run.key for run in planned.values()}) == 2 * len({*names}) == 2 * len(names)
+    for study in rewards.STUDIES:
+        for name in study.settings:
+            run = planned[name, 1]
+            assert {*run.overrides["rewards"], *run.overrides["eval_rewards"]} >= {*study.measured}
+            run.config()
 
 
 def test_the_page_is_made_of_the_figures():
     records = json.loads((rewards.RESULTS / "rewards.json").read_text())["runs"]
     assert (rewards.RESULTS / "rewards.md").read_text() == rewards.table(records)
-    assert {record["setting"] for record in records} == set(rewards.SETTINGS)
+    for study in rewards.STUDIES:  # each is there whole or not at all
+        assert {*rewards.of_study(records, study)} in ({*study.settings}, set())

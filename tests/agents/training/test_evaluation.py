@@ -11,15 +11,22 @@ from denoise_env.mdp import row_generators
 from denoise_env.seeding import row_seeds
 
 
-def test_the_interval_covers_as_often_as_it_says():
+@pytest.mark.parametrize("images", [2, 3, 40])
+def test_the_interval_covers_as_often_as_it_says(images):
     rng = np.random.default_rng(0)
     hits = 0
+    prompts = np.resize([0.0, 5.0, -5.0], (60, 1))  # they differ, and are fixed
     for trial in range(200):
-        table = rng.normal(np.array([[0.0], [5.0], [-5.0]]), 1.0, (3, 40))  # the prompts differ, and are fixed
+        table = rng.normal(prompts, 1.0, (60, images))
         low, high = bootstrap(table, trial, draws=400)
         hits += low <= 0 <= high
-    assert 0.89 <= hits / 200 <= 0.99
+    assert 0.91 <= hits / 200 <= 0.99
     assert high - low < 1  # the spread between prompts is no uncertainty
+
+
+def test_one_image_a_prompt_has_no_interval_over_images():
+    assert np.isnan(bootstrap(np.arange(5.0)[:, None], 0)).all()
+    assert np.isfinite(bootstrap(np.arange(5.0)[:, None], 0, over="prompts")).all()
 
 
 def test_the_interval_over_prompts_covers_the_mean_of_all_prompts_as_often_as_it_says():
@@ -46,7 +53,7 @@ def test_without_noise_the_interval_over_prompts_is_that_of_their_means():
 
 @pytest.mark.parametrize("over", ["images", "prompts"])
 def test_the_interval_leaves_unscored_images_out(over):
-    table = np.array([[1.0, np.nan, 1.0], [1.0, 1.0, np.nan]])
+    table = np.array([[1.0, np.nan, 1.0], [1.0, 1.0, np.nan]])  # of few images all that is drawn may be unscored
     assert bootstrap(table, 0, over=over) == (1.0, 1.0)
     assert np.isnan(bootstrap(table * np.nan, 0, over=over)).all()
 

@@ -65,6 +65,15 @@ def test_a_single_prompt_has_no_interval_over_prompts(tmp_path):
     assert "nan" not in page.split("<h2>")[1]
 
 
+def test_one_image_a_prompt_has_no_interval_over_images(tmp_path):
+    directory = invented(tmp_path / "run", words=["ring"])
+    table = directory / "eval.csv"
+    table.write_text(table.read_text().replace(",0.4,0.6,", ",nan,nan,"))
+    page = write_report(directory).read_text(encoding="utf-8")
+    assert "over images: [–, –] → [–, –]" in page
+    assert "nan" not in "".join(re.findall(r"<svg.*?</svg>", page, re.S))
+
+
 def test_a_run_shows_its_curves_and_a_scatter_of_its_prompts(tmp_path):
     options = {"iterations": 4, "eval_every": 2, "sample_every": 2, "eval_kl": True, "num_steps": 3}
     directory = run(small(**options), tmp_path / "run")
