@@ -102,9 +102,9 @@ class Config(FlowConfig):
     """Optimiser steps of the text encoders, 32 captions each."""
     vae_steps_stills: int = 1000
     """Optimiser steps of the autoencoder, 32 frames of close-ups each, ..."""
-    vae_steps: int = 3000
+    vae_steps: int = 5000
     """... 8 close-ups each, and ..."""
-    vae_steps_whole: int = 1000
+    vae_steps_whole: int = 600
     """... 8 whole clips each."""
     clips: int = 10000
     """Rendered clips the flow is trained on."""
@@ -161,24 +161,6 @@ def build_vae() -> AutoencoderKLHunyuanVideo:
     # The second half of the moments is a log-variance: at 0 its noise would drown the young latents.
     nn.init.constant_(vae.quant_conv.bias[LATENTS:], -6.0)
     return vae
-
-
-@torch.no_grad()
-def standardise(vae: AutoencoderKLHunyuanVideo, source: Source, n: int, generator: torch.Generator) -> None:
-    """Give every channel of the latents mean 0 and standard deviation 1, over n clips, and leave what is decoded.
-
-    The convolutions of size 1 next to the latents take the change up. A pipeline knows one scaling factor for all
-    channels, under which those that vary little, and say what a shape looks like, drown in noise.
-    """
-    latents = vae.encode(source.draw(n, generator)[0]).latent_dist.mean.transpose(0, 1).flatten(1)
-    mean, std = latents.mean(1), latents.std(1)
-    into, out = vae.quant_conv, vae.post_quant_conv
-    out.bias += (out.weight[..., 0, 0, 0] * mean).sum(1)
-    out.weight *= std[:, None, None, None]
-    into.bias[:LATENTS] -= mean
-    into.bias[:LATENTS] /= std
-    into.weight[:LATENTS] /= std[:, None, None, None, None]
-    into.bias[LATENTS:] -= 2 * std.log()
 
 
 def build_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaModel:
@@ -321,7 +303,6 @@ class Run:
         fit(CLOSE_UPS, config.vae_steps, lr=2e-3, batch_size=8, path=self.kept[1])
         error = fit(SOURCE, config.vae_steps_whole, lr=1e-3, batch_size=8, path=self.kept[2])
         print(f"autoencoder error {error:.5f}", flush=True)
-        standardise(pipe.vae, SOURCE, 250, self.generator)
         for part in (pipe.text_encoder, pipe.text_encoder_2, pipe.vae):
             part.requires_grad_(False)
         self.generator.manual_seed(config.seed + 2)
