@@ -3,8 +3,8 @@
     python -m benchmarks.rewards run --jobs 2      # resumes where it stopped
     python -m benchmarks.rewards report            # the tables and the figures from the data file alone
 
-The runs train the tiny Stable Diffusion and the tiny HunyuanVideo on proxies and measure, on held-out captions, these
-and the verifier, which is exact. The gap between a proxy that rises and a verifier that does not is reward hacking.
+The runs train the tiny Stable Diffusion on proxies and measure, on held-out captions, these and the verifier, which is
+exact. The gap between a proxy that rises and a verifier that does not is reward hacking.
 """
 
 import argparse
@@ -22,8 +22,7 @@ from benchmarks.runs import REPOSITORY, Run, code, execute
 
 RESULTS, BUILD = REPOSITORY / "benchmarks" / "results", REPOSITORY / "build" / "benchmarks"
 CLIP, HPS, GOLD = "shapes-clip", "shapes-hps", "shapes"
-VQ, MQ, TA, MOTION = "shapes-videoalign-vq", "shapes-videoalign-mq", "shapes-videoalign-ta", "motion"
-BOTH, QUALITY = {CLIP: 1.0, HPS: 1.0}, {VQ: 1.0, MQ: 1.0}
+BOTH = {CLIP: 1.0, HPS: 1.0}
 _FIXED = {"device": "cpu", "sample_every": 0, "eval_kl": True}
 
 
@@ -68,26 +67,6 @@ STUDIES = (
         {CLIP: "CLIP", HPS: "HPS", GOLD: "verifier", "shapes-correct": "all parts right"},
         {CLIP: 1, HPS: 10, GOLD: 1},
         "rewards.svg",
-    ),
-    Study(
-        "shapes-video",
-        _FIXED | {"rows": 64, "microbatch": 64, "iterations": 80, "eval_every": 20, "eval_images_per_prompt": 1},
-        {
-            "video aesthetics: VQ": {"rewards": {VQ: 1.0}},
-            "motion quality: MQ": {"rewards": {MQ: 1.0}},
-            "VQ and MQ, advantages added": {"rewards": QUALITY, "agent.reward_aggregation": "advantages"},
-        },
-        {
-            VQ: "VQ",
-            MQ: "MQ",
-            TA: "TA",
-            MOTION: "verifier",
-            "motion-appearance": "looks",
-            "motion-direction": "direction",
-            "motion-consistency": "consistency",
-        },
-        {VQ: 1, MQ: 1, MOTION: 1},
-        "rewards-clips.svg",
     ),
 )
 
