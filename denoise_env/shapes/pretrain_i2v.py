@@ -17,11 +17,11 @@ import tyro
 from diffusers import HunyuanSkyreelsImageToVideoPipeline
 from torch import Tensor
 
-from denoise_env.shapes.motion import FRAMES, HELD_OUT, TRAIN, kept, render
+from denoise_env.shapes.motion import HELD_OUT, TRAIN, kept, render
 from denoise_env.shapes.pretrain_video import (
+    CALL,
     LATENTS,
     SOURCE,
-    TOKENS,
     Config,
     Run,
     build_parts,
@@ -30,7 +30,6 @@ from denoise_env.shapes.pretrain_video import (
     spread,
 )
 from denoise_env.shapes.pretraining import Source, encode_pictures, sample_batches
-from denoise_env.shapes.renderer import BASE_SIZE
 
 
 @dataclass
@@ -71,14 +70,8 @@ def sample(
     batch_size: int = 60,
 ) -> Tensor:
     """Sample with the plain pipeline from first frames ``[B, 3, 32, 32]``: ``[B, FRAMES, 3, 32, 32]`` in [0, 1]."""
-    size: dict[str, Any] = {
-        "height": BASE_SIZE,
-        "width": BASE_SIZE,
-        "num_frames": FRAMES,
-        "max_sequence_length": TOKENS,
-    }
     told: dict[str, Any] = {"num_inference_steps": num_steps, "generator": generator}
-    return sample_batches(pipe, prompts, batch_size, frames, **size, **told)
+    return sample_batches(pipe, prompts, batch_size, frames, **CALL, **told)
 
 
 def pretrain(config: I2VConfig) -> HunyuanSkyreelsImageToVideoPipeline:
@@ -87,8 +80,7 @@ def pretrain(config: I2VConfig) -> HunyuanSkyreelsImageToVideoPipeline:
     run = Run(pipe := build_pipeline(), config)
     run.prepare()
     latents, places, firsts = encode_clips(pipe, config.clips, run.generator)
-    run.train(latents, places, (firsts,))
-    pipe = type(pipe).from_pretrained(config.out, local_files_only=True)  # it keeps the scaling factor it began with
+    pipe = run.train(latents, places, (firsts,))
     for name, captions in (("train", TRAIN), ("held out", HELD_OUT)) if config.eval_clips else ():
         prompts = spread(captions, config.eval_clips)
         frames = render(prompts, run.generator, frames=1)[:, 0]

@@ -58,6 +58,13 @@ LATENTS = 16
 """Channels of the latents."""
 CLOSE = 16
 """Side of a close-up in pixels."""
+CALL: dict[str, Any] = {
+    "height": BASE_SIZE,
+    "width": BASE_SIZE,
+    "num_frames": FRAMES,
+    "max_sequence_length": TOKENS,
+}
+"""What a pipeline is told in every call."""
 
 
 def whole(captions: Sequence[str], generator: torch.Generator) -> Tensor:
@@ -252,14 +259,8 @@ def sample(
     batch_size: int = 60,
 ) -> Tensor:
     """Sample with the plain pipeline: ``[B, FRAMES, 3, 32, 32]`` in [0, 1]."""
-    size: dict[str, Any] = {
-        "height": BASE_SIZE,
-        "width": BASE_SIZE,
-        "num_frames": FRAMES,
-        "max_sequence_length": TOKENS,
-    }
     told: dict[str, Any] = {"num_inference_steps": num_steps, "guidance_scale": guidance}
-    return sample_batches(pipe, prompts, batch_size, generator=generator, **size, **told)
+    return sample_batches(pipe, prompts, batch_size, generator=generator, **CALL, **told)
 
 
 @torch.no_grad()
@@ -307,20 +308,19 @@ class Run:
             part.requires_grad_(False)
         self.generator.manual_seed(config.seed + 2)
 
-    def train(self, latents: Tensor, places: Tensor, given: Texts = ()) -> None:
-        """Fit the flow, save the pipeline and say what it took; arguments as of `train_flow`."""
+    def train(self, latents: Tensor, places: Tensor, given: Texts = ()) -> Any:
+        """Fit the flow, save the pipeline, say what it took, and load what was saved; arguments as of `train_flow`."""
         pipe, config = self.pipe, self.config
         texts = read_captions(pipe, [*TRAIN, ""])
         loss = train_flow(Flow, pipe.transformer, latents, places, texts, config, self.generator, self.kept[3], given)
         for part in (pipe.transformer, pipe.vae):
             part.half()  # what ships is half as large; diffusers reads it as float32
         save_pipeline(pipe, config.out)
-        for part in (pipe.transformer, pipe.vae):
-            part.float()
         self._remove()
         size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
         spent = time.perf_counter() - self.started
         print(f"flow loss {loss:.4f}, {size / 1e6:.2f} MB, trained in {spent:.0f} s", flush=True)
+        return type(pipe).from_pretrained(config.out, local_files_only=True)
 
     def _remove(self) -> None:
         for file in self.kept:
@@ -332,7 +332,7 @@ def pretrain(config: Config) -> HunyuanVideoPipeline:
     torch.manual_seed(config.seed)
     run = Run(pipe := build_pipeline(), config)
     run.prepare()
-    run.train(*encode_pictures(pipe.vae, SOURCE, config.clips, run.generator))
+    pipe = run.train(*encode_pictures(pipe.vae, SOURCE, config.clips, run.generator))
     for name, captions in (("train", TRAIN), ("held out", HELD_OUT)) if config.eval_clips else ():
         prompts = spread(captions, config.eval_clips)
         for guidance in (1.0, 2.0, 3.5):
