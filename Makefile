@@ -46,7 +46,7 @@ leaderboard: setup  ## every agent, every suite, then tables, figures and the pa
 	for suite in points points-flow shapes shapes-flux prompt-growth; do $(BIN)/python -m benchmarks.suite run $$suite --jobs 2; done
 	$(BIN)/python -m benchmarks.suite report
 
-pretrain: setup  ## make the tiny models from nothing, into build/pretrained: about two hours
+pretrain: setup  ## make the tiny models from nothing, into build/pretrained: hours
 	$(BIN)/python -m denoise_env.shapes.pretrain --out build/pretrained/stable_diffusion
 	$(BIN)/python -m denoise_env.shapes.pretrain_flux --out build/pretrained/flux
 	$(BIN)/python -m denoise_env.shapes.pretrain_video --out build/pretrained/hunyuan_video

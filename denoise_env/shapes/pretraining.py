@@ -130,12 +130,12 @@ def train_vae(
         decoded = vae.decode(posterior.sample(generator)).sample
         error = F.mse_loss(decoded, pictures)
         loss = error + 1e-6 * posterior.kl().mean()
+        rest = decoded - pictures
         if edges:
-            rest = decoded - pictures
             steep = rest.diff(dim=-1).square().mean() + rest.diff(dim=-2).square().mean()
             loss = loss + edges * (steep + 0.05 * rest.abs().mean())
         if chroma:
-            loss = loss + chroma * (decoded - pictures).sub((decoded - pictures).mean(1, keepdim=True)).square().mean()
+            loss = loss + chroma * (rest - rest.mean(1, keepdim=True)).square().mean()
         step(loss, optimizer, schedule, vae.parameters())
         checkpoint.keep(done + 1)
         bar.set_postfix_str(f"error {error.item():.4f}", refresh=False)

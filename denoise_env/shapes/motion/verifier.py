@@ -216,6 +216,7 @@ class Verifier(nn.Module):
         Raises:
             ValueError: if a caption is not of the grammar, or the numbers of clips and captions differ.
         """
+        self._wanted(clips, captions)  # refuses what is wrong before the clips are read
         return self.compare(self(clips), captions)
 
     def compare(self, reading: Reading, captions: Sequence[str]) -> dict[str, Tensor]:
