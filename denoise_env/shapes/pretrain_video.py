@@ -97,7 +97,7 @@ SOURCE, CLOSE_UPS, STILLS = Source(TRAIN, whole), Source(TRAIN, close_up), Sourc
 class Config(FlowConfig):
     """Pretraining on rendered clips."""
 
-    steps: int = 8000
+    steps: int = 6000
     """Optimiser steps of the flow."""
     lr: float = 4e-3
     """Peak of the one-cycle learning rate."""
@@ -115,8 +115,12 @@ class Config(FlowConfig):
     """... 8 whole clips each."""
     clips: int = 10000
     """Rendered clips the flow is trained on."""
-    eval_clips: int = 240
+    eval_clips: int = 120
     """Samples per set of captions that the verifier reads at the end; 0 for none."""
+    fused: bool = True
+    """AdamW in one kernel, which is faster and rounds otherwise."""
+    threads: int = 2
+    """CPU threads; another number adds in another order, and gives slightly different weights."""
     resume: bool = False
     """Go on from the checkpoints that an earlier run with the same settings left in `out` when it was stopped."""
 
@@ -298,7 +302,7 @@ class Run:
         pipe, config = self.pipe, self.config
         right = train_texts(pipe, config.text_steps, self.generator.manual_seed(config.seed))
         print(f"captions read {right:.4f}", flush=True)
-        fit = partial(train_vae, pipe.vae, generator=self.generator, edges=1.0, chroma=4.0)
+        fit = partial(train_vae, pipe.vae, generator=self.generator, edges=1.0, chroma=4.0, fused=config.fused)
         self.generator.manual_seed(config.seed + 1)
         fit(STILLS, config.vae_steps_stills, lr=4e-3, batch_size=32, path=self.kept[0])
         fit(CLOSE_UPS, config.vae_steps, lr=2e-3, batch_size=8, path=self.kept[1])

@@ -92,7 +92,9 @@ class Checkpoint:
         """Write the state, every hundred steps."""
         if self.path and done % 100 == 0:
             state = {name: part.state_dict() for name, part in self.parts.items()}
-            torch.save(state | {"generator": self.generator.get_state(), "done": done}, self.path)
+            part = self.path.with_suffix(".part")
+            torch.save(state | {"generator": self.generator.get_state(), "done": done}, part)
+            part.replace(self.path)
 
 
 def train_vae(
@@ -104,6 +106,7 @@ def train_vae(
     edges: float = 0.0,
     chroma: float = 0.0,
     batch_size: int = 16,
+    fused: bool = False,
     path: Path | None = None,
 ) -> float:
     """Fit the autoencoder by squared error with a slight pull to a normal prior; returns the last error.
@@ -118,9 +121,10 @@ def train_vae(
             absolute error. Without them small objects long stay blobs.
         chroma: weight of the squared error of the colours less their grey. Without it everything long stays grey.
         batch_size: pictures or clips a step.
+        fused: AdamW in one kernel, which is faster and rounds otherwise.
         path: of its `Checkpoint`.
     """
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4, fused=fused)
     schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     checkpoint = Checkpoint(path, generator, vae=vae, optimizer=optimizer, schedule=schedule)
     error = torch.zeros(())
@@ -193,6 +197,8 @@ class FlowConfig:
     """Guidance scales that the network learns, evenly drawn."""
     ema: float = 0.998
     """Decay of the averaged weights, which are the ones saved."""
+    fused: bool = False
+    """AdamW in one kernel, which is faster and rounds otherwise."""
     threads: int = 1
     """CPU threads; another number adds in another order, and gives slightly different weights."""
 
@@ -240,7 +246,7 @@ def train_flow(
         return (1 - s) * latents[rows] + s * noise, noise - latents[rows], places[rows], _rows(given, rows)
 
     ema, losses = EMAModel(weights, decay=config.ema), [0.0]
-    optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=1e-3, fused=config.fused)
     schedule = OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.1)
     checkpoint = Checkpoint(path, generator, network=network, ema=ema, optimizer=optimizer, schedule=schedule)
     for done in (bar := progress(range(checkpoint.restore(), config.steps), desc="flow")):
@@ -271,7 +277,7 @@ def _distill(
     flow, teacher, weights = make(network), make(copy.deepcopy(network)), list(network.parameters())
     n, empty = config.batch_size, len(texts[0]) - 1
     ema = EMAModel(weights, decay=config.ema)
-    optimizer = torch.optim.AdamW(weights, lr=config.lr / 4, weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(weights, lr=config.lr / 4, weight_decay=1e-3, fused=config.fused)
     schedule = OneCycleLR(optimizer, config.lr / 4, total_steps=config.distill_steps, pct_start=0.1)
     low, high = config.scales
     for _ in progress(range(config.distill_steps), desc="guidance"):
