@@ -3,7 +3,7 @@
 ``python -m denoise_env.shapes.pretrain_i2v --out DIR``
 
 The stages are those of `denoise_env.shapes.pretrain_video`, but for guidance: as in SkyReels it is classifier-free, so
-the network is told no scale. It is given the first frame's latents as 16 further channels, and zeros for the frames
+the network is told no scale. It is given the first frame's latents as 8 further channels, and zeros for the frames
 after. A single frame and a clip have other latents, since the autoencoder normalises over all frames of what it is
 given: the first frame is encoded alone, as the pipeline does.
 """
@@ -41,7 +41,7 @@ class I2VConfig(Config):
 
 
 def build_pipeline() -> HunyuanSkyreelsImageToVideoPipeline:
-    """A SkyReels-I2V with 16 × 3 × 8 × 8 latents of clips of 9 frames, 32 × 32, random weights."""
+    """A SkyReels-I2V with 8 × 3 × 8 × 8 latents of clips of 9 frames, 32 × 32, random weights."""
     return HunyuanSkyreelsImageToVideoPipeline(**build_parts(2 * LATENTS, guidance_embeds=False))
 
 
@@ -49,7 +49,7 @@ def build_pipeline() -> HunyuanSkyreelsImageToVideoPipeline:
 def encode_clips(
     pipe: HunyuanSkyreelsImageToVideoPipeline, n: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`encode_pictures` of n rendered clips, with their first frames' latents ``[n, 16, 1, 8, 8]``."""
+    """`encode_pictures` of n rendered clips, with their first frames' latents ``[n, 8, 1, 8, 8]``."""
     firsts: list[Tensor] = []
 
     def render_and_keep(captions: Sequence[str], generator: torch.Generator) -> Tensor:

@@ -54,7 +54,7 @@ CLIP_TOKENS = 77
 """Tokens of a prompt that CLIP reads, as the pipeline pads them."""
 WIDTH = 64
 """Of the text encoders."""
-LATENTS = 16
+LATENTS = 8
 """Channels of the latents."""
 CLOSE = 16
 """Side of a close-up in pixels."""
@@ -126,7 +126,7 @@ class Config(FlowConfig):
 
 
 def build_pipeline() -> HunyuanVideoPipeline:
-    """A HunyuanVideo with 16 × 3 × 8 × 8 latents of clips of 9 frames, 32 × 32, random weights."""
+    """A HunyuanVideo with 8 × 3 × 8 × 8 latents of clips of 9 frames, 32 × 32, random weights."""
     return HunyuanVideoPipeline(**build_parts(LATENTS, guidance_embeds=True))
 
 
@@ -158,7 +158,7 @@ def build_parts(channels: int, guidance_embeds: bool) -> dict[str, Any]:
 
 
 def build_vae() -> AutoencoderKLHunyuanVideo:
-    """An autoencoder from clips of 9 frames, 32 × 32, to 16 × 3 × 8 × 8 latents."""
+    """An autoencoder from clips of 9 frames, 32 × 32, to 8 × 3 × 8 × 8 latents."""
     vae = AutoencoderKLHunyuanVideo(
         down_block_types=("HunyuanVideoDownBlock3D",) * 3,
         up_block_types=("HunyuanVideoUpBlock3D",) * 3,
@@ -237,9 +237,9 @@ class Flow:
         self.transformer = transformer
 
     def __call__(self, noisy: Tensor, sigma: Tensor, texts: Texts, guidance: Tensor) -> Tensor:
-        """The velocity of latents ``[n, 16, 3, 8, 8]`` at σ ``[n]``, told the guidance ``[n]``.
+        """The velocity of latents ``[n, 8, 3, 8, 8]`` at σ ``[n]``, told the guidance ``[n]``.
 
-        The texts may have the latents of first frames ``[n, 16, 1, 8, 8]`` behind them.
+        The texts may have the latents of first frames ``[n, 8, 1, 8, 8]`` behind them.
         """
         tokens, pooled, mask, *first = texts
         if first:
