@@ -5,7 +5,7 @@ from test_pretrain_video import TINY
 
 from denoise_env.shapes.motion import FRAMES, TRAIN, render
 from denoise_env.shapes.pretrain_i2v import build_pipeline, encode_clips, main, sample
-from denoise_env.shapes.pretrain_video import TOKENS, Flow, read_captions
+from denoise_env.shapes.pretrain_video import LATENTS, TOKENS, Flow, read_captions
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def test_the_network_is_trained_as_the_plain_pipeline_calls_it(pipe):
     """One Euler step of the pipeline over the whole way is the noise less the velocity that is trained."""
     captions = [TRAIN[0], TRAIN[1]]
     frames = render(captions, torch.Generator().manual_seed(0), frames=1)[:, 0]
-    noise = torch.randn(2, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, LATENTS, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     size = {"height": 32, "width": 32, "num_frames": FRAMES, "num_inference_steps": 1, "output_type": "latent"}
     generator = torch.Generator().manual_seed(1)
     found = pipe(frames, captions, max_sequence_length=TOKENS, latents=noise, generator=generator, **size).frames
@@ -36,7 +36,7 @@ def test_the_network_is_trained_as_the_plain_pipeline_calls_it(pipe):
 
 def test_first_frames_are_encoded_alone(pipe):
     latents, places, firsts = encode_clips(pipe, 4, torch.Generator().manual_seed(0))
-    assert (latents.shape, places.shape, firsts.shape) == ((4, 16, 3, 8, 8), (4,), (4, 16, 1, 8, 8))
+    assert (latents.shape, places.shape, firsts.shape) == ((4, LATENTS, 3, 8, 8), (4,), (4, LATENTS, 1, 8, 8))
     clips = render(
         [TRAIN[i] for i in places], torch.Generator(), frames=1
     )  # other places of the objects, the same colours

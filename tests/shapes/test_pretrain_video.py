@@ -6,6 +6,7 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from denoise_env.shapes.motion import ALL, FRAMES, HELD_OUT, TRAIN
 from denoise_env.shapes.pretrain_video import (
     CLOSE_UPS,
+    LATENTS,
     SOURCE,
     STILLS,
     TOKENS,
@@ -74,7 +75,7 @@ def test_close_ups_show_the_object(source, frames):
 def test_the_network_is_trained_as_the_plain_pipeline_calls_it(pipe):
     """One Euler step of the pipeline over the whole way is the noise less the velocity that is trained."""
     captions = [TRAIN[0], "zebra"]
-    noise = torch.randn(2, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, LATENTS, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     flow, texts = Flow(pipe.transformer), read_captions(pipe, captions)
     velocity = flow(noise, torch.ones(2), texts, torch.full((2,), 2.5))
     settings = {"height": 32, "width": 32, "num_frames": FRAMES, "num_inference_steps": 1, "output_type": "latent"}
