@@ -2,7 +2,7 @@
 
     python -m benchmarks.demo                  # five seeds, six to seven minutes each; resumes where it stopped
     python -m benchmarks.demo --seeds 3 --reward compositions -- --preset shapes-flux
-    python -m benchmarks.demo --seeds 3 --reward shapes shapes-correct -- --preset shapes
+    python -m benchmarks.demo --seeds 3 --reward motion motion-appearance motion-direction -- --preset shapes-video
 
 Each run is ``denoise-env train --seed N`` with whatever follows ``--``, in ``build/demo/<code>/<flags>``, and is not
 repeated while neither the code nor the flags change.

@@ -3,8 +3,8 @@
     python -m benchmarks.rewards run --jobs 2      # resumes where it stopped
     python -m benchmarks.rewards report            # the tables and the figures from the data file alone
 
-The runs train the tiny Stable Diffusion on proxies and measure, on held-out captions, these and the verifier, which is
-exact. The gap between a proxy that rises and a verifier that does not is reward hacking.
+The runs train the tiny Stable Diffusion and the tiny HunyuanVideo on proxies and measure, on held-out captions, these
+and the verifier, which is exact. The gap between a proxy that rises and a verifier that does not is reward hacking.
 """
 
 import argparse
@@ -18,11 +18,12 @@ import numpy as np
 
 from agents.training.checkpoints import write_atomically
 from agents.training.tables import read_table
-from benchmarks.runs import REPOSITORY, Run, code, execute
+from benchmarks.runs import REPOSITORY, Run, execute
 
 RESULTS, BUILD = REPOSITORY / "benchmarks" / "results", REPOSITORY / "build" / "benchmarks"
 CLIP, HPS, GOLD = "shapes-clip", "shapes-hps", "shapes"
-BOTH = {CLIP: 1.0, HPS: 1.0}
+VQ, MQ, TA, MOTION = "shapes-videoalign-vq", "shapes-videoalign-mq", "shapes-videoalign-ta", "motion"
+BOTH, QUALITY = {CLIP: 1.0, HPS: 1.0}, {VQ: 1.0, MQ: 1.0}
 _FIXED = {"device": "cpu", "sample_every": 0, "eval_kl": True}
 
 
@@ -68,6 +69,26 @@ STUDIES = (
         {CLIP: 1, HPS: 10, GOLD: 1},
         "rewards.svg",
     ),
+    Study(
+        "shapes-video",
+        _FIXED | {"iterations": 60, "eval_every": 20, "eval_images_per_prompt": 2},
+        {
+            "video aesthetics: VQ": {"rewards": {VQ: 1.0}},
+            "motion quality: MQ": {"rewards": {MQ: 1.0}},
+            "VQ and MQ, advantages added": {"rewards": QUALITY, "agent.reward_aggregation": "advantages"},
+        },
+        {
+            VQ: "VQ",
+            MQ: "MQ",
+            TA: "TA",
+            MOTION: "verifier",
+            "motion-appearance": "looks",
+            "motion-direction": "direction",
+            "motion-consistency": "consistency",
+        },
+        {VQ: 1, MQ: 1, MOTION: 1},
+        "rewards-clips.svg",
+    ),
 )
 
 
@@ -87,11 +108,13 @@ def collect(planned: dict[tuple[str, int], Run], build: Path) -> list[dict[str, 
     """What the finished runs measured: their settings, and a curve of every figure."""
     records = []
     for (name, seed), run in planned.items():
-        if not (build / run.key / "finished.json").exists():
+        finished = build / run.key / "finished.json"
+        if not finished.exists():
             continue
         rows = read_table(build / run.key / "run" / "eval.csv")
         curve = {column: [None if math.isnan(row[column]) else row[column] for row in rows] for column in rows[0]}
-        records.append({"setting": name, "seed": seed, "overrides": run.overrides, "curve": curve})
+        told = {"code": json.loads(finished.read_text(encoding="utf-8"))["code"], "overrides": run.overrides}
+        records.append({"setting": name, "seed": seed, **told, "curve": curve})
     return records
 
 
@@ -189,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "run":
         planned = runs(options.seeds)
         errors = execute(list(planned.values()), options.build, options.jobs, "rewards")
-        data = {"code": code(), "command": f"python -m benchmarks.rewards run --seeds {options.seeds}"}
+        data = {"command": f"python -m benchmarks.rewards run --seeds {options.seeds}"}
         write_atomically(path, json.dumps({**data, "runs": collect(planned, options.build)}, indent=1) + "\n")
         if errors:
             return 1

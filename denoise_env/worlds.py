@@ -45,6 +45,19 @@ def _points(description: str, **changes: Any) -> World:
     )
 
 
+_MOVING: dict[str, Any] = {
+    "rewards": {"motion": "denoise_env.rewards.motion:MotionReward"},
+    "eval_rewards": {
+        "motion-correct": "denoise_env.rewards.motion:MotionCorrect",
+        "motion-appearance": "denoise_env.rewards.motion:MotionAppearance",
+        "motion-direction": "denoise_env.rewards.motion:MotionDirection",
+        "motion-speed": "denoise_env.rewards.motion:MotionSpeed",
+        "motion-consistency": "denoise_env.rewards.motion:MotionConsistency",
+    },
+}
+_FIRST_FRAME = "denoise_env.rewards.motion:MotionFirstFrame"
+_OF_CLIPS = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 12}
+
 SHAPES, SHAPES_FLUX = "shapes", "shapes-flux"
 DEFAULT = SHAPES
 """The world that is meant where no model is named."""
@@ -72,6 +85,28 @@ WORLDS: dict[str, World] = {
         eval_rewards={"compositions-correct": "denoise_env.rewards.compositions:CompositionsCorrect"},
         preset=SHAPES_FLUX,
         environment="denoise_env/ShapesFlux-v0",
+    ),
+    "shapes-video": World(
+        "a tiny HunyuanVideo of shapes that move, shipped with the package",
+        family="denoise_env.models.hunyuan_video:FAMILY",
+        checkpoint="denoise_env.shapes:VIDEO_WEIGHTS",
+        options={**_OF_CLIPS, "guidance_scale": 2.0},
+        prompts={"motions": "denoise_env.shapes.motion.grammar:TRAIN"},
+        held_out={"motions-held-out": "denoise_env.shapes.motion.grammar:HELD_OUT"},
+        preset="shapes-video",
+        environment="denoise_env/ShapesVideo-v0",
+        **_MOVING,
+    ),
+    "shapes-i2v": World(
+        "a tiny SkyReels-I2V that makes a first frame of shapes move, shipped with the package",
+        family="denoise_env.models.skyreels:FAMILY",
+        checkpoint="denoise_env.shapes:I2V_WEIGHTS",
+        options={**_OF_CLIPS, "true_cfg_scale": 1.0},
+        prompts={"first-frames": "denoise_env.shapes.motion.prompts:TRAIN"},
+        held_out={"first-frames-held-out": "denoise_env.shapes.motion.prompts:HELD_OUT"},
+        preset="shapes-i2v",
+        environment="denoise_env/ShapesI2V-v0",
+        **_MOVING | {"eval_rewards": _MOVING["eval_rewards"] | {"motion-first-frame": _FIRST_FRAME}},
     ),
     "points": _points(
         "2-D Gaussian mixtures with an exact denoiser, as a diffusion", environment="denoise_env/Points-v0"

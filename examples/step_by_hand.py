@@ -2,6 +2,7 @@
 
     python examples/step_by_hand.py                   # the tiny Stable Diffusion
     python examples/step_by_hand.py --env ShapesFlux-v0   # the tiny FLUX, a rectified flow
+    python examples/step_by_hand.py --env ShapesVideo-v0  # the tiny HunyuanVideo, clips
     python examples/step_by_hand.py --env Points-v0   # 2-D Gaussian mixtures
 
 The environment holds the state: latents, step, prompt. The policy proposes the next latents: a network, a
@@ -20,8 +21,9 @@ from agents.training.pictures import grid
 from denoise_env.kernels import DDIM, DanceSDE
 from denoise_env.torchrl_env import DenoiseTorchRLEnv
 
+ENVS = ("Shapes-v0", "ShapesFlux-v0", "ShapesVideo-v0", "ShapesI2V-v0", "Points-v0")
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--env", default="Shapes-v0", choices=("Shapes-v0", "ShapesFlux-v0", "Points-v0"))
+parser.add_argument("--env", default="Shapes-v0", choices=ENVS)
 parser.add_argument("--rows", type=int, default=8, help="episodes side by side")
 parser.add_argument("--num-steps", type=int, default=10, help="denoising steps")
 parser.add_argument("--seed", type=int, default=0)

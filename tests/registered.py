@@ -1,3 +1,3 @@
 """The registered environments, as test parameters."""
 
-IDS = ["denoise_env/Points-v0", "denoise_env/Shapes-v0", "denoise_env/ShapesFlux-v0"]
+IDS = [f"denoise_env/{name}-v0" for name in ("Points", "Shapes", "ShapesFlux", "ShapesVideo", "ShapesI2V")]

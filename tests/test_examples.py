@@ -14,7 +14,7 @@ def run(monkeypatch, name, *arguments, **options):
     return runpy.run_path(str(EXAMPLES / name), **options)
 
 
-@pytest.mark.parametrize("env", ["Points-v0", "Shapes-v0", "ShapesFlux-v0"])
+@pytest.mark.parametrize("env", ["Points-v0", "Shapes-v0", "ShapesFlux-v0", "ShapesVideo-v0", "ShapesI2V-v0"])
 def test_stepping_by_hand(monkeypatch, capsys, tmp_path, env):
     picture = tmp_path / "film.png"
     found = run(

@@ -10,6 +10,10 @@ WEIGHTS: Path = Path(__file__).parent / "weights" / "stable_diffusion"
 """A Stable Diffusion checkpoint in the diffusers layout, pretrained by `denoise_env.shapes.pretrain`."""
 FLUX_WEIGHTS: Path = Path(__file__).parent / "weights" / "flux"
 """A FLUX.1 checkpoint in the diffusers layout, pretrained by `denoise_env.shapes.pretrain_flux`."""
+VIDEO_WEIGHTS: Path = Path(__file__).parent / "weights" / "hunyuan_video"
+"""A HunyuanVideo checkpoint in the diffusers layout, pretrained by `denoise_env.shapes.pretrain_video`."""
+I2V_WEIGHTS: Path = Path(__file__).parent / "weights" / "skyreels"
+"""A SkyReels-I2V checkpoint in the diffusers layout, pretrained by `denoise_env.shapes.pretrain_i2v`."""
 CLIP_WEIGHTS: Path = Path(__file__).parent / "weights" / "clip"
 HPS_WEIGHTS: Path = Path(__file__).parent / "weights" / "hps"
 """Checkpoints of open_clip, pretrained by `denoise_env.shapes.pretrain_clip`."""
@@ -22,8 +26,10 @@ __all__ = [
     "FLUX_WEIGHTS",
     "HELD_OUT",
     "HPS_WEIGHTS",
+    "I2V_WEIGHTS",
     "TRAIN",
     "VIDEOALIGN_WEIGHTS",
+    "VIDEO_WEIGHTS",
     "WEIGHTS",
     "Reading",
     "Scene",

@@ -342,7 +342,7 @@ def test_every_agents_configuration_survives_its_file(name, tmp_path):
             assert run_config(tmp_path) == full
 
 
-@pytest.mark.parametrize("preset", ["shapes", "shapes-flux", "points"])
+@pytest.mark.parametrize("preset", ["shapes", "shapes-flux", "shapes-video", "points"])
 @pytest.mark.parametrize("name", EVERY)
 def test_every_agent_fits_its_presets(name, preset):
     """With as many episodes an iteration as the preset's own agent."""

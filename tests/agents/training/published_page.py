@@ -141,10 +141,12 @@ def page():
             "nothing about them; the demo's say their own.\n",
             table(["`--agent`", "setting", "preset", "default"], defaults()),
             "## What the demo's presets change\n",
-            "`shapes`, `points` and `shapes-flux` are no published settings. They run DanceGRPO's algorithm at sizes "
-            "for a laptop:\n",
+            "`shapes`, `points`, `shapes-flux`, `shapes-video` and `shapes-i2v` are no published settings. They run "
+            "DanceGRPO's algorithm at sizes for a laptop:\n",
             demo("dancegrpo", "shapes", "points"),
             demo("dancegrpo-flux", "shapes-flux"),
+            demo("dancegrpo-hunyuan", "shapes-video"),
+            demo("dancegrpo-skyreels", "shapes-i2v"),
         ]
     )
 
