@@ -84,7 +84,15 @@ def test_its_page_moves_and_prints_films(trained):
     sheet, still = (Image.open(io.BytesIO(base64.b64decode(found[0]))) for found in (moving, films))
     assert sheet.n_frames == 3
     assert still.size == (sheet.width, 3 * (sheet.height + 1) - 1)
-    assert Image.open(trained / "before_after.png").size[0] > 100
+
+
+def test_its_comparison_moves(trained):
+    frames = read_frames(trained / "before_after.webp")
+    assert len(frames) == 3
+    assert frames[0].info["duration"] == 250
+    for side in (slice(0, 240), slice(-240, None)):
+        first, second = (np.asarray(frame)[:, side] for frame in frames[:2])
+        assert (first != second).any()
 
 
 def test_tensorboard_gets_a_gif(trained):

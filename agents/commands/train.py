@@ -50,9 +50,9 @@ def run(arguments: Sequence[str], stopping: Stopping) -> int:
         numbered=numbered,
         stopping=stopping,
     )
-    for what, name in (("report", "report.html"), ("picture", "before_after.png"), ("model", "export")):
-        if (directory / name).exists():
-            print(f"{what:<8} {directory / name}")
+    for what, name in (("report", "report.html"), ("picture", "before_after.*"), ("model", "export")):
+        for path in directory.glob(name):
+            print(f"{what:<8} {path}")
     held_out = config.model in WORLDS and WORLDS[config.model].held_out and not config.eval_prompts
     kind = "held-out prompts" if held_out else "evaluation prompts"
     for name, before, after in headline(read_table(directory / "eval.csv")):

@@ -9,9 +9,12 @@ import socket
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from agents.training.config import TrainConfig
 from denoise_env.rewards.expressions import own_code, strings
+
+if TYPE_CHECKING:
+    from agents.training.config import TrainConfig
 
 LOCK = ".lock"
 _LEFT_BY_A_CRASH = {LOCK, ".config.json.tmp"}
@@ -140,7 +143,7 @@ def refuse_links(directory: Path) -> None:
                 )
 
 
-def code_among(config: TrainConfig) -> list[str]:
+def code_among(config: "TrainConfig") -> list[str]:
     """The agent, the model and the parts of rewards that are "module:attribute", whose module would be imported and
     run, and the strings in rewards: paths that would be read, and addresses that pictures would be sent to."""
     rewards = [*config.rewards, *config.eval_rewards]

@@ -39,7 +39,7 @@ def grid(samples: torch.Tensor, columns: int, path: Path, scale: int | None = No
     if path.suffix.lower() == ".mp4":
         _write_mp4(frames, path, frame_rate)
     else:
-        _save(frames, path, 1000 / frame_rate)
+        save_frames(frames, path, 1000 / frame_rate)
 
 
 def check_picture(path: Path, shows: Literal["images", "clips"]) -> None:
@@ -75,11 +75,6 @@ def film(frames: "Sequence[Image]") -> "Image":
     return _column([frames[i] for i in places])
 
 
-def still(path: Path, count: int) -> "Image":
-    """A picture of ``count`` rows as one that does not move: of clips, the `film` of each row."""
-    return _column([film(row) for row in rows(path, count)])
-
-
 def _column(pictures: "Sequence[Image]") -> "Image":
     """Pictures of one size, one below the other."""
     from PIL import Image
@@ -101,18 +96,18 @@ def data_uri(frames: "Sequence[Image]", widest: int = 1040) -> str:
         size = (widest, max(1, first.height * widest // first.width))
         frames, kind = [frame.resize(size) for frame in frames], "jpeg" if kind == "png" else kind
     buffer = io.BytesIO()
-    _save(frames, buffer, _milliseconds(first), kind)
+    save_frames(frames, buffer, milliseconds(first), kind)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def gif(frames: "Sequence[Image]") -> bytes:
     """Frames that `read_frames` read as the bytes of a GIF."""
     buffer = io.BytesIO()
-    _save(frames, buffer, _milliseconds(frames[0]), "gif")
+    save_frames(frames, buffer, milliseconds(frames[0]), "gif")
     return buffer.getvalue()
 
 
-def _milliseconds(frame: "Image") -> float:
+def milliseconds(frame: "Image") -> float:
     """How long a frame that was read is shown."""
     return float(frame.info.get("duration", 125))
 
@@ -130,11 +125,21 @@ def _sheet(images: torch.Tensor, columns: int, scale: int | None) -> "Image":
     return Image.fromarray(sheet)
 
 
-def _save(frames: "Sequence[Image]", file: "Path | io.BytesIO", milliseconds: float, kind: str | None = None) -> None:
+def save_frames(
+    frames: "Sequence[Image]",
+    file: "Path | io.BytesIO",
+    duration: float,
+    kind: str | None = None,
+    lossless: bool = True,
+) -> None:
+    """Write frames as a picture, of several one that moves for ever, each shown so many milliseconds.
+
+    ``kind`` is the format, where the file's name does not tell it. A WebP that is not lossless is a sixth as large.
+    """
     first, *others = frames
-    moving = {"save_all": True, "append_images": others, "duration": round(milliseconds), "loop": 0}
+    moving = {"save_all": True, "append_images": others, "duration": round(duration), "loop": 0}
     if kind == "webp" or (isinstance(file, Path) and file.suffix.lower() == ".webp"):
-        moving["lossless"] = True
+        moving["lossless"] = lossless
     first.save(file, kind, **(moving if others else {}))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from agents.training.charts import Line, chart
 from agents.training.checkpoints import write_atomically
-from agents.training.pictures import data_uri, film, rows, still
+from agents.training.pictures import data_uri, film, milliseconds, read_frames, rows, save_frames
 from agents.training.tables import read_table
 
 MOST_LOOKS = 12
@@ -66,7 +66,7 @@ def headline(evals: list[dict[str, float]]) -> list[tuple[str, dict[str, float],
 
 
 def write_report(directory: Path) -> Path:
-    """Write ``report.html`` and ``before_after.png`` from a run's own files.
+    """Write ``report.html`` and ``before_after.png``, of clips ``.webp``, from a run's own files.
 
     Args:
         directory: a run's directory.
@@ -184,7 +184,7 @@ def _image(prompt: str, picture: Path, frames: list[Any]) -> str:
 def write_comparison(directory: Path) -> Path:
     """Write ``before_after.png``: a run's first and last picture of samples, from the same seeds, with their prompts.
 
-    Of clips it shows the film: each row's frames one below the other.
+    Of clips it is ``before_after.webp``, which moves.
 
     Args:
         directory: a run's directory.
@@ -197,14 +197,16 @@ def write_comparison(directory: Path) -> Path:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from PIL import Image
 
     prompts, pictures = _drawn(directory)
-    before_after = [np.asarray(still(pictures[i], len(prompts))) for i in (0, -1)]
-    height, width = before_after[0].shape[:2]
+    before_after = [read_frames(pictures[i]) for i in (0, -1)]
+    width, height = before_after[0][0].size
     side = min(5.0, 8 * width / height)  # of one picture, inches
-    figure, axes = plt.subplots(1, 2, figsize=(2 * side + 2, side * height / width + 0.4), layout="constrained")
+    figure, axes = plt.subplots(
+        1, 2, figsize=(2 * side + 2, side * height / width + 0.4), layout="constrained", dpi=110
+    )
     for axis, i, when in zip(axes, (0, -1), ("before", "after"), strict=True):
-        axis.imshow(before_after[i])
         axis.set_title(f"{when} (iteration {int(pictures[i].stem)})", fontsize=2 * side + 2)
         axis.set_xticks([])
         axis.set_yticks([])
@@ -213,11 +215,18 @@ def write_comparison(directory: Path) -> Path:
     places = [(i + 0.5) * height / len(prompts) for i in range(len(prompts))]
     axes[0].set_yticks(places, labels, parse_math=False)
     axes[0].tick_params(length=0)
-    path = directory / "before_after.png"
+    shown = [axis.imshow(frames[0]) for axis, frames in zip(axes, before_after, strict=True)]
+    frames = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the font has no emoji: an empty box
-        figure.savefig(path, dpi=110)
+        for pair in zip(*before_after, strict=True):
+            for image, frame in zip(shown, pair, strict=True):
+                image.set_data(frame)
+            figure.canvas.draw()
+            frames.append(Image.fromarray(np.array(figure.canvas.buffer_rgba())).convert("RGB"))
     plt.close(figure)
+    path = directory / f"before_after.{'png' if len(frames) == 1 else 'webp'}"
+    save_frames(frames, path, milliseconds(before_after[0][0]), lossless=False)
     return path
 
 

@@ -36,6 +36,8 @@ from denoise_env.shapes.pretraining import Source, encode_pictures, sample_batch
 class I2VConfig(Config):
     """Pretraining on rendered clips and their first frames."""
 
+    steps: int = 3000
+    """Optimiser steps of the flow; with more the model is better, and reinforcement learning has less to add."""
     distill_steps: int = 0
     """No network of this kind is told a guidance scale."""
 

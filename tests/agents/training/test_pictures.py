@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from agents.training import pictures
-from agents.training.pictures import check_picture, data_uri, film, gif, grid, read_frames, rows, still
+from agents.training.pictures import check_picture, data_uri, film, gif, grid, read_frames, rows
 
 
 def test_a_grid_has_its_pictures_in_order(tmp_path):
@@ -94,12 +94,10 @@ def test_an_mp4_needs_a_package(monkeypatch):
 
 def test_a_film_shows_frames_downwards_and_of_many_some(tmp_path):
     grid(clips(2, 5), 2, tmp_path / "grid.webp", scale=1)
-    sheet = still(tmp_path / "grid.webp", 1)
+    sheet = film(read_frames(tmp_path / "grid.webp"))
     assert sheet.size == (33, 5 * 33 - 1)
     assert [sheet.getpixel((0, 33 * i))[0] for i in range(5)] == [0, 8, 16, 24, 32]
     assert film([Image.new("L", (3, 2), i) for i in range(11)]).size == (3, 6 * 3 - 1)
-    grid(clips(6, 1)[:, 0], 2, tmp_path / "grid.png", scale=1)
-    assert still(tmp_path / "grid.png", 3).tobytes() == Image.open(tmp_path / "grid.png").tobytes()
 
 
 def test_a_page_has_a_moving_picture():
