@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 export MPLBACKEND := Agg
 
-.PHONY: help setup demo test test-slow lint type format bench leaderboard pretrain clean
+.PHONY: help setup demo test test-all lint type format bench leaderboard pretrain clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -22,11 +22,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup  ## reinforcement learning on a tiny Stable Diffusion: minutes on a laptop (SEED=0)
 	$(BIN)/denoise-env train --seed $(SEED)
 
-test: setup  ## run the tests, but for those that take long
+test: setup  ## run the tests, but for those that are marked slow
 	$(TEST) -m "not slow"
 
-test-slow: setup  ## run the tests that take long
-	$(TEST) -m slow
+test-all: setup  ## run all tests
+	$(TEST)
 
 lint: setup  ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -106,7 +106,7 @@ WORLDS: dict[str, World] = {
         held_out={"first-frames-held-out": "denoise_env.shapes.motion.prompts:HELD_OUT"},
         preset="shapes-i2v",
         environment="denoise_env/ShapesI2V-v0",
-        **_MOVING | {"eval_rewards": _MOVING["eval_rewards"] | {"motion-first-frame": _FIRST_FRAME}},
+        **_MOVING | {"rewards": _MOVING["rewards"] | {"motion-first-frame": _FIRST_FRAME}},
     ),
     "points": _points(
         "2-D Gaussian mixtures with an exact denoiser, as a diffusion", environment="denoise_env/Points-v0"

@@ -37,8 +37,8 @@ DEMO: dict[str, Preset] = {
         "GRPO on the shipped tiny SkyReels-I2V, image to video: about twenty minutes on one core.",
         model="shapes-i2v",
         agent="grpo",
-        agent_options={"lr": 3e-4, "step_weighting": "std", "ema_decay": 0.95},
-        settings={"kernel": "flow_sde", "eta": 0.7, "iterations": 80, "eval_images_per_prompt": 2},
+        agent_options={"lr": 4e-4, "step_weighting": "std", "ema_decay": 0.95},
+        settings={"kernel": "flow_sde", "eta": 0.7, "iterations": 100, "eval_images_per_prompt": 2},
     ),
     "points": Preset(
         "GRPO on 2-D Gaussian mixtures: seconds.",
