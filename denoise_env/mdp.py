@@ -191,7 +191,7 @@ class DenoisingMDP:
             if world is None:
                 find_family(model)
                 raise ValueError(f"{model!r} has no rewards of its own: name them")
-            rewards = dict.fromkeys(world.rewards, 1.0)
+            rewards = {**dict.fromkeys(world.rewards, 1.0), **world.weights}
         if prompts is None and world:
             prompts = next(iter(world.prompts))
         if isinstance(prompts, str):

@@ -16,7 +16,8 @@ class World:
         options: the family's options that this world sets.
         prompts: the set of prompts that is trained on, by name → target.
         held_out: the set of prompts that is only evaluated on, by name → target; if empty, the trained one is.
-        rewards: the reward that is trained on, by name → target.
+        rewards: the rewards that are trained on, by name → target.
+        weights: of those of them whose weight is not 1.
         eval_rewards: the rewards that an evaluation measures besides, by name → target.
         preset: the name of the preset in `agents.training.presets` that goes with the world.
         environment: the world's Gymnasium id, if it has one.
@@ -30,6 +31,7 @@ class World:
     prompts: Mapping[str, str] = field(default_factory=dict)
     held_out: Mapping[str, str] = field(default_factory=dict)
     rewards: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
     eval_rewards: Mapping[str, str] = field(default_factory=dict)
     environment: str | None = None
 
@@ -106,6 +108,7 @@ WORLDS: dict[str, World] = {
         held_out={"first-frames-held-out": "denoise_env.shapes.motion.prompts:HELD_OUT"},
         preset="shapes-i2v",
         environment="denoise_env/ShapesI2V-v0",
+        weights={"motion-first-frame": 0.5},
         **_MOVING | {"rewards": _MOVING["rewards"] | {"motion-first-frame": _FIRST_FRAME}},
     ),
     "points": _points(

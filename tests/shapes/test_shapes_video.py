@@ -89,6 +89,7 @@ def test_the_caption_matters(pipes, world):
 @WORLD
 def test_the_world_samples_what_the_plain_pipeline_samples(pipes, world):
     mdp, pipe = DenoisingMDP.make(world, num_steps=5), pipes[world]
+    assert mdp.reward_weights == {"motion": 1.0, **({"motion-first-frame": 0.5} if world == "shapes-i2v" else {})}
     prompts = [mdp.drawn_prompts[i] for i in (0, 50, 100)]
     latents, index = begin(mdp, row_generators(range(3)), prompts)
     noise = latents[:, 0].clone()

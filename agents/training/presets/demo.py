@@ -27,18 +27,18 @@ DEMO: dict[str, Preset] = {
         settings={"kernel": "flow_sde", "eta": 0.7, "iterations": 200, "eval_images_per_prompt": 4},
     ),
     "shapes-video": Preset(
-        "GRPO on the shipped tiny HunyuanVideo, text to video: about twenty minutes on one core.",
+        "GRPO on the shipped tiny HunyuanVideo, text to video: under twenty minutes on one core.",
         model="shapes-video",
         agent="grpo",
         agent_options={"lr": 2e-4, "step_weighting": "std", "ema_decay": 0.97},
         settings={"kernel": "flow_sde", "eta": 0.7, "iterations": 80, "eval_images_per_prompt": 2},
     ),
     "shapes-i2v": Preset(
-        "GRPO on the shipped tiny SkyReels-I2V, image to video: about twenty minutes on one core.",
+        "GRPO on the shipped tiny SkyReels-I2V, image to video: under half an hour on one core.",
         model="shapes-i2v",
         agent="grpo",
-        agent_options={"lr": 4e-4, "step_weighting": "std", "ema_decay": 0.95},
-        settings={"kernel": "flow_sde", "eta": 0.7, "iterations": 100, "eval_images_per_prompt": 2},
+        agent_options={"lr": 2e-4, "step_weighting": "std", "ema_decay": 0.95},
+        settings={"kernel": "flow_sde", "eta": 0.7, "iterations": 120, "eval_images_per_prompt": 2},
     ),
     "points": Preset(
         "GRPO on 2-D Gaussian mixtures: seconds.",
