@@ -411,7 +411,6 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("two processes")  # so that one worker makes the fixture
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one(two_processes, name):
     directory, alone = two_processes
