@@ -197,6 +197,7 @@ def write_comparison(directory: Path) -> Path:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
     prompts, pictures = _drawn(directory)
@@ -216,14 +217,14 @@ def write_comparison(directory: Path) -> Path:
     axes[0].set_yticks(places, labels, parse_math=False)
     axes[0].tick_params(length=0)
     shown = [axis.imshow(frames[0]) for axis, frames in zip(axes, before_after, strict=True)]
-    frames = []
+    canvas, frames = FigureCanvasAgg(figure), []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the font has no emoji: an empty box
         for pair in zip(*before_after, strict=True):
             for image, frame in zip(shown, pair, strict=True):
                 image.set_data(frame)
-            figure.canvas.draw()
-            frames.append(Image.fromarray(np.array(figure.canvas.buffer_rgba())).convert("RGB"))
+            canvas.draw()
+            frames.append(Image.fromarray(np.array(canvas.buffer_rgba())).convert("RGB"))
     plt.close(figure)
     path = directory / f"before_after.{'png' if len(frames) == 1 else 'webp'}"
     save_frames(frames, path, milliseconds(before_after[0][0]), lossless=False)
