@@ -17,7 +17,7 @@ class World:
         prompts: the set of prompts that is trained on, by name → target.
         held_out: the set of prompts that is only evaluated on, by name → target; if empty, the trained one is.
         rewards: the rewards that are trained on, by name → target.
-        weights: of those of them whose weight is not 1.
+        weights: of those of these rewards whose weight is not 1, by name.
         eval_rewards: the rewards that an evaluation measures besides, by name → target.
         preset: the name of the preset in `agents.training.presets` that goes with the world.
         environment: the world's Gymnasium id, if it has one.
@@ -57,7 +57,6 @@ _MOVING: dict[str, Any] = {
         "motion-consistency": "denoise_env.rewards.motion:MotionConsistency",
     },
 }
-_FIRST_FRAME = "denoise_env.rewards.motion:MotionFirstFrame"
 _OF_CLIPS = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 12}
 
 SHAPES, SHAPES_FLUX = "shapes", "shapes-flux"
@@ -108,8 +107,9 @@ WORLDS: dict[str, World] = {
         held_out={"first-frames-held-out": "denoise_env.shapes.motion.prompts:HELD_OUT"},
         preset="shapes-i2v",
         environment="denoise_env/ShapesI2V-v0",
+        rewards=_MOVING["rewards"] | {"motion-first-frame": "denoise_env.rewards.motion:MotionFirstFrame"},
         weights={"motion-first-frame": 0.5},
-        **_MOVING | {"rewards": _MOVING["rewards"] | {"motion-first-frame": _FIRST_FRAME}},
+        eval_rewards=_MOVING["eval_rewards"],
     ),
     "points": _points(
         "2-D Gaussian mixtures with an exact denoiser, as a diffusion", environment="denoise_env/Points-v0"

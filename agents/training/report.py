@@ -192,21 +192,17 @@ def write_comparison(directory: Path) -> Path:
     Returns:
         The picture's path.
     """
-    import matplotlib
     import numpy as np
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     from PIL import Image
 
     prompts, pictures = _drawn(directory)
     before_after = [read_frames(pictures[i]) for i in (0, -1)]
     width, height = before_after[0][0].size
     side = min(5.0, 8 * width / height)  # of one picture, inches
-    figure, axes = plt.subplots(
-        1, 2, figsize=(2 * side + 2, side * height / width + 0.4), layout="constrained", dpi=110
-    )
+    figure = Figure((2 * side + 2, side * height / width + 0.4), dpi=110, layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots(1, 2)
     for axis, i, when in zip(axes, (0, -1), ("before", "after"), strict=True):
         axis.set_title(f"{when} (iteration {int(pictures[i].stem)})", fontsize=2 * side + 2)
         axis.set_xticks([])
@@ -217,7 +213,7 @@ def write_comparison(directory: Path) -> Path:
     axes[0].set_yticks(places, labels, parse_math=False)
     axes[0].tick_params(length=0)
     shown = [axis.imshow(frames[0]) for axis, frames in zip(axes, before_after, strict=True)]
-    canvas, frames = FigureCanvasAgg(figure), []
+    frames = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the font has no emoji: an empty box
         for pair in zip(*before_after, strict=True):
@@ -225,7 +221,6 @@ def write_comparison(directory: Path) -> Path:
                 image.set_data(frame)
             canvas.draw()
             frames.append(Image.fromarray(np.array(canvas.buffer_rgba())).convert("RGB"))
-    plt.close(figure)
     path = directory / f"before_after.{'png' if len(frames) == 1 else 'webp'}"
     save_frames(frames, path, milliseconds(before_after[0][0]), lossless=False)
     return path

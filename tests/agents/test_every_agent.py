@@ -577,7 +577,7 @@ The published temperature is for rewards of a range of about 10, and Points' is 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINING)
 def test_every_agent_learns_on_points(name):
-    """In 30 iterations, with every one of three seeds: the interval lies clear of the base model's, 0.23 to 0.28."""
-    for seed in range(3):
+    """In 30 iterations, with every one of five seeds: the interval lies clear of the base model's, 0.23 to 0.28."""
+    for seed in range(5):
         mean, low, _ = final(name, seed, 30, **EASIER.get(name, {}))
         assert low > 0.3, (seed, mean)
